@@ -29,7 +29,7 @@ def init_model_parallel(device: str | torch.device = "auto", model_parallel_size
         if "WORLD_SIZE" in os.environ:
             dist.init_process_group(backend)
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     world_size = dist.get_world_size()
     size = world_size if model_parallel_size is None else model_parallel_size
     if size < 1 or world_size % size:

@@ -1,0 +1,14 @@
+from pathlib import Path
+
+from setuptools import setup
+
+setup(
+    name="llama",
+    version="0.1.0",
+    description="Reference inference for Llama 2",
+    license="MIT",
+    packages=["llama"],
+    python_requires=">=3.10",
+    install_requires=Path(__file__).with_name("requirements.txt").read_text().split(),
+    extras_require={"test": ["hypothesis", "mypy", "pytest", "ruff", "transformers"]},
+)

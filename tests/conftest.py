@@ -1,0 +1,103 @@
+"""Checkpoints and models that several tests use."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llama import Llama, ModelArgs, Tokenizer, Transformer
+from llama.checkpoint import shard_dim
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+TINY = ROOT / "llama-2-tiny"
+GOLDEN_FOLDERS = ["mha-mp1", "mha-mp2", "gqa-mp1", "gqa-mp2", "gqa-mp4"]
+
+torch.set_num_threads(1)  # models this small gain nothing from threads, and lose much where cores are busy
+
+# What torchrun sets; a test that runs inside such a job must not hand it on.
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def expected(folder: str) -> dict[str, Any]:
+    """What the original computes from a golden folder."""
+    return json.loads((GOLDEN / f"{folder.split('-')[0]}-expected.json").read_text())
+
+
+def build_golden(folder: str = "gqa-mp1", max_seq_len: int = 64, max_batch_size: int = 4, **options: Any) -> Llama:
+    options = {"device": "cpu", "dtype": "float32"} | options
+    return Llama.build(GOLDEN / folder, GOLDEN / "tokenizer.model", max_seq_len, max_batch_size, **options)
+
+
+def clean_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+
+
+def run_python(*arguments: str | Path, timeout: float = 240, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *map(str, arguments)]
+    environment = clean_environment() | {"PYTHONPATH": str(ROOT / "tests")} | options.pop("env", {})
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=environment, **options
+    )
+
+
+def torchrun(nproc: int, *arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)]
+    return run_python(*launcher, *arguments, env={"OMP_NUM_THREADS": "1"}, **options)
+
+
+def random_state(args: ModelArgs, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Weights large enough that attention and the feed-forward matter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in Transformer(args).state_dict().items()}
+    return {
+        name: 1 + 0.1 * torch.randn(shape, generator=generator)
+        if len(shape) == 1
+        else torch.randn(shape, generator=generator) * 1.5 / shape[1] ** 0.5
+        for name, shape in shapes.items()
+    }
+
+
+def write_release(folder: Path, args: ModelArgs, state: dict[str, torch.Tensor], shards: int = 1) -> Path:
+    """A folder in the release's layout."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(shards):
+        shard = {}
+        for name, tensor in state.items():
+            dim = shard_dim(name)
+            shard[name] = tensor.clone() if dim is None else tensor.chunk(shards, dim)[number].clone()
+        torch.save(shard, folder / f"consolidated.{number:02}.pth")
+    keys = ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "ffn_dim_multiplier", "norm_eps")
+    params = {key: getattr(args, key) for key in keys if getattr(args, key) is not None} | {"vocab_size": -1}
+    (folder / "params.json").write_text(json.dumps(params))
+    return folder
+
+
+def real_tokenizer() -> Tokenizer:
+    """The Llama 2 tokenizer, which the project may not ship: skips where it is not at hand."""
+    beside = ROOT.parent / "shared" / "data" / "llama-2-tokenizer.model"
+    path = Path(os.environ.get("LLAMA2_TOKENIZER", beside))
+    if not path.is_file():
+        pytest.skip("set LLAMA2_TOKENIZER to the Llama 2 tokenizer.model to run this test")
+    return Tokenizer(path)
+
+
+@pytest.fixture(scope="session")
+def llm() -> Llama:
+    """The grouped-query golden model in float32, 4 rows × 64 positions."""
+    return build_golden()
+
+
+@pytest.fixture
+def args() -> ModelArgs:
+    return ModelArgs(
+        dim=64, n_layers=2, n_heads=8, n_kv_heads=4, vocab_size=512, multiple_of=32, max_batch_size=4, max_seq_len=64
+    )

@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GOLDEN, build_golden, random_state, write_release
+
+from llama import Llama, ModelArgs
+from llama.checkpoint import Checkpoint, check_world_size, select_dtype, shard_dim
+
+COUNTS = [1, 2, 4, 8]
+
+
+@pytest.fixture
+def state(args: ModelArgs) -> dict[str, torch.Tensor]:
+    args.n_kv_heads = 8
+    return random_state(args)
+
+
+@pytest.mark.parametrize("shards", COUNTS)
+@pytest.mark.parametrize("world_size", COUNTS)
+def test_any_shard_count_is_read_onto_any_world_size(
+    tmp_path: Path, args: ModelArgs, state: dict[str, torch.Tensor], shards: int, world_size: int
+) -> None:
+    checkpoint = Checkpoint(write_release(tmp_path / "release", args, state, shards))
+    for name, tensor in state.items():
+        dim = shard_dim(name)
+        ranks = [checkpoint.parts(name, rank, world_size) for rank in range(world_size)]
+        if dim is None:
+            assert all(torch.equal(part, tensor) for (part,) in ranks)
+        else:
+            parts = [torch.cat(parts, dim) for parts in ranks]
+            assert {part.shape[dim] for part in parts} == {tensor.shape[dim] // world_size}
+            assert torch.equal(torch.cat(parts, dim), tensor)
+
+
+def test_the_golden_shards_are_one_model() -> None:
+    models = [build_golden(folder).model.state_dict() for folder in ("gqa-mp1", "gqa-mp2", "gqa-mp4")]
+    for name, tensor in models[0].items():
+        assert all(torch.equal(tensor, model[name]) for model in models)
+
+
+def test_weights_are_copies_so_that_a_changed_file_cannot_change_the_model(golden_copy: Path) -> None:
+    llm = build(golden_copy)
+    before = {name: tensor.clone() for name, tensor in llm.model.state_dict().items()}
+    file = golden_copy / "consolidated.00.pth"
+    with file.open("r+b") as stream:
+        stream.write(b"\0" * file.stat().st_size)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in llm.model.state_dict().items())
+
+
+def test_rope_freqs_is_the_only_key_that_is_ignored(golden_copy: Path) -> None:
+    rewrite(golden_copy, lambda shard: shard.update({"rope.freqs": torch.ones(4)}))
+    build(golden_copy)
+    rewrite(golden_copy, lambda shard: shard.update({"layers.0.attention.wq.bias": torch.ones(4)}))
+    with pytest.raises(ValueError, match=r"consolidated\.00\.pth holds unknown tensor layers\.0\.attention\.wq\.bias"):
+        build(golden_copy)
+
+
+@pytest.mark.parametrize(("dtype", "wanted"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_dtype_is_honoured(dtype: str, wanted: torch.dtype) -> None:
+    llm = build_golden(dtype=dtype)
+    assert {tensor.dtype for tensor in llm.model.state_dict().values()} == {llm.cache.k.dtype} == {wanted}
+
+
+def test_dtype_auto_is_the_stored_16_bit_type_on_a_gpu_and_float32_on_a_cpu() -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert select_dtype("auto", torch.float16, gpu) == torch.float16
+    assert select_dtype("auto", torch.float32, gpu) == torch.bfloat16
+    assert select_dtype("auto", torch.float16, cpu) == torch.float32
+    with pytest.raises(ValueError, match="dtype is 'int3': use 'auto', 'float32', 'bfloat16', 'float16'"):
+        select_dtype("int3", torch.float16, cpu)
+
+
+# The releases' shapes and the rank counts that can share them.
+LLAMA_7B = ModelArgs(vocab_size=32000)
+LLAMA_13B = ModelArgs(dim=5120, n_layers=40, n_heads=40, vocab_size=32000)
+LLAMA_70B = ModelArgs(
+    dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, multiple_of=4096, ffn_dim_multiplier=1.3, vocab_size=32000
+)
+
+
+def test_ranks_that_cannot_share_a_model_are_refused_with_those_that_can() -> None:
+    with pytest.raises(ValueError) as error:
+        check_world_size("llama-2-13b", LLAMA_13B, 3)
+    assert str(error.value) == (
+        "llama-2-13b has 40 attention heads and 40 key/value heads, which 3 ranks cannot share: use 1, 2, 4 or 8"
+    )
+    with pytest.raises(ValueError, match="13824 feed-forward channels, which 5 ranks cannot share: use 1, 2, 4 or 8"):
+        check_world_size("llama-2-13b", LLAMA_13B, 5)
+    with pytest.raises(ValueError, match="64 attention heads and 8 key/value heads, which 16 ranks cannot share"):
+        check_world_size("llama-2-70b", LLAMA_70B, 16)
+    for ranks in (1, 2, 4, 8, 16, 32):
+        check_world_size("llama-2-7b", LLAMA_7B, ranks)
+
+
+def build(folder: Path, tokenizer: Path = GOLDEN / "tokenizer.model", **options: int) -> Llama:
+    sizes = {"max_seq_len": 64, "max_batch_size": 4} | options
+    return Llama.build(folder, tokenizer, **sizes, device="cpu", dtype="float32")
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object], file: str = "00") -> None:
+    path = folder / f"consolidated.{file}.pth"
+    shard = torch.load(path, weights_only=True)
+    change(shard)
+    torch.save(shard, path)
+
+
+def edit_params(folder: Path, **changes: object) -> None:
+    path = folder / "params.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.fixture
+def golden_copy(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(GOLDEN / "gqa-mp4", tmp_path / "llama-2-small"))
+
+
+class Attack:
+    """A pickle that makes a file when it is loaded by a careless reader."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_that_runs_code_is_refused_and_not_run(golden_copy: Path, tmp_path: Path) -> None:
+    torch.save({"tok_embeddings.weight": Attack(tmp_path / "touched")}, golden_copy / "consolidated.02.pth")
+    with pytest.raises(ValueError, match=r"consolidated\.02\.pth is not a whole PyTorch checkpoint: download it again"):
+        build(golden_copy)
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html><body>403</body></html>", b"PK\x03\x04 cut short"])
+def test_a_file_that_is_no_checkpoint_is_refused(golden_copy: Path, content: bytes) -> None:
+    (golden_copy / "consolidated.01.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=r"consolidated\.01\.pth is not a whole PyTorch checkpoint: download it again"):
+        build(golden_copy)
+
+
+def test_a_truncated_file_is_refused(golden_copy: Path) -> None:
+    file = golden_copy / "consolidated.03.pth"
+    file.write_bytes(file.read_bytes()[:-5000])
+    with pytest.raises(ValueError, match=r"consolidated\.03\.pth is not a whole PyTorch checkpoint: download it again"):
+        build(golden_copy)
+
+
+def test_missing_files_are_named(golden_copy: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere: pass the folder that holds params\.json"):
+        build(tmp_path / "nowhere")
+    (golden_copy / "consolidated.01.pth").unlink()
+    with pytest.raises(FileNotFoundError, match=r"consolidated\.01\.pth is missing: shards 00, 02, 03 are there"):
+        build(golden_copy)
+    for file in golden_copy.glob("*.pth"):
+        file.unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"no consolidated\.\*\.pth in .*: is this the folder that download\.sh"
+    ):
+        build(golden_copy)
+    shutil.copy(GOLDEN / "gqa-mp1" / "consolidated.00.pth", golden_copy)
+    (golden_copy / "params.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no params\.json in .*: is this the folder that download\.sh made\?"):
+        build(golden_copy)
+
+
+def test_a_missing_last_shard_shows_in_the_shapes(golden_copy: Path) -> None:
+    (golden_copy / "consolidated.03.pth").unlink()
+    with pytest.raises(ValueError, match="a shard is missing or of another model"):
+        build(golden_copy)
+
+
+def test_shards_of_two_models_are_refused(golden_copy: Path) -> None:
+    shutil.copy(GOLDEN / "mha-mp2" / "consolidated.01.pth", golden_copy)
+    with pytest.raises(ValueError, match=r"consolidated\.01\.pth: .* has shape .*, and params\.json asks for"):
+        build(golden_copy)
+
+
+def test_a_missing_tensor_is_named(golden_copy: Path) -> None:
+    rewrite(golden_copy, lambda shard: shard.pop("layers.1.ffn_norm.weight"), "02")
+    with pytest.raises(ValueError, match=r"consolidated\.02\.pth lacks tensor layers\.1\.ffn_norm\.weight"):
+        build(golden_copy)
+
+
+def test_params_that_mean_another_model_are_refused(golden_copy: Path) -> None:
+    edit_params(golden_copy, use_scaled_rope=True)
+    with pytest.raises(
+        ValueError, match=r"params\.json has unknown key 'use_scaled_rope' \(Llama 3\.1\): not supported"
+    ):
+        build(golden_copy)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("{", r"params\.json is not JSON"),
+        ("[1]", r"params\.json is not a JSON object"),
+        ('{"dim": 64}', r"params\.json lacks key 'n_layers'"),
+    ],
+)
+def test_params_that_are_broken_are_refused(golden_copy: Path, text: str, sentence: str) -> None:
+    (golden_copy / "params.json").write_text(text)
+    with pytest.raises(ValueError, match=sentence):
+        build(golden_copy)
+
+
+def test_params_out_of_range_are_refused(golden_copy: Path) -> None:
+    edit_params(golden_copy, n_heads=-8)
+    with pytest.raises(ValueError, match=r"params\.json has n_heads -8: expected a positive integer"):
+        build(golden_copy)
+    edit_params(golden_copy, n_heads=7)
+    with pytest.raises(ValueError, match="dim 64, 7 attention heads and 4 key/value heads, which do not divide"):
+        build(golden_copy)
+
+
+def test_a_tokenizer_of_another_model_is_refused(golden_copy: Path) -> None:
+    rewrite(golden_copy, lambda shard: shard.update({"tok_embeddings.weight": torch.ones(600, 16)}))
+    with pytest.raises(ValueError) as error:
+        build(golden_copy)
+    assert str(error.value) == (
+        "tokenizer has 512 pieces, the checkpoint's embedding 600 rows: this is not its tokenizer"
+    )
+
+
+def test_too_little_memory_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    # gqa: 88,000 parameters; 2 layers × 4 heads × 8 channels × 64 positions × k and v × 4 bytes = 32,768 a row.
+    monkeypatch.setattr(Checkpoint, "load", lambda *_: pytest.fail("loaded"))
+    weights = sum(tensor.numel() for tensor in torch.load(GOLDEN / "gqa-mp1/consolidated.00.pth").values()) * 4
+    monkeypatch.setattr("llama.checkpoint.free_memory", lambda device: weights + 3 * 32768)
+    with pytest.raises(ValueError, match=r"max_batch_size 4 × max_seq_len 64 .*: build with max_batch_size 3 or"):
+        build_golden()
+    monkeypatch.setattr("llama.checkpoint.free_memory", lambda device: weights - 1)
+    with pytest.raises(ValueError, match="use a 16-bit dtype, more ranks or a smaller model"):
+        build_golden()
+
+
+@pytest.mark.parametrize("name", ["max_seq_len", "max_batch_size"])
+def test_sizes_out_of_range_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is 0: use 1 or more"):
+        build_golden(**{name: 0})
+    with pytest.raises(TypeError, match=f"{name} is '64': use an integer"):
+        build_golden(**{name: "64"})

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from conftest import random_state
+from torch import Tensor
+
+from llama import Llama, ModelArgs, Transformer
+from llama.model import KVCache
+
+
+def random_model(args: ModelArgs) -> Transformer:
+    model = Transformer(args)
+    model.load_state_dict(random_state(args), strict=True)
+    return model.requires_grad_(False)
+
+
+def tokens_of(bsz: int, seqlen: int, seed: int = 0) -> Tensor:
+    return torch.randint(512, (bsz, seqlen), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("n_kv_heads", [None, 4, 1])
+def test_logits_equal_those_of_transformers(args: ModelArgs, n_kv_heads: int | None) -> None:
+    transformers = pytest.importorskip("transformers")
+    args.n_kv_heads = n_kv_heads
+    state = random_state(args)
+    config = transformers.LlamaConfig(
+        vocab_size=args.vocab_size,
+        hidden_size=args.dim,
+        intermediate_size=args.hidden_dim,
+        num_hidden_layers=args.n_layers,
+        num_attention_heads=args.n_heads,
+        num_key_value_heads=args.kv_heads,
+        rms_norm_eps=args.norm_eps,
+        max_position_embeddings=args.max_seq_len,
+    )
+    judge = transformers.LlamaForCausalLM(config).eval()
+
+    def half_split(weight: Tensor) -> Tensor:
+        """Rows from interleaved pairs to the two halves that transformers rotates."""
+        return weight.unflatten(0, (-1, args.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+    renamed = {
+        "model.embed_tokens.weight": state["tok_embeddings.weight"],
+        "model.norm.weight": state["norm.weight"],
+        "lm_head.weight": state["output.weight"],
+    }
+    for i in range(args.n_layers):
+        ours, theirs = f"layers.{i}.", f"model.layers.{i}."
+        for w, proj in zip("qkvo", ("q_proj", "k_proj", "v_proj", "o_proj"), strict=True):
+            weight = state[f"{ours}attention.w{w}.weight"]
+            renamed[f"{theirs}self_attn.{proj}.weight"] = half_split(weight) if w in "qk" else weight
+        for w, proj in zip("123", ("gate_proj", "down_proj", "up_proj"), strict=True):
+            renamed[f"{theirs}mlp.{proj}.weight"] = state[f"{ours}feed_forward.w{w}.weight"]
+        renamed[f"{theirs}input_layernorm.weight"] = state[f"{ours}attention_norm.weight"]
+        renamed[f"{theirs}post_attention_layernorm.weight"] = state[f"{ours}ffn_norm.weight"]
+    judge.load_state_dict(renamed, strict=True)
+
+    tokens = tokens_of(3, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(random_model(args)(tokens), judge(tokens).logits, atol=1e-4, rtol=0)
+
+
+def test_the_feed_forward_widths_are_the_releases() -> None:
+    assert ModelArgs().hidden_dim == 11008  # 7B
+    assert ModelArgs(dim=5120).hidden_dim == 13824  # 13B
+    assert ModelArgs(dim=8192, multiple_of=4096, ffn_dim_multiplier=1.3).hidden_dim == 28672  # 70B
+
+
+def test_state_dict_holds_the_checkpoints_keys_and_no_request(args: ModelArgs) -> None:
+    model = random_model(args)
+    names = set(model.state_dict())
+    model.cache = KVCache.allocate(args, torch.float32, torch.device("cpu"))
+    model(tokens_of(2, 8), 0)
+    assert set(model.state_dict()) == names
+    assert "layers.1.attention.wq.weight" in names and len(names) == 3 + 2 * 9
+
+
+@pytest.mark.parametrize("cuts", [(0, 20), (0, 7, 20), (0, 1, 2, 3, 20), tuple(range(21))])
+def test_cached_passes_equal_one_pass(args: ModelArgs, cuts: tuple[int, ...]) -> None:
+    model, tokens = random_model(args), tokens_of(3, 20)
+    whole = model(tokens)
+    model.cache = KVCache.allocate(args, torch.float32, torch.device("cpu"))
+    parts = [model(tokens[:, a:b], a) for a, b in itertools.pairwise(cuts)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-4, rtol=0)
+
+
+def test_rows_at_their_own_positions_equal_the_rows_alone(args: ModelArgs) -> None:
+    model, tokens = random_model(args), tokens_of(3, 20)
+    whole = model.hidden_states(tokens)
+    cache = KVCache.allocate(args, torch.float32, torch.device("cpu")).window(slice(3), 20)
+    model.hidden_states(tokens[:, :10], cache)  # longer than what rows 0 and 1 keep: the rest is overwritten
+    start = torch.tensor([2, 9, 10])
+    step = model.hidden_states(tokens[torch.arange(3), start][:, None], cache, start)
+    torch.testing.assert_close(step[:, 0], whole[torch.arange(3), start], atol=1e-4, rtol=0)
+
+
+def test_without_a_cache_the_model_is_differentiable(args: ModelArgs) -> None:
+    model = Transformer(args)
+    model(tokens_of(2, 16)).logsumexp(-1).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_rounding_the_weights_leaves_the_rotary_angles_exact(args: ModelArgs) -> None:
+    model = random_model(args)
+    angles = model.freqs_cis.clone()
+    assert torch.equal(model.bfloat16().freqs_cis, angles)
+
+
+def test_forward_refuses_what_does_not_fit(args: ModelArgs, llm: Llama) -> None:
+    with pytest.raises(ValueError, match="tokens reach position 65, and max_seq_len is 64"):
+        llm.model(tokens_of(1, 5), 60)
+    with pytest.raises(ValueError, match="tokens have 5 rows, and max_batch_size is 4"):
+        llm.model(tokens_of(5, 1), 0)
+    with pytest.raises(ValueError, match="start_pos is 3, and no cache is attached"):
+        random_model(args)(tokens_of(1, 5), 3)
+    with pytest.raises(ValueError, match="vocab_size is -1: set it to the tokenizer's n_words"):
+        Transformer(ModelArgs())

@@ -1,0 +1,108 @@
+"""Real torchrun jobs of gloo ranks on this machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import GOLDEN, GOLDEN_FOLDERS, ROOT, TINY, build_golden, expected, torchrun
+
+WORKERS = ROOT / "tests" / "workers"
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_every_shard_count_on_every_world_size_equals_the_original(tmp_path: Path, world_size: int) -> None:
+    job = torchrun(world_size, WORKERS / "golden.py", tmp_path / "results.json")
+    assert job.returncode == 0, job.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    for folder in GOLDEN_FOLDERS:
+        golden, result = expected(folder), results[folder]
+        for ours, theirs in zip(result["logits"], golden["logits_prompt_0"], strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-4)
+        for name in ("greedy", "greedy_echo"):
+            tokens, logprobs = result[name]
+            assert tokens == golden[name]["tokens"]
+            for ours, theirs in zip(logprobs, golden[name]["logprobs"], strict=True):
+                assert ours == pytest.approx(theirs, abs=1e-4)
+        assert result["text"] == [r["generation"] for r in golden["text_completion"]["results"]]
+        assert result["chat"] == [r["generation"] for r in golden["chat_completion"]["results"]]
+        alone = build_golden(folder)
+        assert result["sampled"] == alone.generate(golden["prompt_tokens"], 20, 1.0, 1.0, seed=3)[0]
+        norms = (2 * 2 + 1) * 64  # whole on every rank; everything else is split evenly
+        whole = sum(parameter.numel() for parameter in alone.model.parameters())
+        assert result["local_parameters"] == (whole - norms) // world_size + norms
+
+
+def test_the_model_may_be_split_over_fewer_ranks_than_there_are(tmp_path: Path) -> None:
+    script = tmp_path / "two_pairs.py"
+    script.write_text(f"""
+import torch.distributed as dist
+from conftest import build_golden, expected
+from fairscale.nn.model_parallel.initialize import get_model_parallel_world_size
+llm, golden = build_golden("gqa-mp4", model_parallel_size=2), expected("gqa")
+assert (dist.get_world_size(), get_model_parallel_world_size()) == (4, 2)
+assert llm.generate(golden["prompt_tokens"], 20, 0)[0] == golden["greedy"]["tokens"]
+try:
+    build_golden(model_parallel_size=3)
+except ValueError as error:
+    assert str(error).startswith("model_parallel_size is 3, and 4 ranks do not divide into groups of it: use 1, 2 or 4")
+    open({str(tmp_path)!r} + f"/{{dist.get_rank()}}", "w").close()
+""")
+    job = torchrun(4, script)
+    assert job.returncode == 0, job.stderr
+    assert all((tmp_path / str(rank)).exists() for rank in range(4))
+
+
+def test_ranks_that_disagree_on_logits_emit_the_first_ranks_tokens(tmp_path: Path) -> None:
+    script = tmp_path / "noise.py"
+    script.write_text("""
+import torch, torch.distributed as dist
+from conftest import build_golden
+llm = build_golden("gqa-mp2", model_parallel_size=2)
+inner = llm.model.logits
+torch.manual_seed(dist.get_rank())
+llm.model.logits = lambda h: inner(h) + 3 * dist.get_rank() * torch.randn(inner(h).shape)
+ours = [llm.generate([[1, 30], [1] * 9], 30, t, logprobs=True, seed=2) for t in (0, 1.0)]
+everywhere = [None, None]
+dist.all_gather_object(everywhere, ours)
+assert everywhere[0] == everywhere[1], everywhere
+""")
+    job = torchrun(2, script)
+    assert job.returncode == 0, job.stderr
+
+
+@pytest.mark.parametrize(
+    ("nproc", "arguments", "sentence"),
+    [
+        (3, {}, "has 8 attention heads and 4 key/value heads, which 3 ranks cannot share: use 1, 2 or 4"),
+        (2, {"ckpt_dir": "/nowhere"}, "no folder /nowhere: pass the folder that holds params.json"),
+        (2, {"tokenizer_path": GOLDEN / "tokenizer.model"}, "tokenizer has 512 pieces, the checkpoint's embedding"),
+    ],
+)
+def test_a_job_with_a_bad_argument_ends_with_the_sentence(
+    nproc: int, arguments: dict[str, object], sentence: str
+) -> None:
+    options = [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
+    job = torchrun(nproc, ROOT / "example_text_completion.py", "--ckpt_dir", TINY, *options, timeout=60)
+    assert job.returncode != 0
+    assert f"Error: {sentence}" in job.stderr or sentence in job.stderr
+
+
+@pytest.mark.parametrize("name", ["text", "chat"])
+def test_an_example_prints_the_same_once_on_one_rank_and_on_two(name: str) -> None:
+    script = ROOT / f"example_{name}_completion.py"
+    one, two = (torchrun(n, script, "--temperature", "0", "--max_batch_size", "4") for n in (1, 2))
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    answers = [job.stdout[job.stdout.index("initializing pipeline") :].split("\n", 1)[1] for job in (one, two)]
+    assert answers[0] == answers[1]
+    assert answers[0].count("\n> ") == (4 if name == "text" else 6)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from llama.parallel import select_device
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(ValueError, match="^4 processes on this node, but 1 GPU: run with --nproc_per_node 1$"):
+        select_device("cuda")
