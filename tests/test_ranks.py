@@ -104,5 +104,5 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    with pytest.raises(ValueError, match="^4 processes on this node, but 1 GPU: run with --nproc_per_node 1$"):
+    with pytest.raises(ValueError, match=r"^4 processes on this node, but 1 GPU: run with --nproc_per_node 1$"):
         select_device("cuda")
