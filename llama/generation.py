@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
-import random
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal, TypedDict
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from typing import Any, Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -19,57 +18,40 @@ from torch import Tensor
 from .chat import UNSAFE_ERROR, Dialog, Message, check_dialog, encode_dialog, has_special_tags
 from .checkpoint import Checkpoint, check_memory, check_world_size, select_dtype
 from .model import KVCache, Transformer
-from .parallel import init_model_parallel, model_parallel_group, share
+from .parallel import init_model_parallel, model_parallel_group, share, share_object
+from .request import FinishReason, Request, make_requests
 from .sampling import sample
 from .tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-FinishReason = Literal["stop", "length"]
-
 # Positions of a prompt whose logits are held at once while it is scored: 256 × 32,000 float32 are 33 MB.
 SCORE_CHUNK = 256
 
+# Looks at a text and returns None, or the refusal to answer with.
+Check = Callable[[str], "str | None"]
 
-class CompletionPrediction(TypedDict, total=False):
+
+class Prediction(TypedDict, total=False):
+    tokens: list[str]  # with logprobs
+    logprobs: list[float]  # with logprobs
+    finish_reason: FinishReason
+
+
+class CompletionPrediction(Prediction, total=False):
     generation: str
-    tokens: list[str]  # with logprobs
-    logprobs: list[float]  # with logprobs
-    finish_reason: FinishReason
 
 
-class ChatPrediction(TypedDict, total=False):
+class ChatPrediction(Prediction, total=False):
     generation: Message
-    tokens: list[str]  # with logprobs
-    logprobs: list[float]  # with logprobs
-    finish_reason: FinishReason
 
 
-@dataclass
-class Request:
-    """One prompt on its way to a result."""
+class Piece(TypedDict, total=False):
+    """The next text of prompt `index`; `finish_reason` is on its last piece."""
 
     index: int
-    prompt: list[int]
-    max_tokens: int
-    temperature: float
-    top_p: float
-    stop: tuple[str, ...]
-    rng: random.Random  # of this request alone, so that its text does not depend on its neighbours
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)  # of tokens
-    prompt_logprobs: list[float] = field(default_factory=list)  # of prompt, where asked for
-    cut: int = 0  # characters of the last token's text that belong to a stop string
-    finish_reason: FinishReason | None = None
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.tokens)
-
-    @property
-    def reason(self) -> FinishReason:
-        assert self.finish_reason is not None, "the request was not run to its end"
-        return self.finish_reason
+    text: str
+    finish_reason: FinishReason
 
 
 class Llama:
@@ -129,31 +111,33 @@ class Llama:
         self.seed = seed
         self.group = model_parallel_group()
         self.cache = model.cache
+        self._user: object = None  # the call that the cache serves now
 
     def generate(
         self,
         prompt_tokens: Sequence[Sequence[int]],
-        max_gen_len: int,
-        temperature: float = 0.6,
-        top_p: float = 0.9,
+        max_gen_len: int | Sequence[int],
+        temperature: float | Sequence[float] = 0.6,
+        top_p: float | Sequence[float] = 0.9,
         logprobs: bool = False,
         echo: bool = False,
         *,
         seed: int | Sequence[int] | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | Sequence[Sequence[str]] = (),
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Continue each prompt by at most `max_gen_len` tokens; returns ids and, where asked for, their logprobs.
 
-        A row ends at EOS (not in the result), at `max_gen_len`, at `max_seq_len`, or with the token in which a `stop`
-        string's text begins, which is kept if other text stands before the string in it. `temperature` 0 is greedy;
-        otherwise tokens are drawn from the `top_p` nucleus of softmax(logits / temperature). Prompt i draws from random
-        stream (seed, i), or (seed[i], 0) for a list of seeds. Logprobs are natural logarithms of softmax(logits),
+        A row ends at EOS (not in the result), at `max_gen_len`, at `max_seq_len`, or before a `stop` string (a token
+        that also holds text before the string is kept). `temperature` 0 is greedy; otherwise tokens are drawn from the
+        `top_p` nucleus of softmax(logits / temperature). Prompt i draws from random stream (seed, i), or (seed[i], 0)
+        for a list of seeds. `max_gen_len`, `temperature`, `top_p`, `seed` and `stop` may be lists with one value per
+        prompt (a plain list of stop strings holds for all). Logprobs are natural logarithms of softmax(logits),
         whatever the temperature. With `echo` the results begin with the prompt, whose first logprob is 0.0.
 
         Raises ValueError or TypeError, before any compute, for an argument out of range, an empty prompt, an id that
         is not in the vocabulary, and a prompt longer than `max_seq_len`.
         """
-        requests = self._requests(prompt_tokens, max_gen_len, temperature, top_p, seed, stop)
+        requests = self._requests(prompt_tokens, max_gen_len, temperature, top_p, seed, stop, echo)
         self._run(requests, score_prompts=logprobs and echo)
         tokens = [(request.prompt if echo else []) + request.tokens for request in requests]
         return tokens, [r.prompt_logprobs + r.logprobs for r in requests] if logprobs else None
@@ -161,196 +145,259 @@ class Llama:
     def text_completion(
         self,
         prompts: Sequence[str],
-        temperature: float = 0.6,
-        top_p: float = 0.9,
-        max_gen_len: int | None = None,
+        temperature: float | Sequence[float] = 0.6,
+        top_p: float | Sequence[float] = 0.9,
+        max_gen_len: int | Sequence[int] | None = None,
         logprobs: bool = False,
         echo: bool = False,
         *,
         seed: int | Sequence[int] | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | Sequence[Sequence[str]] = (),
     ) -> list[CompletionPrediction]:
         """Continue each text; parameters and errors as in `generate`, `max_gen_len` up to `max_seq_len` by default.
 
         Each result has `generation` and `finish_reason` ("stop" at EOS or a stop string, else "length"); with
         `logprobs` also `tokens`, one string per id whose concatenation is `generation`, and their `logprobs`.
         """
-        check_list("prompts", prompts)
-        prompt_tokens = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
-        requests = self._requests(prompt_tokens, max_gen_len, temperature, top_p, seed, stop)
+        requests = self._requests(self._encode(prompts), max_gen_len, temperature, top_p, seed, stop, echo)
         self._run(requests, score_prompts=logprobs and echo)
-        results: list[CompletionPrediction] = []
-        for request in requests:
-            pieces = self._pieces(request, echo)
-            result = CompletionPrediction(generation="".join(pieces), finish_reason=request.reason)
-            if logprobs:
-                result["tokens"] = pieces
-                result["logprobs"] = request.prompt_logprobs + request.logprobs
-            results.append(result)
-        return results
+        return [CompletionPrediction(generation=r.generation, **outcome(r, logprobs)) for r in requests]
+
+    def stream_text_completion(
+        self,
+        prompts: Sequence[str],
+        temperature: float | Sequence[float] = 0.6,
+        top_p: float | Sequence[float] = 0.9,
+        max_gen_len: int | Sequence[int] | None = None,
+        *,
+        echo: bool = False,
+        seed: int | Sequence[int] | None = None,
+        stop: str | Sequence[str] | Sequence[Sequence[str]] = (),
+    ) -> Iterator[Piece]:
+        """`text_completion` as it is generated: pieces of whole characters, of all prompts in turn.
+
+        The pieces of one prompt join to its `generation`. A stream may be dropped before its end; on several ranks,
+        after the same piece on each. Once another call has used this Llama, going on with it is a RuntimeError.
+        """
+        return self._stream(self._requests(self._encode(prompts), max_gen_len, temperature, top_p, seed, stop, echo))
 
     def chat_completion(
         self,
         dialogs: Sequence[Dialog],
-        temperature: float = 0.6,
-        top_p: float = 0.9,
-        max_gen_len: int | None = None,
+        temperature: float | Sequence[float] = 0.6,
+        top_p: float | Sequence[float] = 0.9,
+        max_gen_len: int | Sequence[int] | None = None,
         logprobs: bool = False,
         *,
         seed: int | Sequence[int] | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | Sequence[Sequence[str]] = (),
+        input_check: Check | None = None,
+        output_check: Check | None = None,
     ) -> list[ChatPrediction]:
         """The assistant's next message of each dialog; parameters and results as in `text_completion`.
 
-        A dialog with one of the layout's own tags in a message is answered with UNSAFE_ERROR, without being run.
+        A dialog with one of the layout's own tags in a message is answered with UNSAFE_ERROR, without being run; one of
+        whose system and user messages `input_check` refuses any, with the refusal that it returns. `output_check` sees
+        each answer and may replace it. On several ranks the first one's checks count.
         Raises ValueError, naming dialog and message, for roles out of order.
         """
-        check_list("dialogs", dialogs)
-        prompts = [self._dialog_tokens(index, dialog) for index, dialog in enumerate(dialogs)]
-        requests = self._requests(prompts, max_gen_len, temperature, top_p, seed, stop)
+        requests = self._chat_requests(dialogs, max_gen_len, temperature, top_p, seed, stop, input_check)
         self._run(requests)
-        results: list[ChatPrediction] = []
-        for request in requests:
-            pieces = self._pieces(request)
-            text = "".join(pieces) if request.prompt else UNSAFE_ERROR
-            answer = Message(role="assistant", content=text)
-            result = ChatPrediction(generation=answer, finish_reason=request.reason)
-            if logprobs:
-                result["tokens"] = pieces
-                result["logprobs"] = request.logprobs
-            results.append(result)
-        return results
+        if output_check is not None:
+            for request in requests:
+                self._check_output(request, output_check)
+        return [ChatPrediction(generation=answer(r.generation), **outcome(r, logprobs)) for r in requests]
 
-    def _dialog_tokens(self, index: int, dialog: Dialog) -> list[int] | None:
-        """The dialog's prompt, or None if it must not be run."""
-        try:
-            check_dialog(dialog)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"dialog {index}, {error}") from None
-        return None if has_special_tags(dialog) else encode_dialog(dialog, self.tokenizer)
+    def stream_chat_completion(
+        self,
+        dialogs: Sequence[Dialog],
+        temperature: float | Sequence[float] = 0.6,
+        top_p: float | Sequence[float] = 0.9,
+        max_gen_len: int | Sequence[int] | None = None,
+        *,
+        seed: int | Sequence[int] | None = None,
+        stop: str | Sequence[str] | Sequence[Sequence[str]] = (),
+        input_check: Check | None = None,
+        output_check: Check | None = None,
+        reuse_prefix: bool = False,
+    ) -> Iterator[Piece]:
+        """`chat_completion` as it is generated; see `stream_text_completion`.
+
+        An answer that `output_check` is to see comes in one piece, once it is whole. With `reuse_prefix`, a single
+        dialog that begins as the one before it did keeps what is cached of that and computes only the rest; in 16 bits
+        this may round otherwise than computing all of it.
+        """
+        requests = self._chat_requests(dialogs, max_gen_len, temperature, top_p, seed, stop, input_check)
+        return self._stream(requests, output_check, reuse_prefix)
+
+    @torch.inference_mode()
+    def embed(self, prompts: Sequence[str], pooling: Literal["mean", "last"] = "mean") -> Tensor:
+        """The final norm's output over each text's tokens, BOS among them: their mean or the last, (n, dim) float32."""
+        if pooling not in ("mean", "last"):
+            raise ValueError(f"pooling is {pooling!r}: use 'mean' or 'last'")
+        requests = self._requests(self._encode(prompts), 0, 0, 1, 0, ())
+        size = self.model.params.max_batch_size
+        pooled = torch.empty(len(prompts), self.model.params.dim, device=self.cache.k.device)
+        for first in range(0, len(requests), size):
+            batch = [request.prompt for request in requests[first : first + size]]
+            h = self.model.hidden_states(self._tensor(pad(batch))).float()
+            for i, prompt in enumerate(batch):
+                pooled[first + i] = h[i, : len(prompt)].mean(dim=0) if pooling == "mean" else h[i, len(prompt) - 1]
+        return pooled
+
+    def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        check_list("prompts", prompts)
+        return [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
 
     def _requests(
         self,
         prompts: Sequence[Sequence[int] | None],
-        max_gen_len: int | None,
-        temperature: float,
-        top_p: float,
-        seed: int | Sequence[int] | None,
-        stop: str | Sequence[str],
+        max_gen_len: Any,
+        temperature: Any,
+        top_p: Any,
+        seed: Any,
+        stop: Any,
+        echo: bool = False,
     ) -> list[Request]:
-        """Validated requests, one per prompt; one without a prompt is finished from the start."""
         limit = self.model.params.max_seq_len
-        if max_gen_len is None:
-            max_gen_len = limit - 1
-        if max_gen_len < 0:
-            raise ValueError(f"max_gen_len is {max_gen_len}: use 0 or more")
-        if not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature is {temperature}: use 0 for greedy decoding, or a positive number")
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p is {top_p}: use more than 0 and at most 1")
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        if not all(isinstance(s, str) and s for s in stops):
-            raise ValueError(f"stop is {stop!r}: use strings that are not empty")
+        max_gen_len = limit - 1 if max_gen_len is None else max_gen_len
         seed = self.seed if seed is None else seed
-        streams = [(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else [(s, 0) for s in seed]
-        if len(streams) != len(prompts):
-            raise ValueError(
-                f"seed has {len(streams)} values for {len(prompts)} prompts: pass one for all, or one each"
-            )
+        return make_requests(self.tokenizer, prompts, limit, max_gen_len, temperature, top_p, seed, stop, echo)
 
-        requests = []
-        for index, prompt in enumerate(prompts):
-            if prompt is not None:
-                self._check_prompt(index, prompt)
-            request = Request(
-                index=index,
-                prompt=list(prompt or ()),
-                max_tokens=min(max_gen_len, limit - len(prompt or ())),
-                temperature=temperature,
-                top_p=top_p,
-                stop=stops,
-                # Python hashes the text of a str seed, so that streams of neighbouring numbers have nothing in common.
-                rng=random.Random("{}/{}".format(*streams[index])),
-            )
-            if prompt is None:
-                request.finish_reason = "stop"
-            elif request.max_tokens == 0:
-                request.finish_reason = "length"
-            requests.append(request)
+    def _chat_requests(
+        self,
+        dialogs: Sequence[Dialog],
+        max_gen_len: Any,
+        temperature: Any,
+        top_p: Any,
+        seed: Any,
+        stop: Any,
+        input_check: Check | None,
+    ) -> list[Request]:
+        """One request per dialog; those of refused dialogs are finished."""
+        check_list("dialogs", dialogs)
+        for index, dialog in enumerate(dialogs):
+            try:
+                check_dialog(dialog)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"dialog {index}, {error}") from None
+        refusals = [UNSAFE_ERROR if has_special_tags(dialog) else None for dialog in dialogs]
+        if input_check is not None:
+            found = [r or first_refusal(input_check, d) for r, d in zip(refusals, dialogs, strict=True)]
+            refusals = share_object(found, self.group)
+        prompts = [None if r else encode_dialog(d, self.tokenizer) for r, d in zip(refusals, dialogs, strict=True)]
+        requests = self._requests(prompts, max_gen_len, temperature, top_p, seed, stop)
+        for request, refusal in zip(requests, refusals, strict=True):
+            if refusal:
+                request.refuse(refusal)
         return requests
 
-    def _check_prompt(self, index: int, prompt: Sequence[int]) -> None:
-        limit, n_words = self.model.params.max_seq_len, self.tokenizer.n_words
-        if len(prompt) == 0:
-            raise ValueError(
-                f"prompt {index} has no tokens: begin it with the tokenizer's bos_id, {self.tokenizer.bos_id}"
-            )
-        if len(prompt) > limit:
-            raise ValueError(
-                f"prompt {index} has {len(prompt)} tokens, and max_seq_len is {limit}: "
-                "shorten it or build with a larger max_seq_len"
-            )
-        for token in prompt:
-            if not isinstance(token, int):
-                raise TypeError(f"prompt {index} has a {type(token).__name__} ({token!r}) among its token ids")
-            if not 0 <= token < n_words:
-                raise ValueError(f"prompt {index} has token id {token}, and the vocabulary has {n_words} pieces")
+    def _check_output(self, request: Request, output_check: Check) -> None:
+        if request.prompt and (refusal := share_object(output_check(request.text), self.group)):
+            request.refuse(refusal)
+
+    def _stream(
+        self, requests: list[Request], output_check: Check | None = None, reuse_prefix: bool = False
+    ) -> Iterator[Piece]:
+        sent = [0] * len(requests)
+        finished = [request for request in requests if request.finish_reason is not None]
+        for advanced in chain([finished], self._steps(requests, reuse_prefix=reuse_prefix)):
+            for request in advanced:
+                if output_check is not None:
+                    if request.finish_reason is None:
+                        continue
+                    self._check_output(request, output_check)
+                end = len(request.generation) - request.held_back
+                piece = Piece(index=request.index, text=request.generation[sent[request.index] : end])
+                sent[request.index] = end
+                if request.finish_reason is not None:
+                    piece["finish_reason"] = request.finish_reason
+                if piece["text"] or request.finish_reason is not None:
+                    yield piece
+
+    def _run(self, requests: list[Request], score_prompts: bool = False) -> None:
+        for _ in self._steps(requests, score_prompts):
+            pass
 
     @torch.inference_mode()
-    def _run(self, requests: list[Request], score_prompts: bool = False) -> None:
-        """Finish the requests, `max_batch_size` at a time. A failure leaves the cache clean for the next call."""
-        todo = [r for r in requests if r.finish_reason is None or (score_prompts and r.prompt)]
-        size = self.model.params.max_batch_size
+    def _steps(
+        self, requests: list[Request], score_prompts: bool = False, reuse_prefix: bool = False
+    ) -> Iterator[list[Request]]:
+        """Run requests to their ends; yields after each forward pass those that it gave a token.
+
+        Running requests occupy the first rows of the cache, so that every pass works on a slice of it. Prompts are
+        admitted, all that fit at once, as soon as rows are free.
+        """
+        waiting = deque(r for r in requests if r.finish_reason is None or (score_prompts and r.prompt))
+        running: list[Request] = []
+        self._user = user = object()
+        first_row: Request | None = None  # the one whose tokens the cache's first row holds
         try:
-            for first in range(0, len(todo), size):
-                self._run_batch(todo[first : first + size], score_prompts)
+            while waiting or running:
+                free = self.model.params.max_batch_size - len(running)
+                if waiting and free:
+                    advanced = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+                    logits = self._prefill(advanced, len(running), score_prompts, reuse_prefix)
+                    running += advanced
+                else:
+                    advanced = list(running)
+                    logits = self._decode(running)
+                first_row = running[0]
+                self._advance(advanced, logits)
+                self._close_ranks(running)
+                first_row = running[0] if running else first_row
+                yield advanced
+                if self._user is not user:
+                    first_row = None
+                    raise RuntimeError("another call has used this Llama since: read a stream to its end before one")
         except ValueError:
+            first_row = None
             self.cache.clear()  # a NaN left in it would spread: even a masked position is multiplied, by 0
             raise
+        finally:
+            if self._user is user:
+                self.cache.tokens = [] if first_row is None else (first_row.prompt + first_row.tokens)[:-1]
 
-    def _run_batch(self, requests: list[Request], score_prompts: bool) -> None:
-        self._advance(requests, self._prefill(requests, score_prompts))
-        while not all(request.finish_reason for request in requests):
-            self._advance(requests, self._decode(requests))
-
-    def _prefill(self, requests: list[Request], score_prompts: bool) -> Tensor:
-        """Run all prompts in one pass; returns the logits after each, (n, vocab_size).
+    def _prefill(self, requests: list[Request], first: int, score_prompts: bool, reuse_prefix: bool) -> Tensor:
+        """Run all prompts in one pass, into the rows from `first` on; returns the logits after each, (n, vocab_size).
 
         Short prompts are padded on the right: causality keeps padding out of the prompt's sight, and each decoded token
         overwrites the cached padding at its position before anything attends to it.
         """
-        lengths = [len(request.prompt) for request in requests]
-        padded = [request.prompt + [0] * (max(lengths) - len(request.prompt)) for request in requests]
-        h = self.model.hidden_states(self._tensor(padded), self.cache.window(slice(len(requests)), max(lengths)))
+        prompts = [request.prompt for request in requests]
+        lengths = [len(prompt) for prompt in prompts]
+        start = None
+        if reuse_prefix and first == 0 and len(prompts) == 1:
+            cached = common_prefix(self.cache.tokens, prompts[0][:-1])
+            start, prompts = self._tensor([cached]), [prompts[0][cached:]]
+        if first == 0:
+            self.cache.tokens = []
+        window = self.cache.window(slice(first, first + len(prompts)), max(lengths))
+        h = self.model.hidden_states(self._tensor(pad(prompts)), window, start)
         if score_prompts:
             for row, request in enumerate(requests):
                 request.prompt_logprobs = [0.0, *self._score(h[row], request.prompt[1:])]
-        return self.model.logits(h[self._tensor(range(len(requests))), self._tensor(lengths) - 1])
+        last = self._tensor([len(prompt) - 1 for prompt in prompts])
+        return self.model.logits(h[torch.arange(len(prompts), device=h.device), last])
 
     def _decode(self, requests: list[Request]) -> Tensor:
         """Run the last token of every row; returns the logits after it, (n, vocab_size)."""
-        last = [[(request.tokens or request.prompt)[-1]] for request in requests]
         positions = [request.length - 1 for request in requests]
         window = self.cache.window(slice(len(requests)), max(positions) + 1)
-        h = self.model.hidden_states(self._tensor(last), window, self._tensor(positions))
-        return self.model.logits(h[:, 0])
+        last = self._tensor([[request.tokens[-1]] for request in requests])
+        return self.model.logits(self.model.hidden_states(last, window, self._tensor(positions))[:, 0])
 
     def _advance(self, requests: list[Request], logits: Tensor) -> None:
-        """Append to each unfinished request the token that its row of logits (n, vocab_size) decides."""
+        """Give each unfinished request the token that its row of logits (n, vocab_size) decides."""
         for request, (token, logprob) in zip(requests, self._choose(requests, logits), strict=True):
-            if request.finish_reason is not None:
-                continue
             if token < 0:
                 raise self._non_finite(request)
-            if token == self.tokenizer.eos_id:
-                request.finish_reason = "stop"
+            if request.finish_reason is not None:
                 continue
-            request.tokens.append(token)
-            request.logprobs.append(logprob)
-            if self._cut_at_stop(request):
-                request.finish_reason = "stop"
-            elif len(request.tokens) == request.max_tokens:
-                request.finish_reason = "length"
+            if token == self.tokenizer.eos_id:
+                request.finish("stop")
+            else:
+                request.append(token, logprob)
 
     def _choose(self, requests: list[Request], logits: Tensor) -> list[tuple[int, float]]:
         """The next token of each row and its logprob; token -1 where logits are not finite.
@@ -359,15 +406,27 @@ class Llama:
         """
         tokens = sample(
             logits,
-            temperature=self._tensor([request.temperature for request in requests]),
-            top_p=self._tensor([request.top_p for request in requests]),
-            uniform=self._tensor([request.rng.random() for request in requests]),
+            temperature=[request.temperature for request in requests],
+            top_p=[request.top_p for request in requests],
+            uniform=[request.rng.random() for request in requests],
         )
         logprobs = -F.cross_entropy(logits, tokens, reduction="none")
         tokens = torch.where(logits.isfinite().all(dim=-1), tokens, -1)
         # Token ids are exact in float32, and one tensor takes one broadcast and one read by the host.
         choice = share(torch.stack((tokens.float(), logprobs)), self.group).tolist()
         return [(int(token), logprob) for token, logprob in zip(*choice, strict=True)]
+
+    def _close_ranks(self, running: list[Request]) -> None:
+        """Drop finished requests; the last rows move into the places that they leave."""
+        row = 0
+        while row < len(running):
+            if running[row].finish_reason is None:
+                row += 1
+                continue
+            last = running.pop()
+            if last.finish_reason is None:
+                self.cache.move_row(len(running), row, last.length)
+                running[row] = last
 
     def _score(self, h: Tensor, targets: list[int]) -> list[float]:
         """Logprobs of the tokens that follow hidden states h (>= len(targets), dim), few positions at a time."""
@@ -377,30 +436,6 @@ class Llama:
             logits = self.model.logits(h[first : first + len(chunk)])
             scores += (-F.cross_entropy(logits, chunk, reduction="none")).tolist()
         return scores
-
-    def _cut_at_stop(self, request: Request) -> bool:
-        """If the generated text holds a stop string, drop what begins with or after it and note what to cut."""
-        if not request.stop:
-            return False
-        text = self.tokenizer.decode(request.tokens)
-        found = [at for at in map(text.find, request.stop) if at >= 0]
-        if not found:
-            return False
-        end = 0
-        for kept, piece in enumerate(self.tokenizer.decode_pieces(request.tokens)):
-            if end >= min(found):
-                del request.tokens[kept:], request.logprobs[kept:]
-                break
-            end += len(piece)
-        request.cut = end - min(found)
-        return True
-
-    def _pieces(self, request: Request, echo: bool = False) -> list[str]:
-        """The result's text, one string per token."""
-        pieces = self.tokenizer.decode_pieces((request.prompt if echo else []) + request.tokens)
-        if request.cut:
-            pieces[-1] = pieces[-1][: -request.cut]
-        return pieces
 
     def _non_finite(self, request: Request) -> ValueError:
         dtype = str(self.cache.k.dtype).removeprefix("torch.")
@@ -426,3 +461,35 @@ def check_list(name: str, values: Sequence[object]) -> None:
     """A lone str or dict is a sequence too, of characters or keys, which is never what was meant."""
     if isinstance(values, (str, dict)):
         raise TypeError(f"{name} is a {type(values).__name__}: pass a list, [{values!r}]")
+
+
+def pad(rows: list[list[int]]) -> list[list[int]]:
+    """Rows of one length, with ids on the right that nothing attends to."""
+    longest = max(map(len, rows))
+    return [row + [0] * (longest - len(row)) for row in rows]
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """How many ids the two begin with in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def first_refusal(check: Check, dialog: Dialog) -> str | None:
+    contents = (message["content"] for message in dialog if message["role"] != "assistant")
+    return next((refusal for refusal in map(check, contents) if refusal), None)
+
+
+def answer(text: str) -> Message:
+    return Message(role="assistant", content=text)
+
+
+def outcome(request: Request, logprobs: bool) -> Prediction:
+    """What text and chat results have in common."""
+    assert request.finish_reason is not None, "the request was not run to its end"
+    if not logprobs:
+        return Prediction(finish_reason=request.finish_reason)
+    return Prediction(
+        tokens=request.prompt_pieces + request.pieces,
+        logprobs=request.prompt_logprobs + request.logprobs,
+        finish_reason=request.finish_reason,
+    )

@@ -6,7 +6,7 @@ is differentiable; with one it continues sequences that were cached before.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +62,7 @@ class KVCache:
 
     k: Tensor
     v: Tensor
+    tokens: list[int] = field(default_factory=list)  # ids that the first row is known to hold from its start on
 
     @classmethod
     def allocate(cls, args: ModelArgs, dtype: torch.dtype, device: torch.device) -> KVCache:
@@ -82,7 +83,12 @@ class KVCache:
     def nbytes(self) -> int:
         return self.k.nbytes + self.v.nbytes
 
+    def move_row(self, source: int, target: int, length: int) -> None:
+        for cached in (self.k, self.v):
+            cached[:, target, :, :length] = cached[:, source, :, :length]
+
     def clear(self) -> None:
+        self.tokens = []
         self.k.zero_()
         self.v.zero_()
 
@@ -216,6 +222,7 @@ class Transformer(nn.Module):
             return self.logits(self.hidden_states(tokens))
         if bsz > self.params.max_batch_size:
             raise ValueError(f"tokens have {bsz} rows, and max_batch_size is {self.params.max_batch_size}")
+        self.cache.tokens = []
         cache = self.cache.window(slice(bsz), start_pos + seqlen)
         start = None if start_pos == 0 else torch.full((bsz,), start_pos, device=tokens.device)
         return self.logits(self.hidden_states(tokens, cache, start))

@@ -8,6 +8,7 @@ rank's shard only, and reduce with plain collectives. On one rank they are ordin
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -110,6 +111,15 @@ def share(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if group is not None:
         dist.broadcast(x, src=fs_init.get_model_parallel_src_rank(), group=group)
     return x
+
+
+def share_object(value: Any, group: dist.ProcessGroup | None) -> Any:
+    """The picklable value that the group's first rank has, on every rank."""
+    if group is None:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=fs_init.get_model_parallel_src_rank(), group=group)
+    return values[0]
 
 
 def gather_last_dim(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:

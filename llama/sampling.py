@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 
-def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
+def sample(logits: Tensor, temperature: Sequence[float], top_p: Sequence[float], uniform: Sequence[float]) -> Tensor:
     """The next id of each row: the most likely one where temperature is 0, else a draw from the top-p nucleus.
 
-    logits: (bsz, vocab_size) float32. temperature, top_p, uniform: (bsz,); `uniform` in [0, 1) decides the draw.
+    logits: (bsz, vocab_size) float32; `uniform` in [0, 1) decides each row's draw.
     """
     greedy = logits.argmax(dim=-1)
-    if not temperature.any():
+    if not any(temperature):
         return greedy
+    temperatures, top_ps, uniforms = torch.tensor([temperature, top_p, uniform], device=logits.device)
     # Any positive temperature will do for the greedy rows: their draw is not used.
-    scaled = logits / torch.where(temperature > 0, temperature, 1.0)[:, None]
-    drawn = sample_top_p(torch.softmax(scaled, dim=-1), top_p, uniform)
-    return torch.where(temperature > 0, drawn, greedy)
+    scaled = logits / torch.where(temperatures > 0, temperatures, 1.0)[:, None]
+    drawn = sample_top_p(torch.softmax(scaled, dim=-1), top_ps, uniforms)
+    return torch.where(temperatures > 0, drawn, greedy)
 
 
 def sample_top_p(probs: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
@@ -28,8 +31,7 @@ def sample_top_p(probs: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
     """
     probs, tokens = probs.sort(dim=-1, descending=True, stable=True)
     cumulative = probs.cumsum(dim=-1)
-    outside = cumulative - probs > top_p[:, None]
-    outside[:, 0] = False  # rounding must not empty the nucleus
+    outside = (cumulative - probs > top_p[:, None]) | (probs == 0)
     last = (~outside).sum(dim=-1, keepdim=True) - 1
     mass = cumulative.gather(-1, last)
     choice = torch.searchsorted(cumulative, uniform[:, None].to(mass.dtype) * mass, right=True).minimum(last)

@@ -45,44 +45,42 @@ class Tokenizer:
         return text
 
     def decode_pieces(self, t: Sequence[int]) -> list[str]:
-        """One string per id, whose concatenation is `decode(t)`.
-
-        A character that spans several byte pieces stands at its last one; the others are empty.
-        """
-        ids = list(t)
-        pieces: list[str] = []
-        at_start = True  # SentencePiece drops the space it put before the text's first word
-        while len(pieces) < len(ids):
-            token = ids[len(pieces)]
-            if self.sp_model.is_byte(token):
-                run = []
-                for other in ids[len(pieces) :]:
-                    if not self.sp_model.is_byte(other):
-                        break
-                    run.append(other)
-                pieces += self._decode_byte_run(run)
-                at_start = False
-            elif self.sp_model.is_control(token):
-                pieces.append("")
-            else:
-                text = self.decode([self.bos_id, token]) if at_start else self._inner_text(token)
-                pieces.append(text)
-                at_start = False
+        """One string per id, whose concatenation is `decode(t)`; see Detokenizer."""
+        detokenizer = Detokenizer(self)
+        pieces = [detokenizer.push(token) for token in t]
+        if pieces:
+            pieces[-1] += detokenizer.flush()
         return pieces
 
-    def _inner_text(self, token: int) -> str:
-        """The text of a piece that does not begin the text, so that its leading space counts."""
-        if self.sp_model.is_unknown(token):
-            return self.decode([token])
-        piece: str = self.sp_model.id_to_piece(token)
-        return piece.replace("\u2581", " ")
 
-    def _decode_byte_run(self, run: list[int]) -> list[str]:
-        raw = bytes(int(self.sp_model.id_to_piece(token)[3:5], 16) for token in run)  # "<0xE4>"
-        pieces: list[str] = []
-        for char in self.decode(run):
-            width = len(char.encode())
-            if char == "\ufffd" and not raw.startswith(b"\xef\xbf\xbd", len(pieces)):
-                width = 1  # SentencePiece replaces each bad byte by itself
-            pieces += [""] * (width - 1) + [char]
-        return pieces
+class Detokenizer:
+    """Text of ids that come one at a time, in whole characters: what is pushed and flushed joins to `decode`.
+
+    A character that spans several byte pieces comes with its last one; bytes that cannot become a character come, as
+    U+FFFD, once the next piece or `flush` shows it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.at_start = True  # SentencePiece drops the space that it put before the text's first word
+        self.bytes: list[int] = []  # byte pieces that do not end a character yet
+
+    def push(self, token: int) -> str:
+        model = self.tokenizer.sp_model
+        if model.is_byte(token):
+            self.at_start = False
+            self.bytes.append(token)
+            return "" if self.tokenizer.decode(self.bytes).endswith("\ufffd") else self.flush()
+        text = self.flush()
+        if model.is_control(token):
+            return text
+        if self.at_start or model.is_unknown(token):
+            text += self.tokenizer.decode([token])
+        else:
+            text += model.id_to_piece(token).replace("\u2581", " ")
+        self.at_start = False
+        return text
+
+    def flush(self) -> str:
+        text, self.bytes = self.tokenizer.decode(self.bytes), []
+        return text

@@ -28,16 +28,16 @@ def test_draws_follow_the_renormalised_probabilities() -> None:
 
 def test_a_token_of_no_probability_is_never_drawn() -> None:
     probs = torch.tensor([0.0, 1.0, 0.0])
-    assert {draw(1.0, u, probs) for u in (0.0, 0.5, 1 - 2**-24)} == {1}
+    assert {draw(1.0, u, probs) for u in (0.0, 0.5, 1 - 2**-24, 1.0)} == {1}
 
 
 def test_rows_have_their_own_temperature_top_p_and_draw() -> None:
     logits = PROBS.log().repeat(4, 1)
     tokens = sample(
         logits,
-        temperature=torch.tensor([0.0, 1.0, 1.0, 1e-3]),
-        top_p=torch.tensor([1.0, 1.0, 0.3, 1.0]),
-        uniform=torch.tensor([0.99, 0.99, 0.99, 0.5]),
+        temperature=[0.0, 1.0, 1.0, 1e-3],
+        top_p=[1.0, 1.0, 0.3, 1.0],
+        uniform=[0.99, 0.99, 0.99, 0.5],
     )
     assert tokens.tolist() == [1, 0, 1, 1]
 
@@ -45,7 +45,7 @@ def test_rows_have_their_own_temperature_top_p_and_draw() -> None:
 def test_a_row_does_not_depend_on_the_others() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(16, 100, generator=generator)
-    settings = [torch.rand(16, generator=generator) for _ in range(3)]
+    settings = torch.rand(3, 16, generator=generator).tolist()
     together = sample(logits, *settings)
     alone = [sample(logits[i : i + 1], *(s[i : i + 1] for s in settings))[0] for i in range(16)]
     assert together.tolist() == [int(token) for token in alone]
