@@ -10,5 +10,5 @@ setup(
     packages=["llama"],
     python_requires=">=3.10",
     install_requires=Path(__file__).with_name("requirements.txt").read_text().split(),
-    extras_require={"test": ["hypothesis", "mypy", "pytest", "ruff", "transformers"]},
+    extras_require={"test": ["hypothesis", "mypy", "pexpect", "pytest", "ruff", "transformers"]},
 )

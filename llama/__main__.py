@@ -54,25 +54,25 @@ def chat(
             if not line or has_special_tags([message]):
                 terminal.say(f"{UNSAFE_ERROR}\n" if line else "")
                 continue
-            history.append(message)
-            while len(history) > 1 and len(encode_dialog(opening + history, llm.tokenizer)) > max_seq_len * 3 // 4:
-                del history[:2]
-                terminal.say("(the conversation has outgrown max_seq_len: its oldest exchange is forgotten)\n")
+            turns = [*history, message]
+            while len(turns) > 1 and len(encode_dialog(opening + turns, llm.tokenizer)) > max_seq_len * 3 // 4:
+                turns = turns[2:]
             try:
                 stream = llm.stream_chat_completion(
-                    [opening + history],
+                    [opening + turns],
                     temperature,
                     top_p,
                     max_gen_len,
                     stop=SPECIAL_TAGS,  # what the model may say, the next prompt must be able to hold
                     reuse_prefix=True,
                 )
+                if len(turns) <= len(history):
+                    terminal.say("(the conversation has outgrown max_seq_len: its oldest exchange is forgotten)\n")
                 answer = terminal.show(piece["text"] for piece in stream)
             except ValueError as error:
-                history.pop()
                 terminal.say(f"{error}\n")
             else:
-                history.append(Message(role="assistant", content=answer))
+                history = [*turns, Message(role="assistant", content=answer)]
 
 
 class Terminal:
