@@ -137,7 +137,7 @@ class Llama:
         Raises ValueError or TypeError, before any compute, for an argument out of range, an empty prompt, an id that
         is not in the vocabulary, and a prompt longer than `max_seq_len`.
         """
-        requests = self._requests(prompt_tokens, max_gen_len, temperature, top_p, seed, stop, echo)
+        requests = self._requests(prompt_tokens, max_gen_len, temperature, top_p, seed, stop, echo=echo)
         self._run(requests, score_prompts=logprobs and echo)
         tokens = [(request.prompt if echo else []) + request.tokens for request in requests]
         return tokens, [r.prompt_logprobs + r.logprobs for r in requests] if logprobs else None
@@ -159,7 +159,7 @@ class Llama:
         Each result has `generation` and `finish_reason` ("stop" at EOS or a stop string, else "length"); with
         `logprobs` also `tokens`, one string per id whose concatenation is `generation`, and their `logprobs`.
         """
-        requests = self._requests(self._encode(prompts), max_gen_len, temperature, top_p, seed, stop, echo)
+        requests = self._requests(self._encode(prompts), max_gen_len, temperature, top_p, seed, stop, echo=echo)
         self._run(requests, score_prompts=logprobs and echo)
         return [CompletionPrediction(generation=r.generation, **outcome(r, logprobs)) for r in requests]
 
@@ -179,7 +179,9 @@ class Llama:
         The pieces of one prompt join to its `generation`. A stream may be dropped before its end; on several ranks,
         after the same piece on each. Once another call has used this Llama, going on with it is a RuntimeError.
         """
-        return self._stream(self._requests(self._encode(prompts), max_gen_len, temperature, top_p, seed, stop, echo))
+        return self._stream(
+            self._requests(self._encode(prompts), max_gen_len, temperature, top_p, seed, stop, echo=echo)
+        )
 
     def chat_completion(
         self,
@@ -201,7 +203,7 @@ class Llama:
         each answer and may replace it. On several ranks the first one's checks count.
         Raises ValueError, naming dialog and message, for roles out of order.
         """
-        requests = self._chat_requests(dialogs, max_gen_len, temperature, top_p, seed, stop, input_check)
+        requests = self._chat_requests(dialogs, input_check, max_gen_len, temperature, top_p, seed, stop)
         self._run(requests)
         if output_check is not None:
             for request in requests:
@@ -227,7 +229,7 @@ class Llama:
         dialog that begins as the one before it did keeps what is cached of that and computes only the rest; in 16 bits
         this may round otherwise than computing all of it.
         """
-        requests = self._chat_requests(dialogs, max_gen_len, temperature, top_p, seed, stop, input_check)
+        requests = self._chat_requests(dialogs, input_check, max_gen_len, temperature, top_p, seed, stop)
         return self._stream(requests, output_check, reuse_prefix)
 
     @torch.inference_mode()
@@ -249,31 +251,10 @@ class Llama:
         check_list("prompts", prompts)
         return [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
 
-    def _requests(
-        self,
-        prompts: Sequence[Sequence[int] | None],
-        max_gen_len: Any,
-        temperature: Any,
-        top_p: Any,
-        seed: Any,
-        stop: Any,
-        echo: bool = False,
-    ) -> list[Request]:
-        limit = self.model.params.max_seq_len
-        max_gen_len = limit - 1 if max_gen_len is None else max_gen_len
-        seed = self.seed if seed is None else seed
-        return make_requests(self.tokenizer, prompts, limit, max_gen_len, temperature, top_p, seed, stop, echo)
+    def _requests(self, prompts: Sequence[Sequence[int] | None], *settings: Any, echo: bool = False) -> list[Request]:
+        return make_requests(self.tokenizer, prompts, self.model.params.max_seq_len, self.seed, *settings, echo=echo)
 
-    def _chat_requests(
-        self,
-        dialogs: Sequence[Dialog],
-        max_gen_len: Any,
-        temperature: Any,
-        top_p: Any,
-        seed: Any,
-        stop: Any,
-        input_check: Check | None,
-    ) -> list[Request]:
+    def _chat_requests(self, dialogs: Sequence[Dialog], input_check: Check | None, *settings: Any) -> list[Request]:
         """One request per dialog; those of refused dialogs are finished."""
         check_list("dialogs", dialogs)
         for index, dialog in enumerate(dialogs):
@@ -286,7 +267,7 @@ class Llama:
             found = [r or first_refusal(input_check, d) for r, d in zip(refusals, dialogs, strict=True)]
             refusals = share_object(found, self.group)
         prompts = [None if r else encode_dialog(d, self.tokenizer) for r, d in zip(refusals, dialogs, strict=True)]
-        requests = self._requests(prompts, max_gen_len, temperature, top_p, seed, stop)
+        requests = self._requests(prompts, *settings)
         for request, refusal in zip(requests, refusals, strict=True):
             if refusal:
                 request.refuse(refusal)

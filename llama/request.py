@@ -96,18 +96,22 @@ def make_requests(
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int] | None],
     max_seq_len: int,
+    default_seed: int,
     max_gen_len: Any,
     temperature: Any,
     top_p: Any,
     seed: Any,
     stop: Any,
-    echo: bool = False,
+    *,
+    echo: bool,
 ) -> list[Request]:
     """One request per prompt; None stands for one that the caller refuses. Settings are one for all, or one each.
 
     Raises ValueError or TypeError, with the prompt's number, for what cannot be run.
     """
     n = len(prompts)
+    seed = default_seed if seed is None else seed
+    max_gen_len = max_seq_len - 1 if max_gen_len is None else max_gen_len
     stops = stop if not isinstance(stop, str) and any(not isinstance(s, str) for s in stop) else [stop] * n
     settings = {
         "max_gen_len": per_prompt("max_gen_len", max_gen_len, n),

@@ -13,7 +13,7 @@ from conftest import build_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama import Llama
+from llama import Llama, encode_dialog
 from llama.generation import SCORE_CHUNK
 
 
@@ -220,7 +220,7 @@ def test_a_second_turn_prefills_only_what_is_new(monkeypatch: pytest.MonkeyPatch
     assert reply(llm, chat(*turns), True) == fresh
     ((_, computed),) = passes.shapes
     first = len(llm.tokenizer.encode(f"[INST] {turns[0]} [/INST]", bos=True, eos=False))
-    whole = len(llm._chat_requests([chat(*turns)], 1, 0, 1, 1, (), None)[0].prompt)
+    whole = len(encode_dialog(chat(*turns), llm.tokenizer))
     assert computed <= whole - first
 
 
