@@ -10,15 +10,17 @@ import math
 import os
 import pickle
 import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from .model import KVCache, ModelArgs, Transformer
-from .parallel import divisors, either, free_memory
+from .parallel import ShardedLinear, divisors, either, free_memory
 
 # The dimension along which a release splits each weight over its shards; norms are whole in every shard.
 SHARD_DIM = {
@@ -92,21 +94,42 @@ class Checkpoint:
                 parts.append(shard[name].narrow(dim, first, last - first))
         return parts
 
-    def load(self, model: Transformer, rank: int, world_size: int, device: torch.device, dtype: torch.dtype) -> None:
-        """Give `model`, built for this rank on the meta device, its weights.
+    def load(
+        self,
+        model: Transformer,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        store: Callable[[Tensor], nn.Module | None] | None = None,
+    ) -> None:
+        """Give `model`, built for this rank on the meta device, its weights; linear ones as `store` holds them.
 
-        Copies one tensor at a time, so that memory holds this rank's weights and no more. Raises ValueError, before
-        anything is copied, where the files do not hold exactly the model's tensors.
+        Copies one tensor at a time (with `store`, one per thread), so that memory holds this rank's weights and little
+        more. Raises ValueError, before anything is copied, where the files do not hold exactly the model's tensors.
         """
         wanted = model.state_dict()
         self.check_tensors({name: tuple(meta.shape) for name, meta in wanted.items()}, world_size)
         state = {}
-        for name, meta in tqdm(wanted.items(), desc="loading", unit="tensor", leave=False, disable=rank > 0 or None):
-            tensor = torch.empty(meta.shape, dtype=dtype, device=device)
+
+        def load_one(name: str) -> None:
             parts, dim = self.parts(name, rank, world_size), shard_dim(name) or 0
+            tensor = torch.empty(wanted[name].shape, dtype=dtype, device=device)
             for target, part in zip(tensor.split([p.shape[dim] for p in parts], dim), parts, strict=True):
                 target.copy_(part)
-            state[name] = tensor
+            layer = model.get_submodule(name.removesuffix(".weight"))
+            if store is not None and isinstance(layer, ShardedLinear) and (held := store(tensor)) is not None:
+                layer.hold(held)
+            else:
+                state[name] = tensor
+
+        # Packing and quantising are slow and release the interpreter's lock; plain copies are as fast from one thread.
+        with ThreadPoolExecutor(torch.get_num_threads() if store else 1) as pool:
+            done = pool.map(load_one, wanted)
+            for _ in tqdm(
+                done, total=len(wanted), desc="loading", unit="tensor", leave=False, disable=rank > 0 or None
+            ):
+                pass
         model.load_state_dict(state, assign=True, strict=True)
         model.requires_grad_(False)
 

@@ -19,6 +19,7 @@ from .chat import UNSAFE_ERROR, Dialog, Message, check_dialog, encode_dialog, ha
 from .checkpoint import Checkpoint, check_memory, check_world_size, select_dtype
 from .model import KVCache, Transformer
 from .parallel import init_model_parallel, model_parallel_group, share, share_object
+from .quantize import select_store
 from .request import FinishReason, Request, make_requests
 from .sampling import sample
 from .tokenizer import Tokenizer
@@ -68,6 +69,7 @@ class Llama:
         *,
         device: str | torch.device = "auto",
         dtype: str = "auto",
+        quantize: Literal["int8", "int4"] | None = None,
     ) -> Llama:
         """Load a checkpoint folder onto this rank's device.
 
@@ -96,7 +98,7 @@ class Llama:
         with torch.device("meta"):
             model = Transformer(args)
         check_memory(checkpoint.name, model, device, torch_dtype)
-        checkpoint.load(model, rank, world_size, device, torch_dtype)
+        checkpoint.load(model, rank, world_size, device, torch_dtype, select_store(quantize, dtype, device))
         model.cache = KVCache.allocate(args, torch_dtype, device)
         logger.info(
             "loaded %s in %.2f seconds (%s, %s)", checkpoint.name, time.monotonic() - start, device, torch_dtype
@@ -392,7 +394,7 @@ class Llama:
             uniform=[request.rng.random() for request in requests],
         )
         logprobs = -F.cross_entropy(logits, tokens, reduction="none")
-        tokens = torch.where(logits.isfinite().all(dim=-1), tokens, -1)
+        tokens = torch.where(logits.sum(dim=-1).isfinite(), tokens, -1)  # one pass: a sum keeps what is not finite
         # Token ids are exact in float32, and one tensor takes one broadcast and one read by the host.
         choice = share(torch.stack((tokens.float(), logprobs)), self.group).tolist()
         return [(int(token), logprob) for token, logprob in zip(*choice, strict=True)]

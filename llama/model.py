@@ -7,6 +7,7 @@ is differentiable; with one it continues sequences that were cached before.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -93,6 +94,15 @@ class KVCache:
         self.v.zero_()
 
 
+class Span(NamedTuple):
+    """Where the tokens of a pass stand; the same for every layer."""
+
+    rows: Tensor  # (bsz, 1), of the cache
+    positions: Tensor  # (bsz or 1, seqlen)
+    freqs_cis: Tensor  # (bsz or 1, seqlen, 1, head_dim / 2)
+    mask: Tensor | None  # added to scores, (bsz, 1, n_heads / n_kv_heads × seqlen, length); None: causal in the input
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) × weight, computed in float32 (Zhang and Sennrich 2019, equation 4)."""
 
@@ -102,25 +112,24 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
 def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0) -> Tensor:
-    """cos and sin of position × theta^(-2i / dim) for i < dim / 2: (end, dim / 2, 2) float32, on the CPU.
+    """cis(position × theta^(-2i / dim)) for i < dim / 2: (end, dim / 2) complex64, on the CPU.
 
-    (Su et al. 2021, RoFormer, section 3.2.2.) Real pairs, not complex numbers, which compilers do not fuse.
+    (Su et al. 2021, RoFormer, section 3.2.2.)
     """
     freqs = theta ** -(torch.arange(0, dim, 2, device="cpu", dtype=torch.float32) / dim)
     angles = torch.outer(torch.arange(end, device="cpu", dtype=torch.float32), freqs)
-    return torch.stack((angles.cos(), angles.sin()), dim=-1)
+    return torch.polar(torch.ones_like(angles), angles)
 
 
 def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
     """Rotate neighbouring pairs of each head's channels: x (bsz, seqlen, n_heads, head_dim), freqs_cis
-    (bsz or 1, seqlen, head_dim / 2, 2)."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (bsz, seqlen, n_heads, head_dim / 2)
-    cos, sin = freqs_cis.unsqueeze(2).unbind(-1)  # (bsz or 1, seqlen, 1, head_dim / 2)
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).type_as(x)
+    (bsz or 1, seqlen, 1, head_dim / 2)."""
+    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * freqs_cis).flatten(-2).type_as(x)
 
 
 class Attention(nn.Module):
@@ -134,26 +143,21 @@ class Attention(nn.Module):
         self.wv = ColumnParallelLinear(args.dim, args.kv_heads * self.head_dim)
         self.wo = RowParallelLinear(args.n_heads * self.head_dim, args.dim)
 
-    def forward(
-        self,
-        x: Tensor,
-        freqs_cis: Tensor,
-        positions: Tensor,
-        mask: Tensor | None,
-        cache: tuple[Tensor, Tensor] | None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, span: Span, cache: tuple[Tensor, Tensor] | None) -> Tensor:
         bsz, seqlen, _ = x.shape
         xq, xk, xv = (w(x).view(bsz, seqlen, -1, self.head_dim) for w in (self.wq, self.wk, self.wv))
-        xq, xk = apply_rotary_emb(xq, freqs_cis), apply_rotary_emb(xk, freqs_cis)
+        xq, xk = apply_rotary_emb(xq, span.freqs_cis), apply_rotary_emb(xk, span.freqs_cis)
         if cache is not None:
             keys, values = cache  # (bsz, n_local_kv_heads, length, head_dim)
-            rows = torch.arange(bsz, device=x.device)[:, None]
-            keys[rows, :, positions] = xk.to(keys.dtype)
-            values[rows, :, positions] = xv.to(values.dtype)
+            keys[span.rows, :, span.positions] = xk
+            values[span.rows, :, span.positions] = xv
         xq, xk, xv = (t.transpose(1, 2) for t in (xq, xk, xv))  # (bsz, n_local_heads, seqlen, head_dim)
-        if mask is not None and cache is not None:
-            xk, xv = keys.type_as(xq), values.type_as(xq)
-        y = F.scaled_dot_product_attention(xq, xk, xv, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        if span.mask is None:
+            y = F.scaled_dot_product_attention(xq, xk, xv, is_causal=True, enable_gqa=True)
+        else:
+            # The query heads that share a key head become more rows of it, so that no key is repeated.
+            groups = xq.reshape(bsz, keys.shape[1], -1, self.head_dim)
+            y = F.scaled_dot_product_attention(groups, keys, values, attn_mask=span.mask).view_as(xq)
         return self.wo(y.transpose(1, 2).flatten(2))
 
 
@@ -178,15 +182,8 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(
-        self,
-        x: Tensor,
-        freqs_cis: Tensor,
-        positions: Tensor,
-        mask: Tensor | None,
-        cache: tuple[Tensor, Tensor] | None,
-    ) -> Tensor:
-        h = x + self.attention(self.attention_norm(x), freqs_cis, positions, mask, cache)
+    def forward(self, x: Tensor, span: Span, cache: tuple[Tensor, Tensor] | None) -> Tensor:
+        h = x + self.attention(self.attention_norm(x), span, cache)
         return h + self.feed_forward(self.ffn_norm(h))
 
 
@@ -237,16 +234,18 @@ class Transformer(nn.Module):
         h = self.tok_embeddings(tokens)
         if self.freqs_cis.device != h.device:
             self.freqs_cis = self.freqs_cis.to(h.device)
-        positions = torch.arange(tokens.shape[1], device=h.device)[None]  # (1, seqlen)
-        mask = None  # causal, within the input
+        rows = torch.arange(tokens.shape[0], device=h.device)[:, None]
+        positions = torch.arange(tokens.shape[1], device=h.device)[None]
+        mask = None
         if start_pos is not None:
             assert cache is not None
-            positions = start_pos[:, None] + positions  # (bsz, seqlen)
-            cached = torch.arange(cache.k.shape[3], device=h.device)
-            mask = cached <= positions[:, None, :, None]  # (bsz, 1, seqlen, length)
-        freqs_cis = self.freqs_cis[positions]
+            positions = start_pos[:, None] + positions
+            unseen = torch.arange(cache.k.shape[3], device=h.device) > positions[:, None, :, None]
+            mask = torch.zeros(unseen.shape, dtype=h.dtype, device=h.device).masked_fill(unseen, -torch.inf)
+            mask = mask.repeat(1, 1, self.params.n_heads // self.params.kv_heads, 1)
+        span = Span(rows, positions, self.freqs_cis[positions].unsqueeze(2), mask)
         for layer_id, layer in enumerate(self.layers):
-            h = layer(h, freqs_cis, positions, mask, None if cache is None else cache.layer(layer_id))
+            h = layer(h, span, None if cache is None else cache.layer(layer_id))
         return self.norm(h)
 
     def logits(self, h: Tensor) -> Tensor:

@@ -131,7 +131,22 @@ def gather_last_dim(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 
-class ColumnParallelLinear(fs_layers.ColumnParallelLinear):
+class ShardedLinear(nn.Module):
+    """What the two linear layers share: this rank's weight, as a parameter or in one of quantize.py's stores."""
+
+    weight: nn.Parameter
+    store: nn.Module | None
+
+    def hold(self, store: nn.Module) -> None:
+        """Multiply by `store` in place of the weight."""
+        self.store = store
+        del self.weight
+
+    def multiply(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) if self.store is None else self.store(x)
+
+
+class ColumnParallelLinear(ShardedLinear, fs_layers.ColumnParallelLinear):
     """y = x Wᵀ with W split by rows: weight (out_features / world_size, in_features); each rank has its part of y."""
 
     def __init__(self, in_features: int, out_features: int, *, gather_output: bool = False):
@@ -139,22 +154,24 @@ class ColumnParallelLinear(fs_layers.ColumnParallelLinear):
         self.group = model_parallel_group()
         self.gather_output = gather_output
         self.weight = new_weight(split(out_features, self.group), in_features)
+        self.store = None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight)
+        y = self.multiply(x)
         return gather_last_dim(y, self.group) if self.gather_output else y
 
 
-class RowParallelLinear(fs_layers.RowParallelLinear):
+class RowParallelLinear(ShardedLinear, fs_layers.RowParallelLinear):
     """y = x Wᵀ with W split by columns: weight (out_features, in_features / world_size); x comes split, y is whole."""
 
     def __init__(self, in_features: int, out_features: int):
         nn.Module.__init__(self)
         self.group = model_parallel_group()
         self.weight = new_weight(out_features, split(in_features, self.group))
+        self.store = None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight)
+        y = self.multiply(x)
         if self.group is not None:
             dist.all_reduce(y, group=self.group)
         return y
