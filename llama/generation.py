@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .chat import UNSAFE_ERROR, Dialog, Message, check_dialog, encode_dialog, has_special_tags
 from .checkpoint import Checkpoint, check_memory, check_world_size, select_dtype
+from .decode import DecodeStep
 from .model import KVCache, Transformer
 from .parallel import init_model_parallel, model_parallel_group, share, share_object
 from .quantize import select_store
@@ -70,13 +71,16 @@ class Llama:
         device: str | torch.device = "auto",
         dtype: str = "auto",
         quantize: Literal["int8", "int4"] | None = None,
+        compile: bool = False,
+        cuda_graph: bool = True,
     ) -> Llama:
         """Load a checkpoint folder onto this rank's device.
 
         `max_seq_len` bounds prompt and generation together, in tokens; with `max_batch_size` it sets the cache's size.
         The model is split over `model_parallel_size` ranks (default: all), however many shards are on disk. `seed` is
         the default of each call's. `device` "auto" is cuda, mps or cpu, the first there is; `dtype` is "float32",
-        "bfloat16", "float16" or "auto".
+        "bfloat16", "float16" or "auto", the fastest of 16 bits or more there. `quantize` stores the linear weights in 8
+        or 4 bits. `compile` compiles the decode step; on cuda it is captured as a graph unless `cuda_graph` is False.
 
         Raises FileNotFoundError for missing files; ValueError for files that are broken or do not belong together, for
         ranks that cannot share the model, and where memory does not suffice.
@@ -103,14 +107,16 @@ class Llama:
         logger.info(
             "loaded %s in %.2f seconds (%s, %s)", checkpoint.name, time.monotonic() - start, device, torch_dtype
         )
-        return Llama(model, tokenizer, seed=seed)
+        step = DecodeStep(model, compile=compile, cuda_graph=cuda_graph and device.type == "cuda")
+        return Llama(model, tokenizer, seed=seed, step=step)
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, seed: int = 1):
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, seed: int = 1, step: DecodeStep | None = None):
         """`model` has a cache attached and its weights on one device."""
         assert model.cache is not None, "attach a KVCache first"
         self.model = model
         self.tokenizer = tokenizer
         self.seed = seed
+        self.step = step or DecodeStep(model)
         self.group = model_parallel_group()
         self.cache = model.cache
         self._user: object = None  # the call that the cache serves now
@@ -366,9 +372,8 @@ class Llama:
     def _decode(self, requests: list[Request]) -> Tensor:
         """Run the last token of every row; returns the logits after it, (n, vocab_size)."""
         positions = [request.length - 1 for request in requests]
-        window = self.cache.window(slice(len(requests)), max(positions) + 1)
         last = self._tensor([[request.tokens[-1]] for request in requests])
-        return self.model.logits(self.model.hidden_states(last, window, self._tensor(positions))[:, 0])
+        return self.step(last, self._tensor(positions), self.cache, max(positions) + 1)
 
     def _advance(self, requests: list[Request], logits: Tensor) -> None:
         """Give each unfinished request the token that its row of logits (n, vocab_size) decides."""

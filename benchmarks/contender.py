@@ -1,0 +1,159 @@
+"""One contender's times, in a process of its own: python benchmarks/contender.py NAME FOLDER. Prints JSON.
+
+Every contender gets the same token ids and decodes greedily through the interface that its users call.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fire
+import torch
+import weights
+
+CONTEXT = 1024  # the cache's length, where one is allocated ahead
+DECODE_PROMPT = 32
+RAGGED_LENGTHS = [8, 512, 33, 256, 90, 17, 384, 64, 128, 450, 12, 200, 300, 48, 150, 24]
+RAGGED_NEW = 64
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    return [1, *random.Random(seed).choices(range(3, weights.VOCAB_SIZE), k=length - 1)]
+
+
+class Ours:
+    """This library; `kind` is a dtype or a quantisation."""
+
+    def __init__(self, folder: Path, kind: str):
+        from llama import Llama
+
+        quantised = kind in ("int8", "int4")
+        self.llm = Llama.build(
+            folder,
+            folder / "tokenizer.model",
+            CONTEXT,
+            16,
+            dtype="auto" if quantised else kind,
+            quantize=kind if quantised else None,
+        )
+        # Random weights end a text by chance; no contender may stop before the others.
+        self.llm.tokenizer.eos_id = -1
+
+    def generate(self, prompts: list[list[int]], new: int) -> list[list[int]]:
+        return self.llm.generate(prompts, new, temperature=0)[0]
+
+
+class Transformers:
+    """Left-padded batches through model.generate."""
+
+    def __init__(self, folder: Path, kind: str):
+        from transformers import AutoModelForCausalLM
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        path = weights.as_huggingface(folder)
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, kind)).to(device)
+
+    @torch.inference_mode()
+    def generate(self, prompts: list[list[int]], new: int) -> list[list[int]]:
+        longest = max(map(len, prompts))
+        device = self.model.device
+        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+        out = self.model.generate(
+            ids, attention_mask=mask, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        rows: list[list[int]] = out[:, longest:].tolist()
+        return rows
+
+
+class LlamaCpp:
+    """llama-cpp-python, one sequence at a time, which is all that its public interface offers."""
+
+    def __init__(self, folder: Path, kind: str):
+        from llama_cpp import Llama
+
+        path = weights.as_gguf(folder, kind)
+        threads = torch.get_num_threads()
+        self.llm = Llama(
+            str(path), n_ctx=CONTEXT, n_threads=threads, n_threads_batch=threads, n_batch=512, verbose=False
+        )
+
+    def generate(self, prompts: list[list[int]], new: int) -> list[list[int]]:
+        (prompt,) = prompts
+        self.llm.reset()
+        stream = self.llm.generate(prompt, top_k=1, temp=0.0, repeat_penalty=1.0)
+        return [[token for token, _ in zip(stream, range(new), strict=False)]]
+
+
+CONTENDERS: dict[str, tuple[type[Any], str]] = {
+    "llama auto": (Ours, "auto"),
+    "llama float32": (Ours, "float32"),
+    "llama bfloat16": (Ours, "bfloat16"),
+    "llama int8": (Ours, "int8"),
+    "llama int4": (Ours, "int4"),
+    "transformers bfloat16": (Transformers, "bfloat16"),
+    "transformers float32": (Transformers, "float32"),
+    "llama.cpp f16": (LlamaCpp, "f16"),
+    "llama.cpp q8_0": (LlamaCpp, "q8_0"),
+    "llama.cpp q4_0": (LlamaCpp, "q4_0"),
+}
+
+
+def seconds(work: Callable[[], object], repeats: int) -> float:
+    """Median of `repeats` runs."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def measure(name: str, folder: str, quick: bool = False, only: str = "") -> None:
+    """`only`: names of works, with commas; all by default."""
+    kind, option = CONTENDERS[name]
+    start = time.perf_counter()
+    contender = kind(Path(folder), option)
+    result: dict[str, object] = {"load": time.perf_counter() - start}
+    contender.generate([prompt_of(16)], 4)  # the first pass allocates
+    batched = kind is not LlamaCpp
+    repeats, steps = (1, 8) if quick else (3, 24)
+
+    def prefill(length: int) -> float:
+        return length / seconds(lambda: contender.generate([prompt_of(length)], 1), repeats)
+
+    def decode(batch: int) -> float:
+        prompts = [prompt_of(DECODE_PROMPT, seed) for seed in range(batch)]
+        first = seconds(lambda: contender.generate(prompts, 1), repeats)
+        return (seconds(lambda: contender.generate(prompts, 1 + steps), repeats) - first) / steps * 1e3
+
+    def ragged() -> float:
+        prompts = [prompt_of(length, seed) for seed, length in enumerate(RAGGED_LENGTHS)]
+        return seconds(lambda: contender.generate(prompts, RAGGED_NEW), 1)
+
+    works: dict[str, Callable[[], object]] = {
+        "prefill_128": lambda: prefill(128),
+        "prefill_512": lambda: prefill(512),
+        "decode_1": lambda: decode(1),
+    }
+    if batched:
+        works |= {"decode_4": lambda: decode(4), "decode_16": lambda: decode(16), "ragged": ragged}
+    for work, run in works.items():
+        if not only or work in only.split(","):
+            result[work] = run()
+    result["tokens"] = contender.generate([prompt_of(DECODE_PROMPT)], 8)[0]
+    cuda = torch.cuda.is_available() and batched
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    result["peak"] = peak
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    fire.Fire(measure)

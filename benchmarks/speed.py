@@ -1,0 +1,204 @@
+"""How fast, against what users would pick instead: python benchmarks/speed.py --shape 1b
+
+Makes a random checkpoint of the shape, measures every contender in a process of its own, in turns over several rounds,
+and writes medians beside the machine's own limits to results/, as Markdown and as a chart for each kind of work.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import fire
+import torch
+import weights
+from contender import CONTENDERS, DECODE_PROMPT, RAGGED_LENGTHS, RAGGED_NEW
+
+HERE = Path(__file__).resolve().parent
+WORKS = {
+    "load": "load, s",
+    "prefill_128": "prefill of 128, tokens/s",
+    "prefill_512": "prefill of 512, tokens/s",
+    "decode_1": "decode, 1 row, ms/step",
+    "decode_4": "decode, 4 rows, ms/step",
+    "decode_16": "decode, 16 rows, ms/step",
+    "ragged": f"16 prompts of 8 to 512, {RAGGED_NEW} new each, s",
+    "peak": "peak memory, GB",
+}
+NEEDS = {"transformers": ["transformers", "safetensors"], "llama.cpp": ["llama_cpp", "gguf"]}
+
+
+def median_seconds(work: Any, repeats: int) -> float:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def machine() -> dict[str, Any]:
+    """Read bandwidth in bytes/s and the best matrix rate in operations/s of any type, measured now."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    data = torch.ones(2**27 if device == "cpu" else 2**31, device=device)  # far larger than any cache
+    bandwidth = data.nbytes / median_seconds(data.sum, 9)
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
+        rates[str(dtype).removeprefix("torch.")] = 2 * 2048**3 / median_seconds(lambda a=a, b=b: a @ b, 9)
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+    return {"name": name, "threads": torch.get_num_threads(), "bandwidth": bandwidth, "rates": rates}
+
+
+def cpu_name() -> str:
+    capability = torch.backends.cpu.get_cpu_capability()
+    flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    brand = flags.get("cpu_name") or platform.processor() or platform.machine()
+    return f"{brand} {capability}{' BF16' if flags.get('avx512_bf16') else ''}"
+
+
+def bytes_per_weight(contender: str) -> float:
+    kinds = {"float32": 4.0, "int8": 1.0, "q8_0": 34 / 32, "int4": 20 / 32, "q4_0": 18 / 32}
+    return kinds.get(contender.split()[1], 2.0)
+
+
+def floor(work: str, contender: str, folder: Path, limits: dict[str, Any]) -> float | None:
+    """The least that the machine could take: bytes read over bandwidth, or operations over the matrix rate."""
+    args = weights.args_of(folder)
+    layer = args.dim * args.head_dim * 2 * (args.n_heads + args.kv_heads) + 3 * args.dim * args.hidden_dim
+    linear = args.n_layers * layer + args.dim * args.vocab_size
+    if work.startswith("decode"):
+        rows = int(work.split("_")[1])
+        cache = 2 * args.n_layers * args.kv_heads * args.head_dim * rows * (DECODE_PROMPT + 12) * 2
+        return (linear * bytes_per_weight(contender) + cache) / limits["bandwidth"] * 1e3
+    if work.startswith("prefill"):
+        return max(limits["rates"].values()) / (2 * (linear - args.dim * args.vocab_size))
+    if work == "ragged":
+        fastest = max(limits["rates"].values())
+        steps = RAGGED_NEW * linear * bytes_per_weight(contender) / limits["bandwidth"]
+        return float(2 * linear * sum(RAGGED_LENGTHS) / fastest + steps)
+    return None
+
+
+def available(contender: str) -> bool:
+    return all(importlib.util.find_spec(need) for need in NEEDS.get(contender.split()[0], []))
+
+
+def run(contender: str, folder: Path, quick: bool, only: str) -> dict[str, Any] | None:
+    command = [sys.executable, str(HERE / "contender.py"), contender, str(folder), "--only", only]
+    job = subprocess.run(command + ["--quick"] * quick, capture_output=True, text=True)
+    if job.returncode:
+        print(f"{contender} failed: {job.stderr.strip().splitlines()[-1][:200]}", file=sys.stderr)
+        return None
+    result: dict[str, Any] = json.loads(job.stdout.strip().splitlines()[-1])
+    return result
+
+
+def report(shape: str, folder: Path, limits: dict[str, Any], medians: dict[str, dict[str, float]]) -> str:
+    rates = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in limits["rates"].items())
+    lines = [
+        f"## {shape}",
+        "",
+        f"{limits['name']}, {limits['threads']} threads, torch {torch.__version__}; read bandwidth "
+        f"{limits['bandwidth'] / 1e9:.1f} GB/s; matrix rate, GFLOP/s: {rates}. In brackets: the share of the floor, "
+        "which is bytes of weights and cache over bandwidth for a step, operations over the best matrix rate for a "
+        "prompt.",
+        "",
+        "| " + " | ".join(["contender", *WORKS.values()]) + " |",
+        "| " + " | ".join(["---"] * (1 + len(WORKS))) + " |",
+    ]
+    for contender, result in medians.items():
+        cells = []
+        for work in WORKS:
+            value = result.get(work)
+            if value is None:
+                cells.append("–")
+                continue
+            if work == "peak":
+                value /= 1e9
+            least = floor(work, contender, folder, limits)
+            share = "" if least is None else f" ({least / value if work[:3] != 'pre' else value / least:.2f})"
+            cells.append(f"{value:.1f}{share}" if value >= 10 else f"{value:.2f}{share}")
+        lines.append("| " + " | ".join([contender, *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def charts(shape: str, medians: dict[str, dict[str, float]], target: Path) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no charts: matplotlib is not installed", file=sys.stderr)
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = [work for work in WORKS if any(work in result for result in medians.values())]
+    figure, axes = pyplot.subplots(2, -(-len(shown) // 2), figsize=(4.2 * -(-len(shown) // 2), 7))
+    for axis, work in zip(axes.flat, shown, strict=False):
+        values = {name: result[work] for name, result in medians.items() if work in result}
+        colours = ["#3b6ea5" if name.startswith("llama ") else "#b9b9b9" for name in values]
+        scale = 1e9 if work == "peak" else 1
+        axis.barh(list(values), [value / scale for value in values.values()], color=colours)
+        axis.invert_yaxis()
+        axis.set_title(WORKS[work], fontsize=9)
+        axis.tick_params(labelsize=7)
+    for axis in axes.flat[len(shown) :]:
+        axis.set_visible(False)
+    figure.suptitle(f"{shape}: blue is this library")
+    figure.tight_layout()
+    figure.savefig(target, dpi=110)
+
+
+def main(
+    shape: str = "1b",
+    rounds: int = 3,
+    quick: bool = False,
+    contenders: str = "",
+    only: str = "",
+    folder: str | None = None,
+) -> None:
+    """Measure. `quick`: shape tiny, one round. `contenders`, `only`: names with commas; `folder` keeps the weights."""
+    if quick:
+        shape, rounds = "tiny", 1
+    chosen = [name.strip() for name in contenders.split(",")] if contenders else list(CONTENDERS)
+    for name in [name for name in chosen if not available(name)]:
+        print(f"{name} is skipped: pip install -r benchmarks/requirements.txt", file=sys.stderr)
+        chosen.remove(name)
+    with tempfile.TemporaryDirectory() as scratch:
+        checkpoint = weights.make(shape, Path(folder or scratch))
+        limits = machine()
+        results: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
+        for _ in range(rounds):
+            for name in chosen:
+                result = run(name, checkpoint, quick, only)
+                if result is not None:
+                    print(name, {key: round(v, 2) for key, v in result.items() if key != "tokens"}, file=sys.stderr)
+                    results[name].append(result)
+        medians = {
+            name: {work: statistics.median(r[work] for r in rows) for work in WORKS if work in rows[0]}
+            for name, rows in results.items()
+            if rows
+        }
+        text = report(shape, checkpoint, limits, medians)
+    print(text)
+    if not quick:
+        stem = re.sub(r"[^a-z0-9]+", "-", f"{limits['name']} {limits['threads']} threads {shape}".lower()).strip("-")
+        (HERE / "results").mkdir(exist_ok=True)
+        (HERE / "results" / f"{stem}.md").write_text(text)
+        charts(shape, medians, HERE / "results" / f"{stem}.png")
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

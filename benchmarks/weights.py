@@ -1,0 +1,183 @@
+"""A random checkpoint of a named shape, in each layout that a contender reads. Equal weights, made once."""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+from pathlib import Path
+
+import torch
+
+from llama import ModelArgs, Transformer
+
+SHAPES = {
+    "tiny": ModelArgs(dim=256, n_layers=4, n_heads=8, n_kv_heads=4, multiple_of=32),
+    "110m": ModelArgs(dim=768, n_layers=12, n_heads=12, multiple_of=32),
+    "1b": ModelArgs(dim=2048, n_layers=22, n_heads=32, n_kv_heads=4),
+    "7b": ModelArgs(dim=4096, n_layers=32, n_heads=32),
+}
+VOCAB_SIZE = 32000
+
+
+def make(shape: str, folder: Path) -> Path:
+    """The release's layout: bfloat16, one shard, and a tokenizer of 32,000 made-up words."""
+    target = folder / shape
+    if not (target / "tokenizer.model").exists():
+        target.mkdir(parents=True, exist_ok=True)
+        args = SHAPES[shape]
+        args.vocab_size = VOCAB_SIZE
+        keys = ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "norm_eps", "vocab_size")
+        params = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
+        (target / "params.json").write_text(json.dumps(params))
+        with torch.device("meta"):
+            shapes = {name: tensor.shape for name, tensor in Transformer(args).state_dict().items()}
+        torch.manual_seed(0)
+        state = {
+            name: torch.ones(size, dtype=torch.bfloat16)
+            if len(size) == 1
+            else torch.empty(size, dtype=torch.bfloat16).normal_(std=size[1] ** -0.5)
+            for name, size in shapes.items()
+        }
+        torch.save(state, target / "consolidated.00.pth")
+        make_tokenizer(target / "tokenizer.model")
+    return target
+
+
+def make_tokenizer(path: Path) -> None:
+    from sentencepiece import SentencePieceTrainer
+
+    rng = random.Random(0)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = sorted({"".join(rng.choices(letters, k=6)) for _ in range(VOCAB_SIZE)})[: VOCAB_SIZE - 3]
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder) / "words.txt"
+        text.write_text("\n".join(" ".join(words[i : i + 100]) for i in range(0, len(words), 100)))
+        SentencePieceTrainer.train(
+            input=str(text),
+            model_prefix=str(path.with_suffix("")),
+            model_type="word",
+            vocab_size=VOCAB_SIZE,
+            hard_vocab_limit=True,
+            minloglevel=2,
+        )
+    path.with_suffix(".vocab").unlink()
+    assert len(words) == VOCAB_SIZE - 3
+
+
+def load(folder: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = torch.load(folder / "consolidated.00.pth", mmap=True, weights_only=True)
+    return state
+
+
+def args_of(folder: Path) -> ModelArgs:
+    return ModelArgs(**json.loads((folder / "params.json").read_text()))
+
+
+def as_huggingface(folder: Path) -> Path:
+    """What transformers reads: other names, and query and key rows in two halves instead of interleaved pairs."""
+    target = folder / "huggingface"
+    if (target / "config.json").exists():
+        return target
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    args, state = args_of(folder), load(folder)
+    config = LlamaConfig(
+        vocab_size=args.vocab_size,
+        hidden_size=args.dim,
+        intermediate_size=args.hidden_dim,
+        num_hidden_layers=args.n_layers,
+        num_attention_heads=args.n_heads,
+        num_key_value_heads=args.kv_heads,
+        rms_norm_eps=args.norm_eps,
+        max_position_embeddings=4096,
+        dtype="bfloat16",
+    )
+    names = {
+        "attention.wq": "self_attn.q_proj",
+        "attention.wk": "self_attn.k_proj",
+        "attention.wv": "self_attn.v_proj",
+        "attention.wo": "self_attn.o_proj",
+        "feed_forward.w1": "mlp.gate_proj",
+        "feed_forward.w2": "mlp.down_proj",
+        "feed_forward.w3": "mlp.up_proj",
+        "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+    }
+    outer = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
+    renamed = {}
+    for name, tensor in state.items():
+        stem = name.removesuffix(".weight")
+        if stem in outer:
+            renamed[f"{outer[stem]}.weight"] = tensor
+            continue
+        _, layer, part = stem.split(".", 2)
+        if part in ("attention.wq", "attention.wk"):
+            tensor = tensor.unflatten(0, (-1, args.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+        renamed[f"model.layers.{layer}.{names[part]}.weight"] = tensor
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model.load_state_dict(renamed, assign=True, strict=True)
+    model.save_pretrained(target)
+    return target
+
+
+def as_gguf(folder: Path, kind: str) -> Path:
+    """What llama.cpp reads, with linear weights and embeddings as f16, q8_0 or q4_0."""
+    target = folder / f"{kind}.gguf"
+    if target.exists():
+        return target
+    import gguf
+
+    args, state = args_of(folder), load(folder)
+    types = {
+        "f16": gguf.GGMLQuantizationType.F16,
+        "q8_0": gguf.GGMLQuantizationType.Q8_0,
+        "q4_0": gguf.GGMLQuantizationType.Q4_0,
+    }
+    writer = gguf.GGUFWriter(target.with_suffix(".part"), "llama")
+    writer.add_vocab_size(args.vocab_size)
+    writer.add_context_length(4096)
+    writer.add_embedding_length(args.dim)
+    writer.add_block_count(args.n_layers)
+    writer.add_feed_forward_length(args.hidden_dim)
+    writer.add_head_count(args.n_heads)
+    writer.add_head_count_kv(args.kv_heads)
+    writer.add_rope_dimension_count(args.head_dim)
+    writer.add_layer_norm_rms_eps(args.norm_eps)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, args.vocab_size))])
+    writer.add_token_scores([0.0] * args.vocab_size)
+    writer.add_token_types([gguf.TokenType.UNKNOWN, *[gguf.TokenType.CONTROL] * 2, *[1] * (args.vocab_size - 3)])
+    names = {
+        "tok_embeddings": "token_embd",
+        "norm": "output_norm",
+        "output": "output",
+        "attention.wq": "attn_q",
+        "attention.wk": "attn_k",
+        "attention.wv": "attn_v",
+        "attention.wo": "attn_output",
+        "feed_forward.w1": "ffn_gate",
+        "feed_forward.w2": "ffn_down",
+        "feed_forward.w3": "ffn_up",
+        "attention_norm": "attn_norm",
+        "ffn_norm": "ffn_norm",
+    }
+    for name, tensor in state.items():
+        stem = name.removesuffix(".weight")
+        prefix = ""
+        if stem.startswith("layers."):
+            _, layer, stem = stem.split(".", 2)
+            prefix = f"blk.{layer}."
+        data = tensor.float().numpy()
+        if data.ndim > 1:
+            data = gguf.quants.quantize(data, types[kind])
+            writer.add_tensor(f"{prefix}{names[stem]}.weight", data, raw_dtype=types[kind])
+        else:
+            writer.add_tensor(f"{prefix}{names[stem]}.weight", data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    target.with_suffix(".part").rename(target)
+    return target
