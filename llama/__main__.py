@@ -42,6 +42,8 @@ def chat(
     opening = [] if system is None else [Message(role="system", content=str(system))]
     if has_special_tags(opening):
         raise ValueError(UNSAFE_ERROR)
+    # Says now, not after the first message, what is wrong with the settings; a stream computes when it is read.
+    llm.stream_chat_completion([[Message(role="user", content="")]], temperature, top_p, max_gen_len)
     history: list[Message] = []
     with Terminal() as terminal:
         terminal.say(f"{HELP}\n")
@@ -86,6 +88,7 @@ class Terminal:
         self.first = dist.get_rank() == 0
         self.group = dist.new_group(backend="gloo", timeout=timedelta(days=365)) if dist.get_world_size() > 1 else None
         self.tty = sys.stdin.fileno() if self.first and sys.stdin.isatty() else None
+        self.typed = ""  # while an answer was printed
         if self.tty is not None:
             self.mode = termios.tcgetattr(self.tty)
             quiet = termios.tcgetattr(self.tty)
@@ -106,8 +109,16 @@ class Terminal:
         """The next line, stripped; None at its end."""
         line = None
         if self.first:
+            typed, newline, rest = self.typed.partition("\n")
             try:
-                line = input("> ").strip()
+                if newline:
+                    self.typed = rest
+                    line = typed.strip()
+                    self.say(f"> {line}")
+                else:
+                    self.typed = ""
+                    readline.set_startup_hook(lambda: readline.insert_text(typed))
+                    line = input("> ").strip()
             except (EOFError, KeyboardInterrupt):
                 self.say("")
         return self._tell(line)
@@ -139,10 +150,12 @@ class Terminal:
             termios.tcsetattr(self.tty, termios.TCSADRAIN, before)
 
     def _interrupted(self) -> bool:
-        """Whether Ctrl-C was pressed since; other keys are dropped."""
+        """Whether Ctrl-C was pressed since; other keys are kept for the next line."""
         if self.tty is None or not select.select([self.tty], [], [], 0)[0]:
             return False
-        return b"\x03" in os.read(self.tty, 1024)
+        keys = os.read(self.tty, 1024).decode(errors="ignore").replace("\r", "\n")
+        self.typed += keys.replace("\x03", "")
+        return "\x03" in keys
 
     def _tell(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, Literal, TypedDict
 
@@ -21,7 +21,7 @@ from .decode import DecodeStep
 from .model import KVCache, Transformer
 from .parallel import init_model_parallel, model_parallel_group, share, share_object
 from .quantize import select_store
-from .request import FinishReason, Request, make_requests
+from .request import FinishReason, Request, Settings, integer, make_requests
 from .sampling import sample
 from .tokenizer import Tokenizer
 
@@ -48,12 +48,11 @@ class ChatPrediction(Prediction, total=False):
     generation: Message
 
 
-class Piece(TypedDict, total=False):
-    """The next text of prompt `index`; `finish_reason` is on its last piece."""
+class Piece(Prediction, total=False):
+    """The next text of prompt `index`; `finish_reason`, and what `logprobs` asks for, come with its last piece."""
 
     index: int
     text: str
-    finish_reason: FinishReason
 
 
 class Llama:
@@ -87,6 +86,7 @@ class Llama:
         """
         start = time.monotonic()
         check_positive(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+        integer("seed", seed)
         tokenizer = Tokenizer(tokenizer_path)
         checkpoint = Checkpoint(ckpt_dir)
         args = checkpoint.model_args(max_seq_len, max_batch_size)
@@ -119,7 +119,6 @@ class Llama:
         self.step = step or DecodeStep(model)
         self.group = model_parallel_group()
         self.cache = model.cache
-        self._user: object = None  # the call that the cache serves now
 
     def generate(
         self,
@@ -145,7 +144,8 @@ class Llama:
         Raises ValueError or TypeError, before any compute, for an argument out of range, an empty prompt, an id that
         is not in the vocabulary, and a prompt longer than `max_seq_len`.
         """
-        requests = self._requests(prompt_tokens, max_gen_len, temperature, top_p, seed, stop, echo=echo)
+        settings = self._settings(max_gen_len, temperature, top_p, seed, stop)
+        requests = self._requests(listed("prompt_tokens", prompt_tokens), settings, echo=echo)
         self._run(requests, score_prompts=logprobs and echo)
         tokens = [(request.prompt if echo else []) + request.tokens for request in requests]
         return tokens, [r.prompt_logprobs + r.logprobs for r in requests] if logprobs else None
@@ -167,7 +167,8 @@ class Llama:
         Each result has `generation` and `finish_reason` ("stop" at EOS or a stop string, else "length"); with
         `logprobs` also `tokens`, one string per id whose concatenation is `generation`, and their `logprobs`.
         """
-        requests = self._requests(self._encode(prompts), max_gen_len, temperature, top_p, seed, stop, echo=echo)
+        settings = self._settings(max_gen_len, temperature, top_p, seed, stop)
+        requests = self._requests(self._encode(prompts), settings, echo=echo)
         self._run(requests, score_prompts=logprobs and echo)
         return [CompletionPrediction(generation=r.generation, **outcome(r, logprobs)) for r in requests]
 
@@ -177,8 +178,9 @@ class Llama:
         temperature: float | Sequence[float] = 0.6,
         top_p: float | Sequence[float] = 0.9,
         max_gen_len: int | Sequence[int] | None = None,
-        *,
+        logprobs: bool = False,
         echo: bool = False,
+        *,
         seed: int | Sequence[int] | None = None,
         stop: str | Sequence[str] | Sequence[Sequence[str]] = (),
     ) -> Iterator[Piece]:
@@ -187,9 +189,8 @@ class Llama:
         The pieces of one prompt join to its `generation`. A stream may be dropped before its end; on several ranks,
         after the same piece on each. Once another call has used this Llama, going on with it is a RuntimeError.
         """
-        return self._stream(
-            self._requests(self._encode(prompts), max_gen_len, temperature, top_p, seed, stop, echo=echo)
-        )
+        settings = self._settings(max_gen_len, temperature, top_p, seed, stop)
+        return self._stream(self._requests(self._encode(prompts), settings, echo=echo), logprobs, echo=echo)
 
     def chat_completion(
         self,
@@ -211,12 +212,16 @@ class Llama:
         each answer and may replace it. On several ranks the first one's checks count.
         Raises ValueError, naming dialog and message, for roles out of order.
         """
-        requests = self._chat_requests(dialogs, input_check, max_gen_len, temperature, top_p, seed, stop)
+        settings = self._settings(max_gen_len, temperature, top_p, seed, stop)
+        requests = self._chat_requests(dialogs, settings, input_check)
         self._run(requests)
         if output_check is not None:
             for request in requests:
                 self._check_output(request, output_check)
-        return [ChatPrediction(generation=answer(r.generation), **outcome(r, logprobs)) for r in requests]
+        return [
+            ChatPrediction(generation=Message(role="assistant", content=r.text), **outcome(r, logprobs))
+            for r in requests
+        ]
 
     def stream_chat_completion(
         self,
@@ -224,6 +229,7 @@ class Llama:
         temperature: float | Sequence[float] = 0.6,
         top_p: float | Sequence[float] = 0.9,
         max_gen_len: int | Sequence[int] | None = None,
+        logprobs: bool = False,
         *,
         seed: int | Sequence[int] | None = None,
         stop: str | Sequence[str] | Sequence[Sequence[str]] = (),
@@ -237,17 +243,18 @@ class Llama:
         dialog that begins as the one before it did keeps what is cached of that and computes only the rest; in 16 bits
         this may round otherwise than computing all of it.
         """
-        requests = self._chat_requests(dialogs, input_check, max_gen_len, temperature, top_p, seed, stop)
-        return self._stream(requests, output_check, reuse_prefix)
+        settings = self._settings(max_gen_len, temperature, top_p, seed, stop)
+        requests = self._chat_requests(dialogs, settings, input_check)
+        return self._stream(requests, logprobs, output_check=output_check, reuse_prefix=reuse_prefix)
 
     @torch.inference_mode()
     def embed(self, prompts: Sequence[str], pooling: Literal["mean", "last"] = "mean") -> Tensor:
         """The final norm's output over each text's tokens, BOS among them: their mean or the last, (n, dim) float32."""
         if pooling not in ("mean", "last"):
             raise ValueError(f"pooling is {pooling!r}: use 'mean' or 'last'")
-        requests = self._requests(self._encode(prompts), 0, 0, 1, 0, ())
+        requests = self._requests(self._encode(prompts), self._settings(0, 0.0, 1.0, 0, ()))
         size = self.model.params.max_batch_size
-        pooled = torch.empty(len(prompts), self.model.params.dim, device=self.cache.k.device)
+        pooled = torch.empty(len(requests), self.model.params.dim, dtype=torch.float32, device=self.cache.k.device)
         for first in range(0, len(requests), size):
             batch = [request.prompt for request in requests[first : first + size]]
             h = self.model.hidden_states(self._tensor(pad(batch))).float()
@@ -255,42 +262,58 @@ class Llama:
                 pooled[first + i] = h[i, : len(prompt)].mean(dim=0) if pooling == "mean" else h[i, len(prompt) - 1]
         return pooled
 
+    def _settings(self, max_gen_len: Any, temperature: Any, top_p: Any, seed: Any, stop: Any) -> Settings:
+        return Settings(max_gen_len, temperature, top_p, self.seed if seed is None else seed, stop)
+
     def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
-        check_list("prompts", prompts)
-        return [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
+        return [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in listed("prompts", prompts)]
 
-    def _requests(self, prompts: Sequence[Sequence[int] | None], *settings: Any, echo: bool = False) -> list[Request]:
-        return make_requests(self.tokenizer, prompts, self.model.params.max_seq_len, self.seed, *settings, echo=echo)
+    def _requests(self, prompts: Sequence[Any], settings: Settings, **options: Any) -> list[Request]:
+        return make_requests(self.tokenizer, prompts, settings, self.model.params.max_seq_len, **options)
 
-    def _chat_requests(self, dialogs: Sequence[Dialog], input_check: Check | None, *settings: Any) -> list[Request]:
+    def _chat_requests(self, dialogs: Sequence[Dialog], settings: Settings, check: Check | None) -> list[Request]:
         """One request per dialog; those of refused dialogs are finished."""
-        check_list("dialogs", dialogs)
+        dialogs = listed("dialogs", dialogs)
         for index, dialog in enumerate(dialogs):
             try:
                 check_dialog(dialog)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"dialog {index}, {error}") from None
         refusals = [UNSAFE_ERROR if has_special_tags(dialog) else None for dialog in dialogs]
-        if input_check is not None:
-            found = [r or first_refusal(input_check, d) for r, d in zip(refusals, dialogs, strict=True)]
-            refusals = share_object(found, self.group)
-        prompts = [None if r else encode_dialog(d, self.tokenizer) for r, d in zip(refusals, dialogs, strict=True)]
-        requests = self._requests(prompts, *settings)
-        for request, refusal in zip(requests, refusals, strict=True):
-            if refusal:
-                request.refuse(refusal)
-        return requests
+        if check is not None:
+            for index, dialog in enumerate(dialogs):
+                inputs = [message["content"] for message in dialog if message["role"] != "assistant"]
+                while refusals[index] is None and inputs:
+                    refusals[index] = self._refusal(check, inputs.pop(0))
+        pairs = zip(refusals, dialogs, strict=True)
+        encoded = [[] if r is not None else encode_dialog(d, self.tokenizer) for r, d in pairs]
+        return self._requests(encoded, settings, refusals=refusals)
 
-    def _check_output(self, request: Request, output_check: Check) -> None:
-        if request.prompt and (refusal := share_object(output_check(request.text), self.group)):
+    def _refusal(self, check: Check, text: str) -> str | None:
+        """What the first rank's check says of a text."""
+        refusal = share_object(check(text), self.group)
+        if refusal is None or isinstance(refusal, str):
+            return refusal
+        raise TypeError(f"a check returned {refusal!r}: return None, or the text of a refusal")
+
+    def _check_output(self, request: Request, check: Check) -> None:
+        if request.prompt and (refusal := self._refusal(check, request.text)) is not None:
             request.refuse(refusal)
 
     def _stream(
-        self, requests: list[Request], output_check: Check | None = None, reuse_prefix: bool = False
+        self,
+        requests: list[Request],
+        logprobs: bool,
+        *,
+        echo: bool = False,
+        output_check: Check | None = None,
+        reuse_prefix: bool = False,
     ) -> Iterator[Piece]:
         sent = [0] * len(requests)
         finished = [request for request in requests if request.finish_reason is not None]
-        for advanced in chain([finished], self._steps(requests, reuse_prefix=reuse_prefix)):
+        scored = logprobs and echo
+        steps = self._steps(requests, scored, reuse_prefix)
+        for advanced in steps if scored else chain([finished], steps):
             for request in advanced:
                 if output_check is not None:
                     if request.finish_reason is None:
@@ -300,7 +323,7 @@ class Llama:
                 piece = Piece(index=request.index, text=request.generation[sent[request.index] : end])
                 sent[request.index] = end
                 if request.finish_reason is not None:
-                    piece["finish_reason"] = request.finish_reason
+                    piece |= outcome(request, logprobs)  # type: ignore[typeddict-item]
                 if piece["text"] or request.finish_reason is not None:
                     yield piece
 
@@ -319,14 +342,19 @@ class Llama:
         """
         waiting = deque(r for r in requests if r.finish_reason is None or (score_prompts and r.prompt))
         running: list[Request] = []
-        self._user = user = object()
+        known = self.cache.tokens if reuse_prefix else []
+        mine: list[int] = []  # whoever uses the cache puts a list of its own there, so that each sees the others come
+        self.cache.tokens = mine
         first_row: Request | None = None  # the one whose tokens the cache's first row holds
         try:
             while waiting or running:
                 free = self.model.params.max_batch_size - len(running)
                 if waiting and free:
                     advanced = [waiting.popleft() for _ in range(min(free, len(waiting)))]
-                    logits = self._prefill(advanced, len(running), score_prompts, reuse_prefix)
+                    if not running:
+                        first_row = None  # until the pass is done, the first row is neither's
+                    logits = self._prefill(advanced, len(running), score_prompts, known)
+                    known = []
                     running += advanced
                 else:
                     advanced = list(running)
@@ -336,18 +364,17 @@ class Llama:
                 self._close_ranks(running)
                 first_row = running[0] if running else first_row
                 yield advanced
-                if self._user is not user:
-                    first_row = None
+                if self.cache.tokens is not mine:
                     raise RuntimeError("another call has used this Llama since: read a stream to its end before one")
         except ValueError:
             first_row = None
             self.cache.clear()  # a NaN left in it would spread: even a masked position is multiplied, by 0
             raise
         finally:
-            if self._user is user:
-                self.cache.tokens = [] if first_row is None else (first_row.prompt + first_row.tokens)[:-1]
+            if self.cache.tokens is mine and first_row is not None:
+                self.cache.tokens = (first_row.prompt + first_row.tokens)[:-1]
 
-    def _prefill(self, requests: list[Request], first: int, score_prompts: bool, reuse_prefix: bool) -> Tensor:
+    def _prefill(self, requests: list[Request], first: int, score_prompts: bool, known: list[int]) -> Tensor:
         """Run all prompts in one pass, into the rows from `first` on; returns the logits after each, (n, vocab_size).
 
         Short prompts are padded on the right: causality keeps padding out of the prompt's sight, and each decoded token
@@ -356,11 +383,9 @@ class Llama:
         prompts = [request.prompt for request in requests]
         lengths = [len(prompt) for prompt in prompts]
         start = None
-        if reuse_prefix and first == 0 and len(prompts) == 1:
-            cached = common_prefix(self.cache.tokens, prompts[0][:-1])
+        if known and len(prompts) == 1:
+            cached = common_prefix(known, prompts[0][:-1])
             start, prompts = self._tensor([cached]), [prompts[0][cached:]]
-        if first == 0:
-            self.cache.tokens = []
         window = self.cache.window(slice(first, first + len(prompts)), max(lengths))
         h = self.model.hidden_states(self._tensor(pad(prompts)), window, start)
         if score_prompts:
@@ -422,7 +447,7 @@ class Llama:
         for first in range(0, len(targets), SCORE_CHUNK):
             chunk = self._tensor(targets[first : first + SCORE_CHUNK])
             logits = self.model.logits(h[first : first + len(chunk)])
-            scores += (-F.cross_entropy(logits, chunk, reduction="none")).tolist()
+            scores += share(-F.cross_entropy(logits, chunk, reduction="none"), self.group).tolist()
         return scores
 
     def _non_finite(self, request: Request) -> ValueError:
@@ -437,18 +462,17 @@ class Llama:
         return torch.tensor(values, device=self.cache.k.device)
 
 
-def check_positive(**arguments: int) -> None:
+def check_positive(**arguments: Any) -> None:
     for name, value in arguments.items():
-        if not isinstance(value, int):
-            raise TypeError(f"{name} is {value!r}: use an integer")
-        if value < 1:
-            raise ValueError(f"{name} is {value}: use 1 or more")
+        if not 1 <= integer(name, value) < 2**31:
+            raise ValueError(f"{name} is {value}: use 1 or more" + " and less than 2**31" * (value > 1))
 
 
-def check_list(name: str, values: Sequence[object]) -> None:
-    """A lone str or dict is a sequence too, of characters or keys, which is never what was meant."""
-    if isinstance(values, (str, dict)):
+def listed(name: str, values: Any) -> list[Any]:
+    """`values` as a list. A lone str or dict is iterable too, of characters or keys, which is never what was meant."""
+    if isinstance(values, (str, bytes, dict)) or not isinstance(values, Iterable):
         raise TypeError(f"{name} is a {type(values).__name__}: pass a list, [{values!r}]")
+    return list(values)
 
 
 def pad(rows: list[list[int]]) -> list[list[int]]:
@@ -462,22 +486,11 @@ def common_prefix(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def first_refusal(check: Check, dialog: Dialog) -> str | None:
-    contents = (message["content"] for message in dialog if message["role"] != "assistant")
-    return next((refusal for refusal in map(check, contents) if refusal), None)
-
-
-def answer(text: str) -> Message:
-    return Message(role="assistant", content=text)
-
-
 def outcome(request: Request, logprobs: bool) -> Prediction:
     """What text and chat results have in common."""
     assert request.finish_reason is not None, "the request was not run to its end"
-    if not logprobs:
-        return Prediction(finish_reason=request.finish_reason)
-    return Prediction(
-        tokens=request.prompt_pieces + request.pieces,
-        logprobs=request.prompt_logprobs + request.logprobs,
-        finish_reason=request.finish_reason,
-    )
+    result = Prediction(finish_reason=request.finish_reason)
+    if logprobs:
+        result["tokens"] = request.prompt_pieces + request.pieces
+        result["logprobs"] = request.prompt_logprobs + request.logprobs
+    return result

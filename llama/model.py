@@ -13,13 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .parallel import (
-    ColumnParallelLinear,
-    ParallelEmbedding,
-    RowParallelLinear,
-    model_parallel_group,
-    split,
-)
+from .parallel import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, model_parallel_group, split
 
 
 @dataclass
@@ -200,8 +194,8 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(params.dim, params.norm_eps)
         self.output = ColumnParallelLinear(params.dim, params.vocab_size, gather_output=True)
         self.cache: KVCache | None = None
-        # A plain attribute, not a buffer: .half() and .bfloat16() would round a buffer's angles.
-        self.freqs_cis = precompute_freqs_cis(params.head_dim, params.max_seq_len, params.rope_theta)
+        # Computed at first use, after the memory was checked; not a buffer, whose angles .bfloat16() would round.
+        self.freqs_cis: Tensor | None = None
 
     def forward(self, tokens: Tensor, start_pos: int = 0) -> Tensor:
         """Logits of every position, (bsz, seqlen, vocab_size) float32, for tokens (bsz, seqlen) at `start_pos` onward.
@@ -209,6 +203,8 @@ class Transformer(nn.Module):
         With a cache attached, tokens are cached in its first bsz rows and also attend to the `start_pos` positions
         cached there before. Raises ValueError for more rows or positions than fit.
         """
+        if tokens.dim() != 2 or tokens.numel() == 0 or start_pos < 0:
+            raise ValueError(f"tokens are {tuple(tokens.shape)} at {start_pos}: pass (bsz, seqlen) at 0 or more")
         bsz, seqlen = tokens.shape
         limit = self.params.max_seq_len
         if start_pos + seqlen > limit:
@@ -232,8 +228,9 @@ class Transformer(nn.Module):
         follows it.
         """
         h = self.tok_embeddings(tokens)
-        if self.freqs_cis.device != h.device:
-            self.freqs_cis = self.freqs_cis.to(h.device)
+        if self.freqs_cis is None or self.freqs_cis.device != h.device:
+            args = self.params
+            self.freqs_cis = precompute_freqs_cis(args.head_dim, args.max_seq_len, args.rope_theta).to(h.device)
         rows = torch.arange(tokens.shape[0], device=h.device)[:, None]
         positions = torch.arange(tokens.shape[1], device=h.device)[None]
         mask = None

@@ -50,26 +50,31 @@ def select_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    device = torch.device(device)
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    try:
+        device = torch.device(device)
+        if device.type == "cuda" and 0 < gpus < processes:
+            plural = "" if gpus == 1 else "s"
+            raise ValueError(
+                f"{processes} processes on this node, but {gpus} GPU{plural}: run with --nproc_per_node {gpus}"
+            )
+        torch.empty(0, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError):
+        raise ValueError(f"device is {str(device)!r}, which this machine does not have: use 'auto' or 'cpu'") from None
     if device.type != "cuda":
         return device
-    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if processes > gpus:
-        plural = "" if gpus == 1 else "s"
-        raise ValueError(
-            f"{processes} processes on this node, but {gpus} GPU{plural}: run with --nproc_per_node {max(gpus, 1)}"
-        )
     if device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if processes > 1:
-        torch.cuda.set_device(device)  # NCCL's collectives on Python objects go through the current device
+        torch.cuda.set_device(device)  # the other ranks' contexts would cost this rank's GPU memory otherwise
     return device
 
 
 def free_memory(device: torch.device) -> int:
     """Bytes that this rank may still use on its device; the ranks of a node share its main memory evenly."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept for the next tensor
+        return torch.cuda.mem_get_info(device)[0] + unused
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             available = next(line for line in file if line.startswith("MemAvailable"))
@@ -109,7 +114,7 @@ def split(size: int, group: dist.ProcessGroup | None) -> int:
 def share(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The values that the group's first rank has in `x`, on every rank."""
     if group is not None:
-        dist.broadcast(x, src=fs_init.get_model_parallel_src_rank(), group=group)
+        dist.broadcast(x, src=dist.get_global_rank(group, 0), group=group)
     return x
 
 
@@ -118,7 +123,7 @@ def share_object(value: Any, group: dist.ProcessGroup | None) -> Any:
     if group is None:
         return value
     values = [value]
-    dist.broadcast_object_list(values, src=fs_init.get_model_parallel_src_rank(), group=group)
+    dist.broadcast_object_list(values, src=dist.get_global_rank(group, 0), group=group)
     return values[0]
 
 

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import math
+import operator
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from numbers import Real
+from typing import Any, Literal, NamedTuple
 
 from .tokenizer import Detokenizer, Tokenizer
 
 FinishReason = Literal["stop", "length"]
+
+
+class Settings(NamedTuple):
+    """How prompts are continued: each one value for all of them, or a list of one for each."""
+
+    max_gen_len: int | Sequence[int] | None
+    temperature: float | Sequence[float]
+    top_p: float | Sequence[float]
+    seed: int | Sequence[int]
+    stop: str | Sequence[str] | Sequence[Sequence[str]] | None
 
 
 @dataclass
@@ -34,6 +46,20 @@ class Request:
     @property
     def length(self) -> int:
         return len(self.prompt) + len(self.tokens)
+
+    @property
+    def generation(self) -> str:
+        """The result's text: with echo, the prompt's too."""
+        return "".join(self.prompt_pieces) + self.text if self.prompt_pieces else self.text
+
+    @property
+    def held_back(self) -> int:
+        """How many of the last characters may be the beginning of a stop string, and so may yet be taken back."""
+        if self.finish_reason is None:
+            for n in range(min(max(map(len, self.stop), default=1) - 1, len(self.text)), 0, -1):
+                if any(s.startswith(self.text[-n:]) for s in self.stop):
+                    return n
+        return 0
 
     def append(self, token: int, logprob: float) -> None:
         """Take a generated token that is not EOS; may finish the request."""
@@ -62,12 +88,13 @@ class Request:
         self.text, self.finish_reason = refusal, "stop"
 
     def _cut_at_stop(self, added: int) -> bool:
-        """Cut off the first stop string that the last `added` characters complete, and the tokens from there on."""
-        found = [self.text.find(s, max(0, len(self.text) - added - len(s) + 1)) for s in self.stop]
-        found = [at for at in found if at >= 0]
-        if not found:
+        """Cut off the stop string that the last `added` characters complete first, and the tokens from there on."""
+        found = [(self.text.find(s, max(0, len(self.text) - added - len(s) + 1)), len(s)) for s in self.stop]
+        # Of two that overlap, the one whose end came first counts, however the text was split into tokens.
+        ends = [(at + length, at) for at, length in found if at >= 0]
+        if not ends:
             return False
-        end, cut = len(self.text), min(found)
+        end, (_, cut) = len(self.text), min(ends)
         while self.pieces and (begin := end - len(self.pieces[-1])) >= cut:
             for per_token in (self.tokens, self.pieces, self.logprobs):
                 per_token.pop()
@@ -77,100 +104,104 @@ class Request:
         self.text = self.text[:cut]
         return True
 
-    @property
-    def generation(self) -> str:
-        """The result's text: with echo, the prompt's too."""
-        return "".join(self.prompt_pieces) + self.text if self.prompt_pieces else self.text
-
-    @property
-    def held_back(self) -> int:
-        """How many of the last characters may be the beginning of a stop string, and so may yet be taken back."""
-        if self.finish_reason is None:
-            for n in range(min(max(map(len, self.stop), default=1) - 1, len(self.text)), 0, -1):
-                if any(s.startswith(self.text[-n:]) for s in self.stop):
-                    return n
-        return 0
-
 
 def make_requests(
     tokenizer: Tokenizer,
-    prompts: Sequence[Sequence[int] | None],
+    prompts: Sequence[Any],
+    settings: Settings,
     max_seq_len: int,
-    default_seed: int,
-    max_gen_len: Any,
-    temperature: Any,
-    top_p: Any,
-    seed: Any,
-    stop: Any,
     *,
-    echo: bool,
+    echo: bool = False,
+    refusals: Sequence[str | None] | None = None,
 ) -> list[Request]:
-    """One request per prompt; None stands for one that the caller refuses. Settings are one for all, or one each.
+    """One request per prompt; with `refusals`, which come with dialogs, the refused ones are finished.
 
     Raises ValueError or TypeError, with the prompt's number, for what cannot be run.
     """
-    n = len(prompts)
-    seed = default_seed if seed is None else seed
-    max_gen_len = max_seq_len - 1 if max_gen_len is None else max_gen_len
-    stops = stop if not isinstance(stop, str) and any(not isinstance(s, str) for s in stop) else [stop] * n
-    settings = {
-        "max_gen_len": per_prompt("max_gen_len", max_gen_len, n),
-        "temperature": per_prompt("temperature", temperature, n),
-        "top_p": per_prompt("top_p", top_p, n),
-        "stop": per_prompt("stop", [(s,) if isinstance(s, str) else tuple(s) for s in stops], n),
-    }
-    # Python hashes a str seed, so that streams of neighbouring numbers have nothing in common.
-    streams = [(seed, i) for i in range(n)] if isinstance(seed, int) else [(s, 0) for s in per_prompt("seed", seed, n)]
+    n, what = len(prompts), "prompt" if refusals is None else "dialog"
+    max_gen_lens = per_prompt("max_gen_len", settings.max_gen_len, n)
+    temperatures, top_ps = per_prompt("temperature", settings.temperature, n), per_prompt("top_p", settings.top_p, n)
+    seeds = [integer("seed", seed) for seed in per_prompt("seed", settings.seed, n)]
+    stops = stops_of(settings.stop, n)
+    one_seed = not is_list(settings.seed)
     requests = []
-    for index, prompt in enumerate(prompts):
-        if prompt is None:
-            prompt = []
-        else:
-            check_prompt(tokenizer, index, prompt, max_seq_len)
-        own = {name: values[index] for name, values in settings.items()}
-        check_settings(**own)
-        max_tokens = min(own.pop("max_gen_len"), max_seq_len - len(prompt))
-        rng = random.Random("{}/{}".format(*streams[index]))
-        request = Request(index, list(prompt), max_tokens, rng=rng, detokenizer=Detokenizer(tokenizer), **own)
+    for i, prompt in enumerate(prompts):
+        refusal = refusals[i] if refusals else None
+        tokens = [] if refusal is not None else check_prompt(tokenizer, f"{what} {i}", prompt, max_seq_len)
+        max_gen_len = max_seq_len if max_gen_lens[i] is None else integer("max_gen_len", max_gen_lens[i])
+        check_settings(max_gen_len, temperatures[i], top_ps[i])
+        max_tokens = min(max_gen_len, max_seq_len - len(tokens))
+        # Python hashes a str seed, so that streams of neighbouring numbers have nothing in common.
+        rng = random.Random(f"{seeds[i]}/{i if one_seed else 0}")
+        request = Request(i, tokens, max_tokens, temperatures[i], top_ps[i], stops[i], rng, Detokenizer(tokenizer))
         if echo:
-            request.prompt_pieces = [request.detokenizer.push(token) for token in prompt]
-        if max_tokens == 0:
+            request.prompt_pieces = [request.detokenizer.push(token) for token in tokens]
+        if refusal is not None:
+            request.refuse(refusal)
+        elif max_tokens == 0:
             request.finish("length")
         requests.append(request)
     return requests
 
 
-def per_prompt(name: str, value: Any, n: int) -> Sequence[Any]:
-    if not isinstance(value, (list, tuple)):
+def is_list(value: Any) -> bool:
+    """Lists, tuples, ranges, arrays of one dimension or more."""
+    return hasattr(value, "__len__") and not isinstance(value, (str, bytes)) and getattr(value, "ndim", 1) > 0
+
+
+def per_prompt(name: str, value: Any, n: int) -> list[Any]:
+    if not is_list(value):
         return [value] * n
     if len(value) != n:
         raise ValueError(f"{name} has {len(value)} values for {n} prompts: pass one for all, or one for each")
-    return value
+    return list(value)
 
 
-def check_prompt(tokenizer: Tokenizer, index: int, prompt: Sequence[int], max_seq_len: int) -> None:
+def stops_of(stop: Any, n: int) -> list[tuple[str, ...]]:
+    """Each prompt's stop strings; a plain list of strings holds for all."""
+    if not is_list(stop) or all(isinstance(s, str) for s in stop):
+        stop = [stop] * n
+    stops = [() if s is None else tuple(s) if is_list(s) else (s,) for s in per_prompt("stop", stop, n)]
+    for own in stops:
+        if not all(isinstance(s, str) for s in own):
+            raise TypeError(f"stop is {list(own)!r}: use strings, or a list of strings for each prompt")
+        if not all(own):
+            raise ValueError(f"stop is {list(own)!r}: use strings that are not empty")
+    return stops
+
+
+def integer(name: str, value: Any) -> int:
+    """Any kind of integer, NumPy's and PyTorch's among them."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}: use an integer") from None
+
+
+def check_prompt(tokenizer: Tokenizer, name: str, prompt: Any, max_seq_len: int) -> list[int]:
+    if not is_list(prompt):
+        raise TypeError(f"{name} is {prompt!r}: use a list of token ids")
     if len(prompt) == 0:
-        raise ValueError(f"prompt {index} has no tokens: begin it with the tokenizer's bos_id, {tokenizer.bos_id}")
+        raise ValueError(f"{name} has no tokens: begin it with the tokenizer's bos_id, {tokenizer.bos_id}")
     if len(prompt) > max_seq_len:
         raise ValueError(
-            f"prompt {index} has {len(prompt)} tokens, and max_seq_len is {max_seq_len}: "
+            f"{name} has {len(prompt)} tokens, and max_seq_len is {max_seq_len}: "
             "shorten it or build with a larger max_seq_len"
         )
-    for token in prompt:
-        if not isinstance(token, int):
-            raise TypeError(f"prompt {index} has a {type(token).__name__} ({token!r}) among its token ids")
+    tokens = [integer(f"a token id of {name}", token) for token in prompt]
+    for token in tokens:
         if not 0 <= token < tokenizer.n_words:
-            raise ValueError(f"prompt {index} has token id {token}, and the vocabulary has {tokenizer.n_words} pieces")
+            raise ValueError(f"{name} has token id {token}, and the vocabulary has {tokenizer.n_words} pieces")
+    return tokens
 
 
-def check_settings(max_gen_len: int, temperature: float, top_p: float, stop: tuple[str, ...]) -> None:
-    if not isinstance(max_gen_len, int):
-        raise TypeError(f"max_gen_len is {max_gen_len!r}: use an integer")
+def check_settings(max_gen_len: int, temperature: Any, top_p: Any) -> None:
+    for name, value in (("temperature", temperature), ("top_p", top_p)):
+        if not isinstance(value, Real):
+            raise TypeError(f"{name} is {value!r}: use a number")
     if max_gen_len < 0:
         raise ValueError(f"max_gen_len is {max_gen_len}: use 0 or more")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature is {temperature}: use 0 for greedy decoding, or a positive number")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}: use more than 0 and at most 1")
-    if not all(isinstance(s, str) and s for s in stop):
-        raise ValueError(f"stop is {list(stop)!r}: use strings that are not empty")

@@ -16,9 +16,11 @@ def sample(logits: Tensor, temperature: Sequence[float], top_p: Sequence[float],
     greedy = logits.argmax(dim=-1)
     if not any(temperature):
         return greedy
-    temperatures, top_ps, uniforms = torch.tensor([temperature, top_p, uniform], device=logits.device)
+    temperatures, top_ps, uniforms = torch.tensor(
+        [temperature, top_p, uniform], dtype=logits.dtype, device=logits.device
+    )
     # Any positive temperature will do for the greedy rows: their draw is not used.
-    scaled = logits / torch.where(temperatures > 0, temperatures, 1.0)[:, None]
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / torch.where(temperatures > 0, temperatures, 1.0)[:, None]
     drawn = sample_top_p(torch.softmax(scaled, dim=-1), top_ps, uniforms)
     return torch.where(temperatures > 0, drawn, greedy)
 

@@ -32,7 +32,7 @@ class Tokenizer:
         """The ids of `s`, with the begin- and end-of-sequence ids where asked for. Raises TypeError if not a str."""
         if not isinstance(s, str):
             raise TypeError(f"only a str can be encoded, got {type(s).__name__}: {s!r}")
-        ids: list[int] = self.sp_model.encode(s)
+        ids: list[int] = self.sp_model.encode(s.encode())  # a ValueError for what is no Unicode text, a lone surrogate
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def decode(self, t: Sequence[int]) -> str:

@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import GOLDEN, build_golden, random_state, write_release
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llama import Llama, ModelArgs
 from llama.checkpoint import Checkpoint, check_world_size, select_dtype, shard_dim
@@ -151,6 +155,25 @@ def test_a_truncated_file_is_refused(golden_copy: Path) -> None:
         build(golden_copy)
 
 
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_damaged_bytes_are_refused_with_the_files_name_or_do_not_matter(data: st.DataObject) -> None:
+    whole = (GOLDEN / "gqa-mp1" / "consolidated.00.pth").read_bytes()
+    # The pickle and the archive's directory are near the ends; the weights between them may hold anything.
+    ends = st.integers(0, 6000) | st.integers(len(whole) - 6000, len(whole) - 1)
+    damaged = bytearray(whole)
+    for at in data.draw(st.lists(ends, max_size=4)):
+        damaged[at] = data.draw(st.integers(0, 255))
+    damaged = damaged[: data.draw(st.just(len(whole)) | st.integers(0, len(whole)))]
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(GOLDEN / "gqa-mp1" / "params.json", folder)
+        (Path(folder) / "consolidated.00.pth").write_bytes(damaged)
+        try:
+            build(Path(folder))
+        except ValueError as error:
+            assert "consolidated.00.pth" in str(error) or "not its tokenizer" in str(error)
+
+
 def test_missing_files_are_named(golden_copy: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere: pass the folder that holds params\.json"):
         build(tmp_path / "nowhere")
@@ -218,6 +241,12 @@ def test_params_out_of_range_are_refused(golden_copy: Path) -> None:
         build(golden_copy)
 
 
+def test_params_of_another_vocabulary_are_refused(golden_copy: Path) -> None:
+    edit_params(golden_copy, vocab_size=32000)
+    with pytest.raises(ValueError, match=r"params\.json has vocab_size 32000, the checkpoint's embedding 512 rows"):
+        build(golden_copy)
+
+
 def test_a_tokenizer_of_another_model_is_refused(golden_copy: Path) -> None:
     rewrite(golden_copy, lambda shard: shard.update({"tok_embeddings.weight": torch.ones(600, 16)}))
     with pytest.raises(ValueError) as error:
@@ -237,6 +266,39 @@ def test_too_little_memory_is_refused_before_anything_is_loaded(monkeypatch: pyt
     monkeypatch.setattr("llama.checkpoint.free_memory", lambda device: weights - 1)
     with pytest.raises(ValueError, match="use a 16-bit dtype, more ranks or a smaller model"):
         build_golden()
+
+
+def test_a_length_that_no_memory_holds_is_refused_before_it_is_tried() -> None:
+    with pytest.raises(ValueError, match=r"max_batch_size 4 × max_seq_len 1000000000 per rank, and cpu has"):
+        build_golden(max_seq_len=10**9)
+    with pytest.raises(ValueError, match="max_seq_len is 1000.*: use 1 or more and less than"):
+        build_golden(max_seq_len=10**30)
+
+
+@pytest.mark.parametrize("device", ["cuda", "gpu", None, "mps"])
+def test_a_device_that_is_not_there_is_refused(device: Any) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ValueError, match="device is .*, which this machine does not have: use 'auto' or 'cpu'"):
+        build_golden(device=device)
+
+
+def test_loading_holds_the_ranks_own_tensors_and_no_more_than_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    build_golden()  # torch's meta context remembers at its first use what torch.empty is
+    allocated = []
+    empty = torch.empty
+
+    def recorded(*sizes: Any, **options: Any) -> torch.Tensor:
+        tensor = empty(*sizes, **options)
+        if tensor.device.type == "cpu" and tensor.numel():
+            allocated.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", recorded)
+    model = build_golden("gqa-mp4").model
+    monkeypatch.undo()
+    own = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
+    assert {tensor.data_ptr(): tensor.nbytes for tensor in allocated} == own
 
 
 @pytest.mark.parametrize("name", ["max_seq_len", "max_batch_size"])

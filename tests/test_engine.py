@@ -140,8 +140,9 @@ def test_any_stop_strings_in_any_batch_cut_where_the_first_one_begins(data: st.D
     stop = data.draw(st.lists(st.sampled_from(near or ["x"]) | st.text(min_size=1, max_size=3), max_size=3))
     results = llm.text_completion(prompts, **options, stop=stop, logprobs=True)
     for text, result in zip(whole, results, strict=True):
-        cuts = [at for at in map(text.find, stop) if at >= 0]
-        assert result["generation"] == text[: min(cuts, default=len(text))]
+        # the string that is complete first, and of those that end there, the longest
+        cuts = [(text.find(s) + len(s), text.find(s)) for s in stop if s in text]
+        assert result["generation"] == text[: min(cuts, default=(0, len(text)))[1]]
         assert "".join(result["tokens"]) == result["generation"]
         assert len(result["tokens"]) == len(result["logprobs"])
         assert result["finish_reason"] == "stop" or not cuts
@@ -150,6 +151,24 @@ def test_any_stop_strings_in_any_batch_cut_where_the_first_one_begins(data: st.D
 
 
 STOPPING = build_golden(max_batch_size=3)
+
+
+def test_stop_strings_that_overlap_cut_alike_however_the_text_is_split(
+    llm: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for stop in (["b cd", "c"], ["c", "b cd"]):
+        for said in ("a b cd e", "a  b cd"):
+            Script(llm, monkeypatch, [said])
+            assert llm.text_completion(["x"], stop=stop)[0]["generation"] == said[: said.index("c")]
+
+
+def test_ids_before_a_stop_string_are_kept_and_no_others(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    Script(llm, monkeypatch, ["1 2 3 4"])
+    ids = llm.tokenizer.encode("1 2 3 4", bos=False, eos=False)
+    pieces = llm.tokenizer.decode_pieces(ids)
+    for stop in pieces[2:]:  # the first is the space before the text, which is not shown
+        tokens, _ = llm.generate([[1]], 20, stop=stop)
+        assert tokens[0] == ids[: pieces.index(stop)]
 
 
 def test_each_prompt_may_have_settings_of_its_own(llm: Llama) -> None:
@@ -185,6 +204,23 @@ def test_a_dropped_stream_leaves_the_llama_usable(llm: Llama) -> None:
     with pytest.raises(RuntimeError, match="another call has used this Llama since"):
         list(stale)
     assert llm.text_completion(TEXTS, temperature=0) == want
+
+
+def test_a_forward_pass_during_a_stream_is_noticed(llm: Llama) -> None:
+    stream = llm.stream_text_completion(TEXTS, temperature=1.0)
+    next(stream)
+    llm.model(torch.tensor([[1, 2, 3]]), 0)
+    with pytest.raises(RuntimeError, match="another call has used this Llama since"):
+        list(stream)
+
+
+def test_the_last_piece_carries_what_logprobs_asks_for(llm: Llama) -> None:
+    for options in ({"max_gen_len": 9}, {"max_gen_len": 0, "echo": True}):
+        batch = llm.text_completion(TEXTS, 0, logprobs=True, **options)
+        last: dict[int, Any] = {p["index"]: p for p in llm.stream_text_completion(TEXTS, 0, logprobs=True, **options)}
+        for i, result in enumerate(batch):
+            assert (last[i]["tokens"], last[i]["logprobs"]) == (result["tokens"], result["logprobs"])
+            assert last[i]["finish_reason"] == result["finish_reason"]
 
 
 def test_scoring_a_long_prompt_holds_few_logits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +260,7 @@ def test_a_second_turn_prefills_only_what_is_new(monkeypatch: pytest.MonkeyPatch
     assert computed <= whole - first
 
 
-@pytest.mark.parametrize("between", ["forward", "batch", "error", "dropped stream", "nothing"])
+@pytest.mark.parametrize("between", ["forward", "batch", "error", "dropped stream", "interrupt", "nothing"])
 def test_a_prefix_is_reused_only_while_it_is_cached(between: str) -> None:
     llm = build_golden(max_seq_len=512)
     dialog = chat("Tell me a story about a llama.", "No.", "Why not?")
@@ -241,6 +277,15 @@ def test_a_prefix_is_reused_only_while_it_is_cached(between: str) -> None:
         with pytest.raises(ValueError, match="not finite"):
             reply(llm, chat("Tell me a story about a llama that is long"), True)
         weight.copy_(kept)
+    elif between == "interrupt":
+
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(llm.model, "logits", interrupt)  # the cache is written, the pass is not done
+            with pytest.raises(KeyboardInterrupt):
+                llm.generate([[1] * 30], 1)
     elif between == "dropped stream":
         next(llm.stream_chat_completion([chat("Tell me a story.")], 1.0, reuse_prefix=True))
     assert reply(llm, dialog, True) == want
@@ -256,14 +301,18 @@ def test_checks_refuse_inputs_before_they_cost_anything_and_answers_after(
         seen.append(text)
         return "I do not talk about ducks." if "duck" in text else None
 
-    dialogs = [chat("hi"), chat("a duck", "no", "go on"), [{"role": "system", "content": "duck"}, *chat("hi")]]
+    dialogs = [
+        chat("hi", "no duck", "so?"),
+        chat("a duck", "no", "go on"),
+        [{"role": "system", "content": "duck"}, *chat("hi")],
+    ]
     plain = llm.chat_completion(dialogs[:1], temperature=0, max_gen_len=8)
     results = llm.chat_completion(dialogs, temperature=0, max_gen_len=8, input_check=input_check, logprobs=True)
     assert results[0]["generation"] == plain[0]["generation"]
     for refused in results[1:]:
         assert refused["generation"]["content"] == "I do not talk about ducks."
         assert (refused["tokens"], refused["finish_reason"]) == ([], "stop")
-    assert "no" not in seen, "what the assistant said is not an input"
+    assert seen == ["hi", "so?", "a duck", "duck"], "what the assistant said is not an input"
 
     answers: list[str] = []
     options: dict[str, Any] = {"temperature": 0, "max_gen_len": 8, "output_check": lambda t: answers.append(t) or "No."}

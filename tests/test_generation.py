@@ -101,12 +101,13 @@ def ended_by_eos() -> tuple[list[int], list[int]]:
     return golden["prompt_tokens"][row], golden["greedy"]["tokens"][row]
 
 
-def test_eos_ends_a_row_and_is_not_in_the_result(llm: Llama) -> None:
+def test_eos_ends_a_row_and_is_not_in_the_result(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt, answer = ended_by_eos()
     tokens, logprobs = llm.generate([prompt], 20, temperature=0, logprobs=True)
     assert tokens == [answer] and logprobs is not None and len(logprobs[0]) == len(answer)
-    text = llm.tokenizer.decode(prompt[1:])
-    assert llm.tokenizer.encode(text, bos=True, eos=False) != prompt or llm.text_completion([text])
+    monkeypatch.setattr(llm.tokenizer, "encode", lambda *_, **__: prompt)
+    assert llm.text_completion(["x"], temperature=0)[0]["finish_reason"] == "stop"
+    assert llm.chat_completion([[USER]], temperature=0)[0]["finish_reason"] == "stop"
 
 
 def test_eos_inside_a_prompt_does_not_cut_the_echo(llm: Llama) -> None:
@@ -193,13 +194,25 @@ BAD_CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str
     ("generate", ([[1], []], 5), {}, ValueError, "prompt 1 has no tokens: begin it with the tokenizer's bos_id, 1"),
     ("generate", ([[1, 512]], 5), {}, ValueError, "prompt 0 has token id 512, and the vocabulary has 512 pieces"),
     ("generate", ([[1, -1]], 5), {}, ValueError, "prompt 0 has token id -1, and the vocabulary has 512 pieces"),
-    ("generate", ([["1"]], 5), {}, TypeError, r"prompt 0 has a str \('1'\) among its token ids"),
+    ("generate", ([["1"]], 5), {}, TypeError, "a token id of prompt 0 is '1': use an integer"),
     ("generate", ([[1]], -1), {}, ValueError, "max_gen_len is -1: use 0 or more"),
     ("generate", ([[1]], 5, -0.1), {}, ValueError, "temperature is -0.1: use 0 for greedy decoding, or a positive"),
     ("generate", ([[1]], 5, float("nan")), {}, ValueError, "temperature is nan"),
     ("generate", ([[1]], 5, 1, 0), {}, ValueError, "top_p is 0: use more than 0 and at most 1"),
     ("generate", ([[1]], 5, 1, 1.5), {}, ValueError, "top_p is 1.5: use more than 0 and at most 1"),
     ("generate", ([[1]], 5), {"seed": [1, 2]}, ValueError, "seed has 2 values for 1 prompts: pass one for all, or one"),
+    ("generate", ([[1]], 5), {"seed": "abc"}, TypeError, "seed is 'abc': use an integer"),
+    ("generate", ([[1]], 5), {"stop": 5}, TypeError, r"stop is \[5\]: use strings, or a list of strings for each"),
+    ("generate", ([[1]], 5, "0"), {}, TypeError, "temperature is '0': use a number"),
+    ("generate", ([[1]], 5, 1, None), {}, TypeError, "top_p is None: use a number"),
+    ("generate", ([[1]], 2.5), {}, TypeError, "max_gen_len is 2.5: use an integer"),
+    ("generate", ([1, 5], 5), {}, TypeError, "prompt 0 is 1: use a list of token ids"),
+    ("generate", ([None, [1]], 5), {}, TypeError, "prompt 0 is None: use a list of token ids"),
+    ("generate", ("hello", 5), {}, TypeError, r"prompt_tokens is a str: pass a list, \['hello'\]"),
+    ("text_completion", (None,), {}, TypeError, r"prompts is a NoneType: pass a list"),
+    ("text_completion", (["\ud800"],), {}, ValueError, "surrogates not allowed"),
+    ("chat_completion", ([[USER | {"content": "x " * 90}]],), {}, ValueError, "dialog 0 has .* tokens, and max_seq_le"),
+    ("chat_completion", ([[USER]],), {"input_check": lambda _: True}, TypeError, "a check returned True: return None"),
     ("generate", ([[1]], 5), {"stop": ["a", ""]}, ValueError, r"stop is \['a', ''\]: use strings that are not empty"),
     ("text_completion", ("hello",), {}, TypeError, r"prompts is a str: pass a list, \['hello'\]"),
     ("text_completion", ([3],), {}, TypeError, "only a str can be encoded, got int: 3"),
@@ -228,14 +241,37 @@ def test_a_bad_call_is_refused_before_any_compute_and_the_object_still_works(
     assert llm.generate(golden["prompt_tokens"], 20, 0)[0] == golden["greedy"]["tokens"]
 
 
+def test_integers_and_lists_of_any_kind_are_welcome(llm: Llama) -> None:
+    np = pytest.importorskip("numpy")
+    want = llm.generate([[1, 20]] * 3, 10, temperature=1.0, seed=3)
+    assert llm.generate(torch.tensor([[1, 20]] * 3), np.int64(10), np.float32(1.0), seed=np.int64(3)) == want
+    listed = llm.generate([[1, 20]] * 3, 10, temperature=1.0, seed=[0, 1, 2])
+    assert len({tuple(row) for row in listed[0]}) == 3
+    assert llm.generate((p for p in [[1, 20]] * 3), 10, temperature=1.0, seed=range(3)) == listed
+    assert llm.generate(np.array([[1, 20]] * 3), 10, temperature=1.0, seed=np.arange(3)) == listed
+    dialogs = [[USER]] * 2
+    assert llm.chat_completion(iter(dialogs), 0, stop=None) == llm.chat_completion(dialogs, 0)
+
+
+def test_the_callers_default_dtype_changes_nothing(llm: Llama) -> None:
+    want = llm.generate([[1, 20]], 30, temperature=1.0, top_p=1.0), llm.embed(["a"])
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = llm.generate([[1, 20]], 30, temperature=1.0, top_p=1.0), llm.embed(["a"])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert got[0] == want[0] and torch.equal(got[1], want[1]) and got[1].dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("dtype", "advice"),
     [("float16", 'try dtype="bfloat16"'), ("bfloat16", 'try dtype="float32"'), ("float32", "weights are damaged")],
 )
 def test_logits_that_are_not_finite_are_reported_and_leave_a_clean_cache(dtype: str, advice: str) -> None:
     llm = build_golden(dtype=dtype)
-    prompts = random_prompts(6, 30)
-    before = llm.generate(prompts, 10, temperature=0)
+    prompts = [[1] * 50] * 4
+    shorter, limits = random_prompts(6, 9), [20, 2, 30, 20, 2, 30]  # these leave most of each row as it was
+    before = llm.generate(shorter, limits, temperature=0)
     weight = llm.model.layers[1].attention.wv.weight
     kept = weight[0, 0].clone()
     weight[0, 0] = float("inf")
@@ -243,7 +279,7 @@ def test_logits_that_are_not_finite_are_reported_and_leave_a_clean_cache(dtype: 
     with pytest.raises(ValueError, match=rf"logits are not finite \(row 0, position {position}, {dtype}\): .*{advice}"):
         llm.generate(prompts, 10, temperature=0)
     weight[0, 0] = kept
-    assert llm.generate(prompts, 10, temperature=0) == before
+    assert llm.generate(shorter, limits, temperature=0) == before
 
 
 def test_the_callers_state_is_left_alone() -> None:

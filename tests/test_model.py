@@ -24,7 +24,8 @@ def tokens_of(bsz: int, seqlen: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("n_kv_heads", [None, 4, 1])
 def test_logits_equal_those_of_transformers(args: ModelArgs, n_kv_heads: int | None) -> None:
     transformers = pytest.importorskip("transformers")
-    args.n_kv_heads = n_kv_heads
+    args.n_kv_heads, args.norm_eps = n_kv_heads, 0.1
+    args.rope_theta = 10000.0 if n_kv_heads else 1e6  # Code Llama's
     state = random_state(args)
     config = transformers.LlamaConfig(
         vocab_size=args.vocab_size,
@@ -35,6 +36,7 @@ def test_logits_equal_those_of_transformers(args: ModelArgs, n_kv_heads: int | N
         num_key_value_heads=args.kv_heads,
         rms_norm_eps=args.norm_eps,
         max_position_embeddings=args.max_seq_len,
+        rope_parameters={"rope_type": "default", "rope_theta": args.rope_theta},
     )
     judge = transformers.LlamaForCausalLM(config).eval()
 
@@ -105,8 +107,10 @@ def test_without_a_cache_the_model_is_differentiable(args: ModelArgs) -> None:
 
 def test_rounding_the_weights_leaves_the_rotary_angles_exact(args: ModelArgs) -> None:
     model = random_model(args)
+    model(tokens_of(1, 3))
     angles = model.freqs_cis.clone()
-    assert torch.equal(model.bfloat16().freqs_cis, angles)
+    model.bfloat16()(tokens_of(1, 3))
+    assert torch.equal(model.freqs_cis, angles)
 
 
 def test_forward_refuses_what_does_not_fit(args: ModelArgs, llm: Llama) -> None:
@@ -114,6 +118,9 @@ def test_forward_refuses_what_does_not_fit(args: ModelArgs, llm: Llama) -> None:
         llm.model(tokens_of(1, 5), 60)
     with pytest.raises(ValueError, match="tokens have 5 rows, and max_batch_size is 4"):
         llm.model(tokens_of(5, 1), 0)
+    for tokens, start in ((torch.ones(3).long(), 0), (torch.ones(1, 0).long(), 0), (torch.ones(1, 3).long(), -1)):
+        with pytest.raises(ValueError, match="tokens are .* at .*: pass"):
+            llm.model(tokens, start)
     with pytest.raises(ValueError, match="start_pos is 3, and no cache is attached"):
         random_model(args)(tokens_of(1, 5), 3)
     with pytest.raises(ValueError, match="vocab_size is -1: set it to the tokenizer's n_words"):

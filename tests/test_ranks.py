@@ -72,6 +72,37 @@ assert everywhere[0] == everywhere[1], everywhere
     assert job.returncode == 0, job.stderr
 
 
+def test_ranks_agree_on_scores_checks_streams_and_after_another_build(tmp_path: Path) -> None:
+    script = tmp_path / "agree.py"
+    script.write_text("""
+import torch, torch.distributed as dist
+from conftest import build_golden
+llm = build_golden("gqa-mp2", model_parallel_size=2)
+rank = dist.get_rank()
+other = build_golden("gqa-mp1", model_parallel_size=1)
+other.generate([[1, 30]], 3)
+inner = llm.model.logits
+torch.manual_seed(rank)
+llm.model.logits = lambda h: inner(h) + 3 * rank * torch.randn(inner(h).shape)
+dialogs = [[{"role": "user", "content": content}] for content in ("one", "two", "three")]
+only_here = lambda text: "No." if rank == 0 and text == "two" else "Yes?" if rank == 1 else None
+ours = [
+    llm.generate([[1, 30], [1] * 9], 9, 0, logprobs=True, echo=True),
+    llm.chat_completion(dialogs, 0, max_gen_len=5, input_check=only_here),
+    llm.chat_completion(dialogs, 0, max_gen_len=5, output_check=lambda text: f"{rank}"),
+    list(llm.stream_text_completion(["a", "b c"], 1.0, max_gen_len=12, stop=["e"])),
+]
+next(llm.stream_text_completion(["a", "b"]))
+ours.append(llm.generate([[1, 30]], 3))
+everywhere = [None, None]
+dist.all_gather_object(everywhere, ours)
+assert everywhere[0] == everywhere[1], everywhere
+assert [r["generation"]["content"] == "No." for r in ours[1]] == [False, True, False]
+""")
+    job = torchrun(2, script, timeout=100)
+    assert job.returncode == 0, job.stderr
+
+
 @pytest.mark.parametrize(
     ("nproc", "arguments", "sentence"),
     [
@@ -86,7 +117,7 @@ def test_a_job_with_a_bad_argument_ends_with_the_sentence(
     options = [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
     job = torchrun(nproc, ROOT / "example_text_completion.py", "--ckpt_dir", TINY, *options, timeout=60)
     assert job.returncode != 0
-    assert f"Error: {sentence}" in job.stderr or sentence in job.stderr
+    assert sentence in job.stderr
 
 
 @pytest.mark.parametrize("name", ["text", "chat"])

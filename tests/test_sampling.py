@@ -49,3 +49,8 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     together = sample(logits, *settings)
     alone = [sample(logits[i : i + 1], *(s[i : i + 1] for s in settings))[0] for i in range(16)]
     assert together.tolist() == [int(token) for token in alone]
+
+
+def test_a_temperature_however_small_draws_the_likeliest_token() -> None:
+    for temperature in (1e-3, 1e-38, 1e-44):
+        assert sample(1e3 * PROBS[None], [temperature], [1.0], [0.999]).tolist() == [1]

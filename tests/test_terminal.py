@@ -77,6 +77,16 @@ def test_ctrl_c_stops_the_answer_and_not_the_job() -> None:
     assert (child.exitstatus, child.signalstatus) == (0, None)
 
 
+def test_what_is_typed_during_an_answer_is_the_next_line() -> None:
+    child = start(*LAUNCHER, *SLOW_CHAT)
+    child.sendline("Tell me a story about the fox.")
+    child.expect("[A-Za-z]+ [A-Za-z]+ ")
+    child.sendline("Where does the owl live?")
+    child.expect_exact("> Where does the owl live?")
+    child.expect(r"The \w+ lives in")
+    child.close(force=True)
+
+
 def test_the_system_message_holds_for_the_whole_conversation() -> None:
     child = start("-m", "llama", system="Answer in one word.")
     assert len(ask(child, "Where does the fox live?").split()) == 1
@@ -90,7 +100,7 @@ def test_history_that_outgrows_the_limit_loses_its_oldest_exchange_and_says_so()
     answers = [ask(child, f"Where does the {animal} live?") for animal in ("fox", "owl", "fox", "owl", "fox")]
     assert "its oldest exchange is forgotten" in answers[-1]
     assert answers[-1].split()[-1] == answers[0].split()[-1]
-    assert ask(child, "word" + " word" * 120).startswith("prompt 0 has ")
+    assert ask(child, "word" + " word" * 120).startswith("dialog 0 has ")
     assert ask(child, "Where does the owl live?").split()[-1] == answers[1].split()[-1]
     child.close(force=True)
 
@@ -108,3 +118,5 @@ def test_a_mistake_in_the_command_is_answered_with_a_sentence(tmp_path: Path) ->
         job.stderr
         == f"error: no consolidated.*.pth in {tmp_path}/: is this the folder that download.sh made?{os.linesep}"
     )
+    job = run_python("-m", "llama", "chat", *MODEL, "--top_p", "7", input="")
+    assert (job.returncode, job.stderr.splitlines()[-1]) == (1, "error: top_p is 7: use more than 0 and at most 1")

@@ -1,0 +1,73 @@
+"""The decode step of static shapes: compiled on the CPU, as it is on a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_golden, expected, torchrun
+
+from llama import Llama
+from llama.decode import SHORTEST_WINDOW, DecodeStep
+
+
+def as_the_original(llm: Llama) -> None:
+    golden = expected("gqa")
+    for name, echo in (("greedy", False), ("greedy_echo", True)):
+        tokens, logprobs = llm.generate(golden["prompt_tokens"], golden[name]["max_gen_len"], 0, 0.9, True, echo)
+        assert tokens == golden[name]["tokens"]
+        for ours, theirs in zip(logprobs or [], golden[name]["logprobs"], strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+def test_a_static_window_gives_the_same_tokens_as_the_exact_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = build_golden(max_seq_len=1024)
+    llm.step.static = True
+    lengths = []
+    inner = llm.step.run
+    monkeypatch.setattr(llm.step, "run", lambda t, window, s: lengths.append(window.k.shape[3]) or inner(t, window, s))
+    as_the_original(llm)
+    assert set(lengths) == {SHORTEST_WINDOW}
+    llm.generate([[1] * 255], 40, temperature=0)
+    assert set(lengths) == {SHORTEST_WINDOW, 2 * SHORTEST_WINDOW}
+    llm.generate([[1] * 1000], 40, temperature=0)
+    assert max(lengths) == 1024
+
+
+def test_the_compiled_step_is_one_graph_and_equals_the_original() -> None:
+    as_the_original(build_golden(compile=True))
+
+
+def test_the_compiled_step_is_one_graph_on_two_ranks(tmp_path: Path) -> None:
+    script = tmp_path / "compiled.py"
+    script.write_text("""
+from conftest import build_golden
+from test_decode import as_the_original
+as_the_original(build_golden("gqa-mp4", compile=True))
+""")
+    job = torchrun(2, script)
+    assert job.returncode == 0, job.stderr
+
+
+def test_where_capture_is_impossible_decoding_goes_on_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    llm = build_golden()
+    llm.step = DecodeStep(llm.model, cuda_graph=True)
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(llm.step, "_capture", refuse)
+    as_the_original(llm)
+    messages = [record.message for record in caplog.records if record.name == "llama.decode"]
+    assert messages == ["decoding without CUDA graphs: operation not permitted when stream is capturing"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_captured_graph_equals_the_original(compile: bool) -> None:
+    llm = build_golden(device="cuda", compile=compile)
+    as_the_original(llm)
+    assert llm.step.captured
