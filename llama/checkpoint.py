@@ -96,11 +96,11 @@ class Checkpoint:
         world_size: int,
         device: torch.device,
         dtype: torch.dtype,
-        store: Callable[[Tensor], nn.Module | None] | None = None,
+        hold: Callable[[Tensor], nn.Module | None] | None = None,
     ) -> None:
-        """Give `model`, built for this rank on the meta device, its weights; linear ones as `store` holds them.
+        """Give `model`, built for this rank on the meta device, its weights; linear ones as `hold` makes them.
 
-        Copies one tensor at a time (with `store`, one per thread), so that memory holds this rank's weights and little
+        Copies one tensor at a time (with `hold`, one per thread), so that memory holds this rank's weights and little
         more. Raises ValueError, before anything is copied, where the files do not hold exactly the model's tensors.
         """
         wanted = model.state_dict()
@@ -113,13 +113,13 @@ class Checkpoint:
             for target, part in zip(tensor.split([p.shape[dim] for p in parts], dim), parts, strict=True):
                 target.copy_(part)
             layer = model.get_submodule(name.removesuffix(".weight"))
-            if store is not None and isinstance(layer, ShardedLinear) and (held := store(tensor)) is not None:
+            if hold is not None and isinstance(layer, ShardedLinear) and (held := hold(tensor)) is not None:
                 layer.hold(held)
             else:
                 state[name] = tensor
 
         # Packing and quantising are slow and release the interpreter's lock; plain copies are as fast from one thread.
-        with ThreadPoolExecutor(torch.get_num_threads() if store else 1) as pool:
+        with ThreadPoolExecutor(torch.get_num_threads() if hold else 1) as pool:
             done = pool.map(load_one, wanted)
             for _ in tqdm(
                 done, total=len(wanted), desc="loading", unit="tensor", leave=False, disable=rank > 0 or None
@@ -237,10 +237,17 @@ def select_dtype(dtype: str, stored: torch.dtype, device: torch.device) -> torch
     return selected
 
 
-def check_memory(name: str, model: Transformer, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise ValueError, before anything is loaded, if this rank's weights and cache do not fit into its device."""
+def check_memory(
+    name: str, model: Transformer, device: torch.device, dtype: torch.dtype, bytes_per_weight: float
+) -> None:
+    """Raise ValueError, before anything is loaded, if this rank's weights and cache do not fit into its device.
+
+    `bytes_per_weight` is of the linear layers; everything else is of `dtype`.
+    """
     args, free = model.params, free_memory(device)
-    weights = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
+    linear = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, ShardedLinear))
+    other = sum(weight.numel() for weight in model.parameters()) - linear
+    weights = int(linear * bytes_per_weight + other * dtype.itemsize)
     row = KVCache.allocate(args, dtype, torch.device("meta")).nbytes // args.max_batch_size
     if weights + args.max_batch_size * row <= free:
         return
@@ -249,7 +256,7 @@ def check_memory(name: str, model: Transformer, device: torch.device, dtype: tor
     advice = (
         f"build with max_batch_size {fitting} or a smaller max_seq_len"
         if fitting > 0
-        else "use a 16-bit dtype, more ranks or a smaller model"
+        else "use fewer bits for each weight, more ranks or a smaller model"
     )
     raise ValueError(
         f"{name} needs {needed} max_batch_size {args.max_batch_size} × max_seq_len {args.max_seq_len} per rank, "

@@ -101,8 +101,11 @@ class Llama:
         torch_dtype = select_dtype(dtype, checkpoint.dtype, device)
         with torch.device("meta"):
             model = Transformer(args)
-        check_memory(checkpoint.name, model, device, torch_dtype)
-        checkpoint.load(model, rank, world_size, device, torch_dtype, select_store(quantize, dtype, device))
+        store = select_store(quantize, dtype, device)
+        check_memory(
+            checkpoint.name, model, device, torch_dtype, store.bytes_per_weight if store else torch_dtype.itemsize
+        )
+        checkpoint.load(model, rank, world_size, device, torch_dtype, store.hold if store else None)
         model.cache = KVCache.allocate(args, torch_dtype, device)
         logger.info(
             "loaded %s in %.2f seconds (%s, %s)", checkpoint.name, time.monotonic() - start, device, torch_dtype

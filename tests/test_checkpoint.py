@@ -264,8 +264,12 @@ def test_too_little_memory_is_refused_before_anything_is_loaded(monkeypatch: pyt
     with pytest.raises(ValueError, match=r"max_batch_size 4 × max_seq_len 64 .*: build with max_batch_size 3 or"):
         build_golden()
     monkeypatch.setattr("llama.checkpoint.free_memory", lambda device: weights - 1)
-    with pytest.raises(ValueError, match="use a 16-bit dtype, more ranks or a smaller model"):
+    with pytest.raises(ValueError, match="use fewer bits for each weight, more ranks or a smaller model"):
         build_golden()
+    monkeypatch.setattr("llama.checkpoint.free_memory", lambda device: weights * 6 // 10 + 4 * 32768)
+    for options in ({"quantize": "int8", "dtype": "auto"}, {"dtype": "bfloat16"}):
+        with pytest.raises(pytest.fail.Exception, match="loaded"):
+            build_golden(**options)
 
 
 def test_a_length_that_no_memory_holds_is_refused_before_it_is_tried() -> None:
