@@ -116,8 +116,9 @@ def seconds(work: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def measure(name: str, folder: str, quick: bool = False, only: str = "") -> None:
+def measure(name: str, folder: str, quick: bool = False, only: tuple[str, ...] | str = ()) -> None:
     """`only`: names of works, with commas; all by default."""
+    wanted = (only,) if isinstance(only, str) else only  # fire makes a tuple of what has commas
     kind, option = CONTENDERS[name]
     start = time.perf_counter()
     contender = kind(Path(folder), option)
@@ -146,7 +147,7 @@ def measure(name: str, folder: str, quick: bool = False, only: str = "") -> None
     if batched:
         works |= {"decode_4": lambda: decode(4), "decode_16": lambda: decode(16), "ragged": ragged}
     for work, run in works.items():
-        if not only or work in only.split(","):
+        if not any(wanted) or work in wanted:
             result[work] = run()
     result["tokens"] = contender.generate([prompt_of(DECODE_PROMPT)], 8)[0]
     cuda = torch.cuda.is_available() and batched

@@ -97,7 +97,7 @@ def available(contender: str) -> bool:
 
 
 def run(contender: str, folder: Path, quick: bool, only: str) -> dict[str, Any] | None:
-    command = [sys.executable, str(HERE / "contender.py"), contender, str(folder), "--only", only]
+    command = [sys.executable, str(HERE / "contender.py"), contender, str(folder)] + ["--only", only] * bool(only)
     job = subprocess.run(command + ["--quick"] * quick, capture_output=True, text=True)
     if job.returncode:
         print(f"{contender} failed: {job.stderr.strip().splitlines()[-1][:200]}", file=sys.stderr)
@@ -165,14 +165,17 @@ def main(
     shape: str = "1b",
     rounds: int = 3,
     quick: bool = False,
-    contenders: str = "",
-    only: str = "",
+    contenders: tuple[str, ...] | str = (),
+    only: tuple[str, ...] | str = (),
     folder: str | None = None,
 ) -> None:
     """Measure. `quick`: shape tiny, one round. `contenders`, `only`: names with commas; `folder` keeps the weights."""
     if quick:
         shape, rounds = "tiny", 1
-    chosen = [name.strip() for name in contenders.split(",")] if contenders else list(CONTENDERS)
+    # fire makes a tuple of what has commas
+    named = (contenders,) if isinstance(contenders, str) else contenders
+    chosen = [name.strip() for name in named] or list(CONTENDERS)
+    works = only if isinstance(only, str) else ",".join(only)
     for name in [name for name in chosen if not available(name)]:
         print(f"{name} is skipped: pip install -r benchmarks/requirements.txt", file=sys.stderr)
         chosen.remove(name)
@@ -182,7 +185,7 @@ def main(
         results: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
         for _ in range(rounds):
             for name in chosen:
-                result = run(name, checkpoint, quick, only)
+                result = run(name, checkpoint, quick, works)
                 if result is not None:
                     print(name, {key: round(v, 2) for key, v in result.items() if key != "tokens"}, file=sys.stderr)
                     results[name].append(result)

@@ -59,8 +59,11 @@ def test_a_weight_beyond_float16_is_not_packed() -> None:
 
 @pytest.mark.parametrize("store", [Int8, Int4, pytest.param(PackedFloat16, marks=packs)])
 def test_a_row_is_multiplied_the_same_alone_and_among_many(store: Any) -> None:
-    held, x = store(weight_of(96, 64)), torch.randn(40, 64, generator=torch.Generator().manual_seed(1))
-    many = held(x.view(2, 20, 64)).view(40, 96)
+    held, x = (
+        store(weight_of(96, 64)),
+        torch.randn(80, 64, generator=torch.Generator().manual_seed(1)),
+    )  # enough rows for int8 to expand
+    many = held(x.view(2, 40, 64)).view(80, 96)
     alone = torch.cat([held(row[None]) for row in x])
     # bfloat16 answers of the quantised kernels: a 256th of the largest
     torch.testing.assert_close(many, alone, atol=float(alone.abs().max()) / 128, rtol=0)
