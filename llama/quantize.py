@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 # From this many rows on, expanding int8 weights for a matrix product takes less time than the kernel for few rows:
 # measured on two cores, 16 rows took a third of the time in the kernel, a 512-token prompt half the time expanded.
 EXPAND_ROWS = 64
