@@ -7,6 +7,7 @@ rank's shard only, and reduce with plain collectives. On one rank they are ordin
 
 from __future__ import annotations
 
+import atexit
 import os
 from typing import Any
 
@@ -31,6 +32,9 @@ def init_model_parallel(device: str | torch.device = "auto", model_parallel_size
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        if backend == "gloo":
+            # gloo's threads must not outlive the interpreter: now and then that aborts a rank which has done its work.
+            atexit.register(leave_process_group)
     world_size = dist.get_world_size()
     size = world_size if model_parallel_size is None else model_parallel_size
     if size < 1 or world_size % size:
@@ -43,6 +47,11 @@ def init_model_parallel(device: str | torch.device = "auto", model_parallel_size
     if not fs_init.model_parallel_is_initialized():
         fs_init.initialize_model_parallel(size)
     return device
+
+
+def leave_process_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def select_device(device: str | torch.device) -> torch.device:
