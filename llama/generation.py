@@ -19,7 +19,7 @@ from .chat import UNSAFE_ERROR, Dialog, Message, check_dialog, encode_dialog, ha
 from .checkpoint import Checkpoint, check_memory, check_world_size, select_dtype
 from .decode import DecodeStep
 from .model import KVCache, Transformer
-from .parallel import init_model_parallel, model_parallel_group, share, share_object
+from .parallel import init_model_parallel, model_parallel_size, share, share_object
 from .quantize import select_store
 from .request import FinishReason, Request, Settings, integer, make_requests
 from .sampling import sample
@@ -120,7 +120,7 @@ class Llama:
         self.tokenizer = tokenizer
         self.seed = seed
         self.step = step or DecodeStep(model)
-        self.group = model_parallel_group()
+        self.world_size = model_parallel_size()
         self.cache = model.cache
 
     def generate(
@@ -294,7 +294,7 @@ class Llama:
 
     def _refusal(self, check: Check, text: str) -> str | None:
         """What the first rank's check says of a text."""
-        refusal = share_object(check(text), self.group)
+        refusal = share_object(check(text), self.world_size)
         if refusal is None or isinstance(refusal, str):
             return refusal
         raise TypeError(f"a check returned {refusal!r}: return None, or the text of a refusal")
@@ -429,7 +429,7 @@ class Llama:
         logprobs = -F.cross_entropy(logits, tokens, reduction="none")
         tokens = torch.where(logits.sum(dim=-1).isfinite(), tokens, -1)  # one pass: a sum keeps what is not finite
         # Token ids are exact in float32, and one tensor takes one broadcast and one read by the host.
-        choice = share(torch.stack((tokens.float(), logprobs)), self.group).tolist()
+        choice = share(torch.stack((tokens.float(), logprobs)), self.world_size).tolist()
         return [(int(token), logprob) for token, logprob in zip(*choice, strict=True)]
 
     def _close_ranks(self, running: list[Request]) -> None:
@@ -450,7 +450,7 @@ class Llama:
         for first in range(0, len(targets), SCORE_CHUNK):
             chunk = self._tensor(targets[first : first + SCORE_CHUNK])
             logits = self.model.logits(h[first : first + len(chunk)])
-            scores += share(-F.cross_entropy(logits, chunk, reduction="none"), self.group).tolist()
+            scores += share(-F.cross_entropy(logits, chunk, reduction="none"), self.world_size).tolist()
         return scores
 
     def _non_finite(self, request: Request) -> ValueError:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .parallel import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, model_parallel_group, split
+from .parallel import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, model_parallel_size, split
 
 
 @dataclass
@@ -62,7 +62,7 @@ class KVCache:
     @classmethod
     def allocate(cls, args: ModelArgs, dtype: torch.dtype, device: torch.device) -> KVCache:
         """This rank's cache for `max_batch_size` rows of `max_seq_len` positions."""
-        n_local_kv_heads = split(args.kv_heads, model_parallel_group())
+        n_local_kv_heads = split(args.kv_heads, model_parallel_size())
         shape = (args.n_layers, args.max_batch_size, n_local_kv_heads, args.max_seq_len, args.head_dim)
         # Zeros, not empty: masked positions are multiplied by 0, and 0 × NaN would be NaN.
         return cls(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))

@@ -13,10 +13,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # unused; imported later, its default arguments would keep the process group alive
 import torch.nn.functional as F
 from fairscale.nn.model_parallel import initialize as fs_init
 from fairscale.nn.model_parallel import layers as fs_layers
 from torch import Tensor, nn
+
+# This rank's model-parallel group of each size. Whoever communicates keeps the size and looks the group up here, so
+# that at exit no other reference keeps a group alive (leave_process_group).
+_groups: dict[int, dist.ProcessGroup] = {}
 
 
 def init_model_parallel(device: str | torch.device = "auto", model_parallel_size: int | None = None) -> torch.device:
@@ -33,7 +38,6 @@ def init_model_parallel(device: str | torch.device = "auto", model_parallel_size
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         if backend == "gloo":
-            # gloo's threads must not outlive the interpreter: now and then that aborts a rank which has done its work.
             atexit.register(leave_process_group)
     world_size = dist.get_world_size()
     size = world_size if model_parallel_size is None else model_parallel_size
@@ -43,13 +47,21 @@ def init_model_parallel(device: str | torch.device = "auto", model_parallel_size
             f"use {either(divisors(world_size))}, or run with --nproc_per_node {max(size, 1)}"
         )
     if fs_init.model_parallel_is_initialized() and fs_init.get_model_parallel_world_size() != size:
-        fs_init.destroy_model_parallel()  # forgets the groups; layers built before keep theirs
+        fs_init.destroy_model_parallel()  # layers built before keep the groups of their size
     if not fs_init.model_parallel_is_initialized():
         fs_init.initialize_model_parallel(size)
     return device
 
 
 def leave_process_group() -> None:
+    """End gloo's threads while the interpreter is whole.
+
+    A gloo thread needs the interpreter's lock to let go of a collective's tensors. One that comes for it late, when the
+    main thread is past its last collective and ends, is unwound by CPython, and that aborts a rank which has done its
+    work. A process group joins its threads when the last reference to it goes, so here go all of them.
+    """
+    _groups.clear()
+    fs_init.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -93,15 +105,13 @@ def free_memory(device: torch.device) -> int:
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def model_parallel_group() -> dist.ProcessGroup | None:
-    """The ranks that share this rank's model, or None where it is not split."""
-    if not fs_init.model_parallel_is_initialized() or fs_init.get_model_parallel_world_size() == 1:
-        return None
-    return fs_init.get_model_parallel_group()
-
-
-def group_size(group: dist.ProcessGroup | None) -> int:
-    return 1 if group is None else dist.get_world_size(group)
+def model_parallel_size() -> int:
+    """The number of ranks that share this rank's model."""
+    if not fs_init.model_parallel_is_initialized():
+        return 1
+    size = fs_init.get_model_parallel_world_size()
+    _groups.setdefault(size, fs_init.get_model_parallel_group())
+    return size
 
 
 def divisors(n: int) -> list[int]:
@@ -114,34 +124,35 @@ def either(numbers: list[int]) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
-def split(size: int, group: dist.ProcessGroup | None) -> int:
-    """This rank's part of a dimension. The checkpoint was checked to divide before any layer is built."""
-    assert size % group_size(group) == 0, f"{size} does not divide over {group_size(group)} ranks"
-    return size // group_size(group)
+def split(size: int, world_size: int) -> int:
+    """One rank's part of a dimension. The checkpoint was checked to divide before any layer is built."""
+    assert size % world_size == 0, f"{size} does not divide over {world_size} ranks"
+    return size // world_size
 
 
-def share(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The values that the group's first rank has in `x`, on every rank."""
-    if group is not None:
+def share(x: Tensor, world_size: int) -> Tensor:
+    """The values that the first of the model's `world_size` ranks has in `x`, on all of them."""
+    if world_size > 1:
+        group = _groups[world_size]
         dist.broadcast(x, src=dist.get_global_rank(group, 0), group=group)
     return x
 
 
-def share_object(value: Any, group: dist.ProcessGroup | None) -> Any:
-    """The picklable value that the group's first rank has, on every rank."""
-    if group is None:
+def share_object(value: Any, world_size: int) -> Any:
+    """The picklable value that the first of the model's `world_size` ranks has, on all of them."""
+    if world_size == 1:
         return value
-    values = [value]
+    values, group = [value], _groups[world_size]
     dist.broadcast_object_list(values, src=dist.get_global_rank(group, 0), group=group)
     return values[0]
 
 
-def gather_last_dim(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def gather_last_dim(x: Tensor, world_size: int) -> Tensor:
     """(..., n / world_size) on each rank -> (..., n) on all."""
-    if group is None:
+    if world_size == 1:
         return x
-    parts = [torch.empty_like(x) for _ in range(group_size(group))]
-    dist.all_gather(parts, x.contiguous(), group=group)
+    parts = [torch.empty_like(x) for _ in range(world_size)]
+    dist.all_gather(parts, x.contiguous(), group=_groups[world_size])
     return torch.cat(parts, dim=-1)
 
 
@@ -165,14 +176,14 @@ class ColumnParallelLinear(ShardedLinear, fs_layers.ColumnParallelLinear):
 
     def __init__(self, in_features: int, out_features: int, *, gather_output: bool = False):
         nn.Module.__init__(self)
-        self.group = model_parallel_group()
+        self.world_size = model_parallel_size()
         self.gather_output = gather_output
-        self.weight = new_weight(split(out_features, self.group), in_features)
+        self.weight = new_weight(split(out_features, self.world_size), in_features)
         self.store = None
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.multiply(x)
-        return gather_last_dim(y, self.group) if self.gather_output else y
+        return gather_last_dim(y, self.world_size) if self.gather_output else y
 
 
 class RowParallelLinear(ShardedLinear, fs_layers.RowParallelLinear):
@@ -180,14 +191,14 @@ class RowParallelLinear(ShardedLinear, fs_layers.RowParallelLinear):
 
     def __init__(self, in_features: int, out_features: int):
         nn.Module.__init__(self)
-        self.group = model_parallel_group()
-        self.weight = new_weight(out_features, split(in_features, self.group))
+        self.world_size = model_parallel_size()
+        self.weight = new_weight(out_features, split(in_features, self.world_size))
         self.store = None
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.multiply(x)
-        if self.group is not None:
-            dist.all_reduce(y, group=self.group)
+        if self.world_size > 1:
+            dist.all_reduce(y, group=_groups[self.world_size])
         return y
 
 
@@ -196,13 +207,16 @@ class ParallelEmbedding(fs_layers.ParallelEmbedding):
 
     def __init__(self, num_embeddings: int, embedding_dim: int):
         nn.Module.__init__(self)
-        self.group = model_parallel_group()
-        self.weight = new_weight(num_embeddings, split(embedding_dim, self.group))
+        self.world_size = model_parallel_size()
+        self.weight = new_weight(num_embeddings, split(embedding_dim, self.world_size))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return gather_last_dim(F.embedding(tokens, self.weight), self.group)
+        return gather_last_dim(F.embedding(tokens, self.weight), self.world_size)
 
 
 def new_weight(rows: int, columns: int) -> nn.Parameter:
-    """A weight to be trained, or on the meta device to be replaced by a checkpoint's."""
-    return nn.Parameter(nn.init.normal_(torch.empty(rows, columns), std=0.02))
+    """A weight to be trained, or on the meta device to be replaced by a checkpoint's.
+
+    Not by nn.init.normal_, which on the meta device imports torch.compile's machinery, a second's work.
+    """
+    return nn.Parameter(0.02 * torch.randn(rows, columns))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,29 @@ ours = [llm.generate([[1, 30], [1] * 9], 30, t, logprobs=True, seed=2) for t in 
 everywhere = [None, None]
 dist.all_gather_object(everywhere, ours)
 assert everywhere[0] == everywhere[1], everywhere
+""")
+    job = torchrun(2, script)
+    assert job.returncode == 0, job.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_no_thread_of_the_process_group_outlives_the_last_exit_handler(tmp_path: Path) -> None:
+    script = tmp_path / "threads.py"
+    script.write_text("""
+import atexit, os
+import torch, torch.distributed as dist
+from conftest import build_golden
+def count():
+    return len(os.listdir("/proc/self/task"))
+@atexit.register  # registered first, so run last
+def check():
+    if count() != before:
+        os._exit(7)
+before = count()
+llm = build_golden("gqa-mp2", model_parallel_size=2)  # a global: still there when the handlers run
+alone = build_golden("gqa-mp2", model_parallel_size=1)
+assert llm.generate([[1, 30]], 5, 0) == alone.generate([[1, 30]], 5, 0)
+assert count() > before + 2
 """)
     job = torchrun(2, script)
     assert job.returncode == 0, job.stderr
