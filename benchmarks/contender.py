@@ -18,7 +18,6 @@ import fire
 import torch
 import weights
 
-CONTEXT = 1024  # the cache's length, where one is allocated ahead
 DECODE_PROMPT = 32
 RAGGED_LENGTHS = [8, 512, 33, 256, 90, 17, 384, 64, 128, 450, 12, 200, 300, 48, 150, 24]
 RAGGED_NEW = 64
@@ -31,15 +30,19 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
 class Ours:
     """This library; `kind` is a dtype or a quantisation."""
 
-    def __init__(self, folder: Path, kind: str):
+    @staticmethod
+    def convert(folder: Path, kind: str) -> Path:
+        return folder
+
+    def __init__(self, folder: Path, kind: str, context: int, rows: int):
         from llama import Llama
 
         quantised = kind in ("int8", "int4")
         self.llm = Llama.build(
             folder,
             folder / "tokenizer.model",
-            CONTEXT,
-            16,
+            context,
+            rows,
             dtype="auto" if quantised else kind,
             quantize=kind if quantised else None,
         )
@@ -53,12 +56,15 @@ class Ours:
 class Transformers:
     """Left-padded batches through model.generate."""
 
-    def __init__(self, folder: Path, kind: str):
+    @staticmethod
+    def convert(folder: Path, kind: str) -> Path:
+        return weights.as_huggingface(folder)
+
+    def __init__(self, folder: Path, kind: str, context: int, rows: int):
         from transformers import AutoModelForCausalLM
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        path = weights.as_huggingface(folder)
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, kind)).to(device)
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, kind)).to(device)
 
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], new: int) -> list[list[int]]:
@@ -76,13 +82,16 @@ class Transformers:
 class LlamaCpp:
     """llama-cpp-python, one sequence at a time, which is all that its public interface offers."""
 
-    def __init__(self, folder: Path, kind: str):
+    @staticmethod
+    def convert(folder: Path, kind: str) -> Path:
+        return weights.as_gguf(folder, kind)
+
+    def __init__(self, folder: Path, kind: str, context: int, rows: int):
         from llama_cpp import Llama
 
-        path = weights.as_gguf(folder, kind)
         threads = torch.get_num_threads()
         self.llm = Llama(
-            str(path), n_ctx=CONTEXT, n_threads=threads, n_threads_batch=threads, n_batch=512, verbose=False
+            str(folder), n_ctx=context, n_threads=threads, n_threads_batch=threads, n_batch=512, verbose=False
         )
 
     def generate(self, prompts: list[list[int]], new: int) -> list[list[int]]:
@@ -120,10 +129,6 @@ def measure(name: str, folder: str, quick: bool = False, only: tuple[str, ...] |
     """`only`: names of works, with commas; all by default."""
     wanted = (only,) if isinstance(only, str) else only  # fire makes a tuple of what has commas
     kind, option = CONTENDERS[name]
-    start = time.perf_counter()
-    contender = kind(Path(folder), option)
-    result: dict[str, object] = {"load": time.perf_counter() - start}
-    contender.generate([prompt_of(16)], 4)  # the first pass allocates
     batched = kind is not LlamaCpp
     repeats, steps = (1, 8) if quick else (3, 24)
 
@@ -146,9 +151,18 @@ def measure(name: str, folder: str, quick: bool = False, only: tuple[str, ...] |
     }
     if batched:
         works |= {"decode_4": lambda: decode(4), "decode_16": lambda: decode(16), "ragged": ragged}
+    if any(wanted):
+        works = {work: run for work, run in works.items() if work in wanted}
+    # A cache that is allocated ahead is as large as the works need.
+    context = 1024 if works.keys() & {"prefill_512", "ragged"} else 256
+    rows = 16 if works.keys() & {"decode_4", "decode_16", "ragged"} else 1
+    converted = kind.convert(Path(folder), option)  # once, and not part of loading
+    start = time.perf_counter()
+    contender = kind(converted, option, context, rows)
+    result: dict[str, object] = {"load": time.perf_counter() - start}
+    contender.generate([prompt_of(16)], 4)  # the first pass allocates
     for work, run in works.items():
-        if not any(wanted) or work in wanted:
-            result[work] = run()
+        result[work] = run()
     result["tokens"] = contender.generate([prompt_of(DECODE_PROMPT)], 8)[0]
     cuda = torch.cuda.is_available() and batched
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -5,8 +5,10 @@ Files are data: they are mapped, read with `weights_only`, and refused by name w
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
+import mmap
 import os
 import re
 from collections.abc import Callable
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .model import KVCache, ModelArgs, Transformer
-from .parallel import ShardedLinear, divisors, either, free_memory
+from .parallel import ShardedLinear, divisors, either, free_memory, hold_together
 
 # The dimension along which a release splits each weight over its shards; norms are whole in every shard.
 SHARD_DIM = (
@@ -27,6 +29,9 @@ SHARD_DIM = (
     | dict.fromkeys(("wo", "w2", "tok_embeddings"), 1)
     | dict.fromkeys(("attention_norm", "ffn_norm", "norm"), None)
 )
+
+# Weights that multiply the same input, and so can be held as one matrix: each named with the first of them.
+JOINED = {"wk": "wq", "wv": "wq", "w3": "w1"}
 
 # Precomputed angles that some releases carry and no model needs.
 IGNORED_KEY = "rope.freqs"
@@ -100,29 +105,40 @@ class Checkpoint:
     ) -> None:
         """Give `model`, built for this rank on the meta device, its weights; linear ones as `hold` makes them.
 
-        Copies one tensor at a time (with `hold`, one per thread), so that memory holds this rank's weights and little
-        more. Raises ValueError, before anything is copied, where the files do not hold exactly the model's tensors.
+        Copies one tensor at a time (with `hold`, one matrix per thread) and gives its mapped pages back, so that
+        memory holds this rank's weights and little more. Raises ValueError, before anything is copied, where the files
+        do not hold exactly the model's tensors.
         """
         wanted = model.state_dict()
         self.check_tensors({name: tuple(meta.shape) for name, meta in wanted.items()}, world_size)
-        state = {}
+        state: dict[str, Tensor] = {}
 
-        def load_one(name: str) -> None:
-            parts, dim = self.parts(name, rank, world_size), shard_dim(name) or 0
-            tensor = torch.empty(wanted[name].shape, dtype=dtype, device=device)
-            for target, part in zip(tensor.split([p.shape[dim] for p in parts], dim), parts, strict=True):
-                target.copy_(part)
-            layer = model.get_submodule(name.removesuffix(".weight"))
-            if hold is not None and isinstance(layer, ShardedLinear) and (held := hold(tensor)) is not None:
-                layer.hold(held)
+        def load_together(names: list[str]) -> None:
+            rows, dim = [wanted[name].shape[0] for name in names], shard_dim(names[0]) or 0
+            modules = [model.get_submodule(name.removesuffix(".weight")) for name in names]
+            layers = [module for module in modules if hold and isinstance(module, ShardedLinear)]
+            stored = self.shards[0][names[0]].dtype if layers else dtype
+            tensor = torch.empty(sum(rows), *wanted[names[0]].shape[1:], dtype=stored, device=device)
+            for name, target in zip(names, tensor.split(rows), strict=True):
+                parts = self.parts(name, rank, world_size)
+                for goal, part in zip(target.split([p.shape[dim] for p in parts], dim), parts, strict=True):
+                    goal.copy_(part)
+                    release(part)
+            if hold and layers and (store := hold(tensor)) is not None:
+                hold_together(layers, store)
             else:
-                state[name] = tensor
+                state.update(zip(names, tensor.to(dtype).split(rows), strict=True))
 
+        groups: dict[str, list[str]] = {}
+        for name in wanted:
+            stem = name.split(".")[-2]
+            leader = name.replace(stem, JOINED.get(stem, stem)) if hold else name
+            groups.setdefault(leader, []).append(name)
         # Packing and quantising are slow and release the interpreter's lock; plain copies are as fast from one thread.
         with ThreadPoolExecutor(torch.get_num_threads() if hold else 1) as pool:
-            done = pool.map(load_one, wanted)
+            done = pool.map(load_together, groups.values())
             for _ in tqdm(
-                done, total=len(wanted), desc="loading", unit="tensor", leave=False, disable=rank > 0 or None
+                done, total=len(groups), desc="loading", unit="tensor", leave=False, disable=rank > 0 or None
             ):
                 pass
         model.load_state_dict(state, assign=True, strict=True)
@@ -199,6 +215,15 @@ def map_shard(path: Path) -> dict[str, Tensor]:
     if "tok_embeddings.weight" not in shard:
         raise ValueError(f"{path} lacks tensor tok_embeddings.weight: is it a checkpoint of Llama 2?")
     return shard
+
+
+def release(mapped: Tensor) -> None:
+    """Take the pages of a mapped file that a tensor lies on out of this process; they could be read in again."""
+    if not hasattr(mmap, "MADV_DONTNEED") or mapped.numel() == 0:
+        return
+    first = mapped.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    length = mapped.data_ptr() - first + mapped.shape[0] * mapped.stride(0) * mapped.element_size()
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
 
 def check_world_size(name: str, args: ModelArgs, world_size: int) -> None:

@@ -19,7 +19,7 @@ from .chat import UNSAFE_ERROR, Dialog, Message, check_dialog, encode_dialog, ha
 from .checkpoint import Checkpoint, check_memory, check_world_size, select_dtype
 from .decode import DecodeStep
 from .model import KVCache, Transformer
-from .parallel import init_model_parallel, model_parallel_size, share, share_object
+from .parallel import init_model_parallel, keep_freed_memory, model_parallel_size, share, share_object
 from .quantize import select_store
 from .request import FinishReason, Request, Settings, integer, make_requests
 from .sampling import sample
@@ -101,12 +101,14 @@ class Llama:
         torch_dtype = select_dtype(dtype, checkpoint.dtype, device)
         with torch.device("meta"):
             model = Transformer(args)
-        store = select_store(quantize, dtype, device)
+        store = select_store(quantize, dtype, device, compile)
         check_memory(
             checkpoint.name, model, device, torch_dtype, store.bytes_per_weight if store else torch_dtype.itemsize
         )
         checkpoint.load(model, rank, world_size, device, torch_dtype, store.hold if store else None)
         model.cache = KVCache.allocate(args, torch_dtype, device)
+        if device.type == "cpu":
+            keep_freed_memory()  # from here on: the weights' own temporaries are better given back
         logger.info(
             "loaded %s in %.2f seconds (%s, %s)", checkpoint.name, time.monotonic() - start, device, torch_dtype
         )

@@ -13,7 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .parallel import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, model_parallel_size, split
+from .parallel import (
+    ColumnParallelLinear,
+    ParallelEmbedding,
+    RowParallelLinear,
+    model_parallel_size,
+    multiply_together,
+    split,
+)
 
 
 @dataclass
@@ -139,7 +146,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, span: Span, cache: tuple[Tensor, Tensor] | None) -> Tensor:
         bsz, seqlen, _ = x.shape
-        xq, xk, xv = (w(x).view(bsz, seqlen, -1, self.head_dim) for w in (self.wq, self.wk, self.wv))
+        xq, xk, xv = (y.view(bsz, seqlen, -1, self.head_dim) for y in multiply_together(x, self.wq, self.wk, self.wv))
         xq, xk = apply_rotary_emb(xq, span.freqs_cis), apply_rotary_emb(xk, span.freqs_cis)
         if cache is not None:
             keys, values = cache  # (bsz, n_local_kv_heads, length, head_dim)
@@ -165,7 +172,8 @@ class FeedForward(nn.Module):
         self.w3 = ColumnParallelLinear(args.dim, args.hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        gate, up = multiply_together(x, self.w1, self.w3)
+        return self.w2(F.silu(gate) * up)
 
 
 class TransformerBlock(nn.Module):

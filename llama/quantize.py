@@ -1,4 +1,4 @@
-"""Other ways to store a linear weight: packed float16, int8, int4. The model does not know.
+"""Other ways to store a linear weight: packed in 16 bits, int8, int4. The model does not know.
 
 Each class is made from one rank's weight (out_features, in_features) and multiplies (..., in_features) activations by
 it. Activations are never quantised: Llama's outlier channels do not survive it.
@@ -14,9 +14,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# From this many rows on, expanding int8 weights for a matrix product takes less time than the kernel for few rows:
-# measured on two cores, 16 rows took a third of the time in the kernel, a 512-token prompt half the time expanded.
-EXPAND_ROWS = 64
+# Weights are quantised, and int8 is expanded, so many rows at a time: temporaries stay in the processor's cache.
+BLOCK_ROWS = 512
+
+
+def has_bfloat16_products() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices natively (AVX512-BF16; every CPU with AMX has it too)."""
+    return "AVX512" in torch.backends.cpu.get_cpu_capability() and torch.cpu._is_avx512_bf16_supported()
+
+
+class PackedBFloat16(nn.Module):
+    """bfloat16 in oneDNN's blocks: x is rounded to bfloat16 and so is the product; sums are float32."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.packed, None, "none", [], "")
+        return y.to(x.dtype)
 
 
 class PackedFloat16(nn.Module):
@@ -36,21 +52,30 @@ class Int8(nn.Module):
     Scales are rounded to bfloat16, which the kernel wants, before q is computed, so that this rounding costs nothing.
     """
 
+    # From this many rows on, expanding the weight for a matrix product takes less time than the kernel for few rows.
+    expand_rows = 32 if has_bfloat16_products() else 64
+    expand_dtype = torch.bfloat16 if has_bfloat16_products() else torch.float32
+
     def __init__(self, weight: Tensor):
         super().__init__()
-        weight = weight.float()
         # 126.5, for bfloat16 may round a scale down by a 512th, and the largest value must still not exceed 127.
-        scales = (weight.abs().amax(dim=1).clamp(min=1e-30) / 126.5).bfloat16()
-        q = (weight / scales.float()[:, None]).round_().clamp_(-127, 127)
-        self.q = nn.Buffer(q.to(torch.int8), persistent=False)
-        self.scales = nn.Buffer(scales, persistent=False)
+        self.q = nn.Buffer(torch.empty_like(weight, dtype=torch.int8), persistent=False)
+        self.scales = nn.Buffer(weight.new_empty(weight.shape[0], dtype=torch.bfloat16), persistent=False)
+        blocks = (t.split(BLOCK_ROWS) for t in (weight, self.q, self.scales))
+        for rows, q, scales in zip(*blocks, strict=True):
+            rows = rows.float()
+            scales.copy_(rows.abs().amax(dim=1).clamp(min=1e-30) / 126.5)
+            q.copy_((rows / scales.float()[:, None]).round_().clamp_(-127, 127))
 
     def forward(self, x: Tensor) -> Tensor:
-        # The kernel is the CPU's, for few rows; elsewhere the expansion is left to a compiler to fuse.
-        if not x.is_cpu or x.shape[:-1].numel() >= EXPAND_ROWS:
+        if not x.is_cpu:  # the kernel is the CPU's; elsewhere the expansion is left to a compiler to fuse
             return F.linear(x, self.q.to(x.dtype)) * self.scales.to(x.dtype)
-        y = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), self.q, self.scales)
-        return y.to(x.dtype).unflatten(0, x.shape[:-1])
+        if x.shape[:-1].numel() < self.expand_rows:
+            y = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), self.q, self.scales)
+            return y.to(x.dtype).unflatten(0, x.shape[:-1])
+        near = x.to(self.expand_dtype)
+        y = torch.cat([F.linear(near, q.to(near.dtype)) for q in self.q.split(BLOCK_ROWS)], dim=-1)
+        return y.to(x.dtype) * self.scales.to(x.dtype)
 
 
 class Int4(nn.Module):
@@ -67,20 +92,23 @@ class Int4(nn.Module):
                 "use fewer ranks or int8"
             )
         self.group_size = group_size
-        groups = weight.float().unflatten(1, (-1, group_size))  # (rows, columns / group_size, group_size)
+        packed, scales_and_zeros = zip(*map(self._quantise, weight.split(BLOCK_ROWS)), strict=True)
+        self.q = nn.Buffer(torch.cat(packed), persistent=False)
+        self.scales_and_zeros = nn.Buffer(torch.cat(scales_and_zeros, dim=1), persistent=False)
+
+    def _quantise(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The kernels' layouts: rows in tiles of q, and scales and zeros (in_features / group_size, rows, 2)."""
+        groups = weight.float().unflatten(1, (-1, self.group_size))  # (rows, in_features / group_size, group_size)
         low, high = groups.amin(dim=2), groups.amax(dim=2)
         scales = ((high - low).clamp(min=1e-30) / 15).bfloat16()
         zeros = (low + 8 * scales.float()).bfloat16()
         q = ((groups - zeros.float()[..., None]) / scales.float()[..., None]).round_().add_(8).clamp_(0, 15)
         q = q.flatten(1).to(torch.int32)
-        self.scales_and_zeros = nn.Buffer(
-            torch.stack((scales, zeros), dim=-1).transpose(0, 1).contiguous(), persistent=False
-        )
         if weight.is_cuda:
-            q = (q[:, ::2] << 4 | q[:, 1::2]).to(torch.uint8)
-            self.q = nn.Buffer(torch._convert_weight_to_int4pack(q, 8), persistent=False)
+            packed = torch._convert_weight_to_int4pack((q[:, ::2] << 4 | q[:, 1::2]).to(torch.uint8), 8)
         else:
-            self.q = nn.Buffer(torch._convert_weight_to_int4pack_for_cpu(q, 1), persistent=False)
+            packed = torch._convert_weight_to_int4pack_for_cpu(q, 1)
+        return packed, torch.stack((scales, zeros), dim=-1).transpose(0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         multiply = torch._weight_int4pack_mm if x.is_cuda else torch._weight_int4pack_mm_for_cpu
@@ -88,9 +116,10 @@ class Int4(nn.Module):
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
 
-def packed_or_plain(weight: Tensor) -> nn.Module | None:
+def packed_float16_or_plain(weight: Tensor) -> nn.Module | None:
     """Packed float16, or None for a weight with values beyond float16's range, which has to stay as it is."""
-    return PackedFloat16(weight) if weight.abs().amax() <= torch.finfo(torch.float16).max else None
+    low, high = torch.aminmax(weight)
+    return PackedFloat16(weight) if max(-low, high) <= torch.finfo(torch.float16).max else None
 
 
 class Store(NamedTuple):
@@ -100,20 +129,27 @@ class Store(NamedTuple):
     bytes_per_weight: float
 
 
-def select_store(quantize: str | None, dtype: str, device: torch.device) -> Store | None:
-    """How linear weights are held; None: as plain tensors of the model's type."""
+def select_store(quantize: str | None, dtype: str, device: torch.device, compile: bool = False) -> Store | None:
+    """How linear weights are held; None: as plain tensors of the model's type, as for the compiler, which cannot see
+    into packed ones."""
     if quantize is None:
-        return Store(packed_or_plain, 2) if dtype == "auto" and device.type == "cpu" and cpu_packs_float16() else None
+        return fastest_16_bits() if dtype == "auto" and device.type == "cpu" and not compile else None
     stores = {"int8": Store(Int8, 1), "int4": Store(Int4, 0.5 + 4 / 32)}
     if quantize not in stores:
         raise ValueError(f"quantize is {quantize!r}: use 'int8', 'int4' or None")
     return stores[quantize]
 
 
-def cpu_packs_float16() -> bool:
-    """Whether this CPU has the packed float16 product, which only x86 builds of PyTorch do.
+def fastest_16_bits() -> Store | None:
+    """What decoded and prefilled fastest where we measured it (benchmarks/README.md); None where we did not.
 
-    Where it exists it is the fastest 16-bit decoding that we measured, with or without bfloat16 instructions. With them
-    (AVX512-BF16) plain bfloat16 is twice as fast on long prompts and takes 1.4 times as long for each token after.
+    With bfloat16 instructions, packed bfloat16 equals packed float16 for few rows, which is the limit of memory, and
+    takes 0.4 of its time for a prompt; packed, because plain bfloat16 reads at 0.7 of that speed. Without them,
+    bfloat16 products are converted value by value, and packed float16 is several times faster. Both operations are
+    x86 builds' only.
     """
-    return platform.machine() in ("x86_64", "AMD64") and "fbgemm" in torch.backends.quantized.supported_engines
+    if has_bfloat16_products() and torch.backends.mkldnn.is_available():
+        return Store(PackedBFloat16, 2)
+    if platform.machine() in ("x86_64", "AMD64") and "fbgemm" in torch.backends.quantized.supported_engines:
+        return Store(packed_float16_or_plain, 2)
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +38,13 @@ def test_a_static_window_gives_the_same_tokens_as_the_exact_one(monkeypatch: pyt
 
 def test_the_compiled_step_is_one_graph_and_equals_the_original() -> None:
     as_the_original(build_golden(compile=True))
+
+
+@pytest.mark.parametrize("options", [{"dtype": "auto"}, {"quantize": "int8"}])
+def test_the_compiled_step_takes_what_the_eager_one_takes(options: dict[str, Any]) -> None:
+    eager, compiled = (build_golden(compile=compile, **options) for compile in (False, True))
+    prompts = expected("gqa")["prompt_tokens"]
+    assert compiled.generate(prompts, 4, 0)[0] == eager.generate(prompts, 4, 0)[0]
 
 
 def test_the_compiled_step_is_one_graph_on_two_ranks(tmp_path: Path) -> None:

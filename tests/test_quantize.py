@@ -1,17 +1,30 @@
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, build_golden, expected
+from conftest import GOLDEN, TINY, build_golden, expected
 from torch import Tensor, nn
 
-from llama import Llama
+from llama import Llama, quantize
 from llama.parallel import ShardedLinear
-from llama.quantize import Int4, Int8, PackedFloat16, packed_or_plain, select_store
+from llama.quantize import (
+    Int4,
+    Int8,
+    PackedBFloat16,
+    PackedFloat16,
+    has_bfloat16_products,
+    packed_float16_or_plain,
+    select_store,
+)
 
 packs = pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="an x86 operation")
+packs_bfloat16 = pytest.mark.skipif(not has_bfloat16_products(), reason="needs bfloat16 instructions")
+float16 = pytest.param("float16", marks=packs)
+bfloat16 = pytest.param("bfloat16", marks=packs_bfloat16)
 
 
 def weight_of(rows: int, columns: int) -> Tensor:
@@ -53,11 +66,25 @@ def test_packed_float16_is_the_float16_weight() -> None:
 
 @packs
 def test_a_weight_beyond_float16_is_not_packed() -> None:
-    assert packed_or_plain(torch.full((64, 64), 65504.0)) is not None
-    assert packed_or_plain(torch.full((64, 64), 65537.0)) is None
+    assert packed_float16_or_plain(torch.full((64, 64), 65504.0)) is not None
+    assert packed_float16_or_plain(torch.full((64, 64), 65537.0)) is None
 
 
-@pytest.mark.parametrize("store", [Int8, Int4, pytest.param(PackedFloat16, marks=packs)])
+@packs_bfloat16
+def test_packed_bfloat16_is_the_bfloat16_weight() -> None:
+    weight = weight_of(96, 64)
+    assert torch.equal(as_held(PackedBFloat16(weight), 64), weight.bfloat16().float())
+
+
+STORES = [
+    Int8,
+    Int4,
+    pytest.param(PackedFloat16, marks=packs),
+    pytest.param(PackedBFloat16, marks=packs_bfloat16),
+]
+
+
+@pytest.mark.parametrize("store", STORES)
 def test_a_row_is_multiplied_the_same_alone_and_among_many(store: Any) -> None:
     held, x = (
         store(weight_of(96, 64)),
@@ -69,26 +96,31 @@ def test_a_row_is_multiplied_the_same_alone_and_among_many(store: Any) -> None:
     torch.testing.assert_close(many, alone, atol=float(alone.abs().max()) / 128, rtol=0)
 
 
-def quantised(name: str, **options: Any) -> Llama:
-    return build_golden(quantize=name if name != "packed" else None, dtype="auto", **options)
+@pytest.fixture
+def options(name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What a build takes to hold its linear weights as `name`."""
+    if name in ("int8", "int4"):
+        return {"quantize": name}
+    monkeypatch.setattr(quantize, "has_bfloat16_products", lambda: name == "bfloat16")
+    return {"dtype": "auto"}
 
 
 # How far a row of logits may be from float32's, relative to its norm. Random weights forgive less than trained ones.
-BOUNDS = {"packed": 1e-3, "int8": 0.05, "int4": 0.7}
+BOUNDS = {"float16": 1e-3, "bfloat16": 0.03, "int8": 0.05, "int4": 0.7}
 
 
 @pytest.mark.parametrize("folder", ["mha-mp2", "gqa-mp4"])
-@pytest.mark.parametrize("name", ["int8", "int4", pytest.param("packed", marks=packs)])
-def test_logits_stay_near_those_of_float32(name: str, folder: str) -> None:
+@pytest.mark.parametrize("name", ["int8", "int4", float16, bfloat16])
+def test_logits_stay_near_those_of_float32(name: str, options: dict[str, Any], folder: str) -> None:
     tokens = torch.tensor(expected(folder)["prompt_tokens"][:1])
-    exact, near = build_golden(folder).model(tokens, 0), quantised(name, folder=folder).model(tokens, 0)
+    exact, near = build_golden(folder).model(tokens, 0), build_golden(folder, **options).model(tokens, 0)
     error = ((near - exact).norm(dim=-1) / exact.norm(dim=-1)).max()
     assert error < BOUNDS[name]
 
 
-@pytest.mark.parametrize("name", ["int8", "int4", pytest.param("packed", marks=packs)])
-def test_every_linear_weight_is_stored_and_nothing_else(name: str) -> None:
-    model = quantised(name).model
+@pytest.mark.parametrize("name", ["int8", "int4", float16, bfloat16])
+def test_every_linear_weight_is_stored_and_nothing_else(name: str, options: dict[str, Any]) -> None:
+    model = build_golden(**options).model
     linears = [module for module in model.modules() if isinstance(module, ShardedLinear)]
     assert len(linears) == 2 * 7 + 1
     assert all(linear.store is not None and "weight" not in linear._parameters for linear in linears)
@@ -100,12 +132,37 @@ def test_every_linear_weight_is_stored_and_nothing_else(name: str) -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["int8", pytest.param("packed", marks=packs)])
-def test_llama_2_tiny_scores_the_same_quantised(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["int8", float16])
+def test_layers_that_share_a_store_still_work_alone(name: str, options: dict[str, Any]) -> None:
+    plain, held = build_golden("gqa-mp2").model, build_golden("gqa-mp2", **options).model
+    x = torch.randn(3, plain.params.dim, generator=torch.Generator().manual_seed(0))
+    for layer in ("attention.wq", "attention.wk", "attention.wv", "feed_forward.w1", "feed_forward.w3"):
+        y, near = (model.layers[1].get_submodule(layer)(x) for model in (plain, held))
+        torch.testing.assert_close(near, y, atol=0.02 * float(y.abs().max()), rtol=0)
+
+
+@packs
+def test_weights_beyond_float16_stay_apart_and_exact(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(quantize, "has_bfloat16_products", lambda: False)
+    shutil.copytree(GOLDEN / "mha-mp1", tmp_path, dirs_exist_ok=True)
+    shard = torch.load(tmp_path / "consolidated.00.pth", weights_only=True)
+    shard["layers.1.attention.wk.weight"][0, 0] = 1e6
+    torch.save(shard, tmp_path / "consolidated.00.pth")
+    model = Llama.build(tmp_path, GOLDEN / "tokenizer.model", 64, 1, device="cpu").model
+    for name in ("wq", "wk", "wv"):
+        assert torch.equal(
+            model.layers[1].get_submodule(f"attention.{name}").weight, shard[f"layers.1.attention.{name}.weight"]
+        )
+    assert model.layers[0].attention.wk.store is not None
+
+
+@pytest.mark.parametrize("name", ["int8", float16, bfloat16])
+def test_llama_2_tiny_scores_the_same_quantised(
+    name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(TINY)
     import world
 
-    options: dict[str, Any] = {"quantize": "int8"} if name == "int8" else {"dtype": "auto"}
     scores = []
     for own in ({"dtype": "float32"}, options):
         llm = Llama.build(TINY, TINY / "tokenizer.model", 512, 50, device="cpu", **own)
