@@ -115,6 +115,11 @@ CONTENDERS: dict[str, tuple[type[Any], str]] = {
 }
 
 
+def names(given: tuple[str, ...] | str) -> list[str]:
+    """Names with commas; fire makes a tuple of some."""
+    return [name.strip() for name in (given.split(",") if isinstance(given, str) else given) if name.strip()]
+
+
 def seconds(work: Callable[[], object], repeats: int) -> float:
     """Median of `repeats` runs."""
     times = []
@@ -127,7 +132,7 @@ def seconds(work: Callable[[], object], repeats: int) -> float:
 
 def measure(name: str, folder: str, quick: bool = False, only: tuple[str, ...] | str = ()) -> None:
     """`only`: names of works, with commas; all by default."""
-    wanted = (only,) if isinstance(only, str) else only  # fire makes a tuple of what has commas
+    wanted = names(only)
     kind, option = CONTENDERS[name]
     batched = kind is not LlamaCpp
     repeats, steps = (1, 8) if quick else (3, 24)
@@ -151,7 +156,7 @@ def measure(name: str, folder: str, quick: bool = False, only: tuple[str, ...] |
     }
     if batched:
         works |= {"decode_4": lambda: decode(4), "decode_16": lambda: decode(16), "ragged": ragged}
-    if any(wanted):
+    if wanted:
         works = {work: run for work, run in works.items() if work in wanted}
     # A cache that is allocated ahead is as large as the works need.
     context = 1024 if works.keys() & {"prefill_512", "ragged"} else 256

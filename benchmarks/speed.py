@@ -21,7 +21,7 @@ from typing import Any
 import fire
 import torch
 import weights
-from contender import CONTENDERS, DECODE_PROMPT, RAGGED_LENGTHS, RAGGED_NEW
+from contender import CONTENDERS, DECODE_PROMPT, RAGGED_LENGTHS, RAGGED_NEW, names
 
 HERE = Path(__file__).resolve().parent
 WORKS = {
@@ -172,10 +172,8 @@ def main(
     """Measure. `quick`: shape tiny, one round. `contenders`, `only`: names with commas; `folder` keeps the weights."""
     if quick:
         shape, rounds = "tiny", 1
-    # fire makes a tuple of what has commas
-    named = (contenders,) if isinstance(contenders, str) else contenders
-    chosen = [name.strip() for name in named] or list(CONTENDERS)
-    works = only if isinstance(only, str) else ",".join(only)
+    chosen = names(contenders) or list(CONTENDERS)
+    works = ",".join(names(only))
     for name in [name for name in chosen if not available(name)]:
         print(f"{name} is skipped: pip install -r benchmarks/requirements.txt", file=sys.stderr)
         chosen.remove(name)
@@ -194,6 +192,8 @@ def main(
             for name, rows in results.items()
             if rows
         }
+        if not medians:
+            sys.exit("no contender was measured")
         text = report(shape, checkpoint, limits, medians)
     print(text)
     if not quick:
