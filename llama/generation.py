@@ -150,8 +150,8 @@ class Llama:
         is not in the vocabulary, and a prompt longer than `max_seq_len`.
         """
         settings = self._settings(max_gen_len, temperature, top_p, seed, stop)
-        requests = self._requests(listed("prompt_tokens", prompt_tokens), settings, echo=echo)
-        self._run(requests, score_prompts=logprobs and echo)
+        requests = self._requests(listed("prompt_tokens", prompt_tokens), settings, logprobs=logprobs, echo=echo)
+        self._run(requests)
         tokens = [(request.prompt if echo else []) + request.tokens for request in requests]
         return tokens, [r.prompt_logprobs + r.logprobs for r in requests] if logprobs else None
 
@@ -173,9 +173,9 @@ class Llama:
         `logprobs` also `tokens`, one string per id whose concatenation is `generation`, and their `logprobs`.
         """
         settings = self._settings(max_gen_len, temperature, top_p, seed, stop)
-        requests = self._requests(self._encode(prompts), settings, echo=echo)
-        self._run(requests, score_prompts=logprobs and echo)
-        return [CompletionPrediction(generation=r.generation, **outcome(r, logprobs)) for r in requests]
+        requests = self._requests(self._encode(prompts), settings, logprobs=logprobs, echo=echo)
+        self._run(requests)
+        return [CompletionPrediction(generation=r.generation, **outcome(r)) for r in requests]
 
     def stream_text_completion(
         self,
@@ -195,7 +195,7 @@ class Llama:
         after the same piece on each. Once another call has used this Llama, going on with it is a RuntimeError.
         """
         settings = self._settings(max_gen_len, temperature, top_p, seed, stop)
-        return self._stream(self._requests(self._encode(prompts), settings, echo=echo), logprobs, echo=echo)
+        return self._stream(self._requests(self._encode(prompts), settings, logprobs=logprobs, echo=echo))
 
     def chat_completion(
         self,
@@ -218,15 +218,12 @@ class Llama:
         Raises ValueError, naming dialog and message, for roles out of order.
         """
         settings = self._settings(max_gen_len, temperature, top_p, seed, stop)
-        requests = self._chat_requests(dialogs, settings, input_check)
+        requests = self._chat_requests(dialogs, settings, logprobs, input_check)
         self._run(requests)
         if output_check is not None:
             for request in requests:
                 self._check_output(request, output_check)
-        return [
-            ChatPrediction(generation=Message(role="assistant", content=r.text), **outcome(r, logprobs))
-            for r in requests
-        ]
+        return [ChatPrediction(generation=Message(role="assistant", content=r.text), **outcome(r)) for r in requests]
 
     def stream_chat_completion(
         self,
@@ -249,8 +246,8 @@ class Llama:
         this may round otherwise than computing all of it.
         """
         settings = self._settings(max_gen_len, temperature, top_p, seed, stop)
-        requests = self._chat_requests(dialogs, settings, input_check)
-        return self._stream(requests, logprobs, output_check=output_check, reuse_prefix=reuse_prefix)
+        requests = self._chat_requests(dialogs, settings, logprobs, input_check)
+        return self._stream(requests, output_check=output_check, reuse_prefix=reuse_prefix)
 
     @torch.inference_mode()
     def embed(self, prompts: Sequence[str], pooling: Literal["mean", "last"] = "mean") -> Tensor:
@@ -276,7 +273,9 @@ class Llama:
     def _requests(self, prompts: Sequence[Any], settings: Settings, **options: Any) -> list[Request]:
         return make_requests(self.tokenizer, prompts, settings, self.model.params.max_seq_len, **options)
 
-    def _chat_requests(self, dialogs: Sequence[Dialog], settings: Settings, check: Check | None) -> list[Request]:
+    def _chat_requests(
+        self, dialogs: Sequence[Dialog], settings: Settings, logprobs: bool, check: Check | None
+    ) -> list[Request]:
         """One request per dialog; those of refused dialogs are finished."""
         dialogs = listed("dialogs", dialogs)
         for index, dialog in enumerate(dialogs):
@@ -292,7 +291,7 @@ class Llama:
                     refusals[index] = self._refusal(check, inputs.pop(0))
         pairs = zip(refusals, dialogs, strict=True)
         encoded = [[] if r is not None else encode_dialog(d, self.tokenizer) for r, d in pairs]
-        return self._requests(encoded, settings, refusals=refusals)
+        return self._requests(encoded, settings, logprobs=logprobs, refusals=refusals)
 
     def _refusal(self, check: Check, text: str) -> str | None:
         """What the first rank's check says of a text."""
@@ -306,19 +305,11 @@ class Llama:
             request.refuse(refusal)
 
     def _stream(
-        self,
-        requests: list[Request],
-        logprobs: bool,
-        *,
-        echo: bool = False,
-        output_check: Check | None = None,
-        reuse_prefix: bool = False,
+        self, requests: list[Request], *, output_check: Check | None = None, reuse_prefix: bool = False
     ) -> Iterator[Piece]:
         sent = [0] * len(requests)
-        finished = [request for request in requests if request.finish_reason is not None]
-        scored = logprobs and echo
-        steps = self._steps(requests, scored, reuse_prefix)
-        for advanced in steps if scored else chain([finished], steps):
+        finished = [r for r in requests if r.finish_reason is not None and not r.scores_prompt]
+        for advanced in chain([finished], self._steps(requests, reuse_prefix)):
             for request in advanced:
                 if output_check is not None:
                     if request.finish_reason is None:
@@ -328,24 +319,22 @@ class Llama:
                 piece = Piece(index=request.index, text=request.generation[sent[request.index] : end])
                 sent[request.index] = end
                 if request.finish_reason is not None:
-                    piece |= outcome(request, logprobs)  # type: ignore[typeddict-item]
+                    piece |= outcome(request)  # type: ignore[typeddict-item]
                 if piece["text"] or request.finish_reason is not None:
                     yield piece
 
-    def _run(self, requests: list[Request], score_prompts: bool = False) -> None:
-        for _ in self._steps(requests, score_prompts):
+    def _run(self, requests: list[Request]) -> None:
+        for _ in self._steps(requests):
             pass
 
     @torch.inference_mode()
-    def _steps(
-        self, requests: list[Request], score_prompts: bool = False, reuse_prefix: bool = False
-    ) -> Iterator[list[Request]]:
+    def _steps(self, requests: list[Request], reuse_prefix: bool = False) -> Iterator[list[Request]]:
         """Run requests to their ends; yields after each forward pass those that it gave a token.
 
         Running requests occupy the first rows of the cache, so that every pass works on a slice of it. Prompts are
         admitted, all that fit at once, as soon as rows are free.
         """
-        waiting = deque(r for r in requests if r.finish_reason is None or (score_prompts and r.prompt))
+        waiting = deque(r for r in requests if r.finish_reason is None or r.scores_prompt)
         running: list[Request] = []
         known = self.cache.tokens if reuse_prefix else []
         mine: list[int] = []  # whoever uses the cache puts a list of its own there, so that each sees the others come
@@ -358,7 +347,7 @@ class Llama:
                     advanced = [waiting.popleft() for _ in range(min(free, len(waiting)))]
                     if not running:
                         first_row = None  # until the pass is done, the first row is neither's
-                    logits = self._prefill(advanced, len(running), score_prompts, known)
+                    logits = self._prefill(advanced, len(running), known)
                     known = []
                     running += advanced
                 else:
@@ -379,7 +368,7 @@ class Llama:
             if self.cache.tokens is mine and first_row is not None:
                 self.cache.tokens = (first_row.prompt + first_row.tokens)[:-1]
 
-    def _prefill(self, requests: list[Request], first: int, score_prompts: bool, known: list[int]) -> Tensor:
+    def _prefill(self, requests: list[Request], first: int, known: list[int]) -> Tensor:
         """Run all prompts in one pass, into the rows from `first` on; returns the logits after each, (n, vocab_size).
 
         Short prompts are padded on the right: causality keeps padding out of the prompt's sight, and each decoded token
@@ -393,8 +382,8 @@ class Llama:
             start, prompts = self._tensor([cached]), [prompts[0][cached:]]
         window = self.cache.window(slice(first, first + len(prompts)), max(lengths))
         h = self.model.hidden_states(self._tensor(pad(prompts)), window, start)
-        if score_prompts:
-            for row, request in enumerate(requests):
+        for row, request in enumerate(requests):
+            if request.scores_prompt:
                 request.prompt_logprobs = [0.0, *self._score(h[row], request.prompt[1:])]
         last = self._tensor([len(prompt) - 1 for prompt in prompts])
         return self.model.logits(h[torch.arange(len(prompts), device=h.device), last])
@@ -418,7 +407,7 @@ class Llama:
                 request.append(token, logprob)
 
     def _choose(self, requests: list[Request], logits: Tensor) -> list[tuple[int, float]]:
-        """The next token of each row and its logprob; token -1 where logits are not finite.
+        """The next token of each row and, where asked for, its logprob; token -1 where logits are not finite.
 
         The first rank's choice counts on all of them: ranks may differ in a logit's last bit, and must not in a token.
         """
@@ -428,10 +417,11 @@ class Llama:
             top_p=[request.top_p for request in requests],
             uniform=[request.rng.random() for request in requests],
         )
-        logprobs = -F.cross_entropy(logits, tokens, reduction="none")
+        wanted = any(request.wants_logprobs for request in requests)
+        logprobs = -F.cross_entropy(logits, tokens, reduction="none") if wanted else torch.zeros_like(tokens)
         tokens = torch.where(logits.sum(dim=-1).isfinite(), tokens, -1)  # one pass: a sum keeps what is not finite
         # Token ids are exact in float32, and one tensor takes one broadcast and one read by the host.
-        choice = share(torch.stack((tokens.float(), logprobs)), self.world_size).tolist()
+        choice = share(torch.stack((tokens.float(), logprobs.float())), self.world_size).tolist()
         return [(int(token), logprob) for token, logprob in zip(*choice, strict=True)]
 
     def _close_ranks(self, running: list[Request]) -> None:
@@ -491,11 +481,11 @@ def common_prefix(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def outcome(request: Request, logprobs: bool) -> Prediction:
+def outcome(request: Request) -> Prediction:
     """What text and chat results have in common."""
     assert request.finish_reason is not None, "the request was not run to its end"
     result = Prediction(finish_reason=request.finish_reason)
-    if logprobs:
+    if request.wants_logprobs:
         result["tokens"] = request.prompt_pieces + request.pieces
         result["logprobs"] = request.prompt_logprobs + request.logprobs
     return result

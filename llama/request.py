@@ -35,6 +35,7 @@ class Request:
     stop: tuple[str, ...]
     rng: random.Random  # of this request alone, so that its text does not depend on its neighbours
     detokenizer: Detokenizer
+    wants_logprobs: bool = False
     prompt_pieces: list[str] = field(default_factory=list)  # with echo: the prompt's text, one string per token
     prompt_logprobs: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)  # generated so far; then pieces and logprobs, one each
@@ -46,6 +47,10 @@ class Request:
     @property
     def length(self) -> int:
         return len(self.prompt) + len(self.tokens)
+
+    @property
+    def scores_prompt(self) -> bool:
+        return self.wants_logprobs and bool(self.prompt_pieces)
 
     @property
     def generation(self) -> str:
@@ -111,6 +116,7 @@ def make_requests(
     settings: Settings,
     max_seq_len: int,
     *,
+    logprobs: bool = False,
     echo: bool = False,
     refusals: Sequence[str | None] | None = None,
 ) -> list[Request]:
@@ -133,7 +139,9 @@ def make_requests(
         max_tokens = min(max_gen_len, max_seq_len - len(tokens))
         # Python hashes a str seed, so that streams of neighbouring numbers have nothing in common.
         rng = random.Random(f"{seeds[i]}/{i if one_seed else 0}")
-        request = Request(i, tokens, max_tokens, temperatures[i], top_ps[i], stops[i], rng, Detokenizer(tokenizer))
+        request = Request(
+            i, tokens, max_tokens, temperatures[i], top_ps[i], stops[i], rng, Detokenizer(tokenizer), logprobs
+        )
         if echo:
             request.prompt_pieces = [request.detokenizer.push(token) for token in tokens]
         if refusal is not None:
