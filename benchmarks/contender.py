@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import random
 import resource
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -120,14 +119,11 @@ def names(given: tuple[str, ...] | str) -> list[str]:
     return [name.strip() for name in (given.split(",") if isinstance(given, str) else given) if name.strip()]
 
 
-def seconds(work: Callable[[], object], repeats: int) -> float:
-    """Median of `repeats` runs."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+def seconds(work: Callable[[], object]) -> float:
+    """Of one run: medians are taken over rounds. Every contender returns token ids that the host has read."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def measure(name: str, folder: str, quick: bool = False, only: tuple[str, ...] | str = ()) -> None:
@@ -135,19 +131,19 @@ def measure(name: str, folder: str, quick: bool = False, only: tuple[str, ...] |
     wanted = names(only)
     kind, option = CONTENDERS[name]
     batched = kind is not LlamaCpp
-    repeats, steps = (1, 8) if quick else (3, 24)
+    steps = 8 if quick else 24
 
     def prefill(length: int) -> float:
-        return length / seconds(lambda: contender.generate([prompt_of(length)], 1), repeats)
+        return length / seconds(lambda: contender.generate([prompt_of(length)], 1))
 
     def decode(batch: int) -> float:
         prompts = [prompt_of(DECODE_PROMPT, seed) for seed in range(batch)]
-        first = seconds(lambda: contender.generate(prompts, 1), repeats)
-        return (seconds(lambda: contender.generate(prompts, 1 + steps), repeats) - first) / steps * 1e3
+        first = seconds(lambda: contender.generate(prompts, 1))
+        return (seconds(lambda: contender.generate(prompts, 1 + steps)) - first) / steps * 1e3
 
     def ragged() -> float:
         prompts = [prompt_of(length, seed) for seed, length in enumerate(RAGGED_LENGTHS)]
-        return seconds(lambda: contender.generate(prompts, RAGGED_NEW), 1)
+        return seconds(lambda: contender.generate(prompts, RAGGED_NEW))
 
     works: dict[str, Callable[[], object]] = {
         "prefill_128": lambda: prefill(128),
@@ -165,7 +161,7 @@ def measure(name: str, folder: str, quick: bool = False, only: tuple[str, ...] |
     start = time.perf_counter()
     contender = kind(converted, option, context, rows)
     result: dict[str, object] = {"load": time.perf_counter() - start}
-    contender.generate([prompt_of(16)], 4)  # the first pass allocates
+    contender.generate([prompt_of(128)], 4)  # the first pass allocates
     for work, run in works.items():
         result[work] = run()
     result["tokens"] = contender.generate([prompt_of(DECODE_PROMPT)], 8)[0]

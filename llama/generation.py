@@ -19,7 +19,14 @@ from .chat import UNSAFE_ERROR, Dialog, Message, check_dialog, encode_dialog, ha
 from .checkpoint import Checkpoint, check_memory, check_world_size, select_dtype
 from .decode import DecodeStep
 from .model import KVCache, Transformer
-from .parallel import init_model_parallel, keep_freed_memory, model_parallel_size, share, share_object
+from .parallel import (
+    init_model_parallel,
+    keep_freed_memory,
+    model_parallel_size,
+    return_freed_memory,
+    share,
+    share_object,
+)
 from .quantize import select_store
 from .request import FinishReason, Request, Settings, integer, make_requests
 from .sampling import sample
@@ -105,10 +112,11 @@ class Llama:
         check_memory(
             checkpoint.name, model, device, torch_dtype, store.bytes_per_weight if store else torch_dtype.itemsize
         )
+        return_freed_memory()
         checkpoint.load(model, rank, world_size, device, torch_dtype, store.hold if store else None)
         model.cache = KVCache.allocate(args, torch_dtype, device)
         if device.type == "cpu":
-            keep_freed_memory()  # from here on: the weights' own temporaries are better given back
+            keep_freed_memory()
         logger.info(
             "loaded %s in %.2f seconds (%s, %s)", checkpoint.name, time.monotonic() - start, device, torch_dtype
         )

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 # that at exit no other reference keeps a group alive (leave_process_group).
 _groups: dict[int, dist.ProcessGroup] = {}
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
+
 
 def init_model_parallel(device: str | torch.device = "auto", model_parallel_size: int | None = None) -> torch.device:
     """Join the process group and split it into groups of `model_parallel_size` ranks; returns this rank's device.
@@ -108,17 +110,23 @@ def free_memory(device: torch.device) -> int:
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def return_freed_memory() -> None:
+    """Have glibc hand large freed memory back to the system at once, so that what loading frees does not add up."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**23)
+
+
 def keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next allocation; other C libraries are left as they are.
+    """Have glibc hand back what it holds now, and from here on keep freed memory for the next allocation.
 
     By default it hands every large temporary back to the system, which then clears its pages anew in each layer: that
-    took a third of the time of a 512-token prompt.
+    took a third of the time of a 512-token prompt. Other C libraries are left as they are.
     """
     if platform.libc_ver()[0] == "glibc":
-        m_trim_threshold, m_mmap_threshold = -1, -3  # mallopt(3)
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(m_trim_threshold, 2**31 - 1)
-        mallopt(m_mmap_threshold, 2**30)
+        libc = ctypes.CDLL(None)
+        libc.malloc_trim(0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
 
 
 def model_parallel_size() -> int:

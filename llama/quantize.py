@@ -14,8 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Weights are quantised, and int8 is expanded, so many rows at a time: temporaries stay in the processor's cache.
+# int8 is expanded so many rows at a time: temporaries stay in the processor's cache.
 BLOCK_ROWS = 512
+
+# Weights are quantised so many rows at a time: temporaries are small beside the weight.
+QUANTISED_ROWS = 128
 
 
 def has_bfloat16_products() -> bool:
@@ -61,7 +64,7 @@ class Int8(nn.Module):
         # 126.5, for bfloat16 may round a scale down by a 512th, and the largest value must still not exceed 127.
         self.q = nn.Buffer(torch.empty_like(weight, dtype=torch.int8), persistent=False)
         self.scales = nn.Buffer(weight.new_empty(weight.shape[0], dtype=torch.bfloat16), persistent=False)
-        blocks = (t.split(BLOCK_ROWS) for t in (weight, self.q, self.scales))
+        blocks = (t.split(QUANTISED_ROWS) for t in (weight, self.q, self.scales))
         for rows, q, scales in zip(*blocks, strict=True):
             rows = rows.float()
             scales.copy_(rows.abs().amax(dim=1).clamp(min=1e-30) / 126.5)
@@ -92,7 +95,7 @@ class Int4(nn.Module):
                 "use fewer ranks or int8"
             )
         self.group_size = group_size
-        packed, scales_and_zeros = zip(*map(self._quantise, weight.split(BLOCK_ROWS)), strict=True)
+        packed, scales_and_zeros = zip(*map(self._quantise, weight.split(QUANTISED_ROWS)), strict=True)
         self.q = nn.Buffer(torch.cat(packed), persistent=False)
         self.scales_and_zeros = nn.Buffer(torch.cat(scales_and_zeros, dim=1), persistent=False)
 
