@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 # Positions of a prompt whose logits are held at once while it is scored: 256 × 32,000 float32 are 33 MB.
 SCORE_CHUNK = 256
 
+# A prompt joins a pass of longer ones if its padding is no longer than this: about what another pass would cost.
+PASS_TOKENS = 64
+
 # Looks at a text and returns None, or the refusal to answer with.
 Check = Callable[[str], "str | None"]
 
@@ -353,6 +356,7 @@ class Llama:
                 free = self.model.params.max_batch_size - len(running)
                 if waiting and free:
                     advanced = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+                    advanced.sort(key=lambda request: -len(request.prompt))
                     if not running:
                         first_row = None  # until the pass is done, the first row is neither's
                     logits = self._prefill(advanced, len(running), known)
@@ -377,10 +381,23 @@ class Llama:
                 self.cache.tokens = (first_row.prompt + first_row.tokens)[:-1]
 
     def _prefill(self, requests: list[Request], first: int, known: list[int]) -> Tensor:
-        """Run all prompts in one pass, into the rows from `first` on; returns the logits after each, (n, vocab_size).
+        """Run prompts, longest first, into the rows from `first` on; returns the logits after each, (n, vocab_size).
 
-        Short prompts are padded on the right: causality keeps padding out of the prompt's sight, and each decoded token
-        overwrites the cached padding at its position before anything attends to it.
+        Prompts of similar length share a pass.
+        """
+        logits, begin = [], 0
+        for end in range(1, len(requests) + 1):
+            longest = len(requests[begin].prompt)
+            if end == len(requests) or longest - len(requests[end].prompt) > PASS_TOKENS:
+                logits.append(self._prefill_together(requests[begin:end], first + begin, known))
+                begin = end
+        return torch.cat(logits)
+
+    def _prefill_together(self, requests: list[Request], first: int, known: list[int]) -> Tensor:
+        """One pass of `_prefill`.
+
+        Shorter prompts are padded on the right: causality keeps padding out of the prompt's sight, and each decoded
+        token overwrites the cached padding at its position before anything attends to it.
         """
         prompts = [request.prompt for request in requests]
         lengths = [len(prompt) for prompt in prompts]

@@ -74,10 +74,12 @@ def test_no_row_waits_for_another(long_llm: Llama, monkeypatch: pytest.MonkeyPat
     assert passes.decodes >= total / 4 - 64  # the first token of each row comes from its prefill
 
 
-def test_prompts_admitted_together_are_prefilled_in_one_pass(long_llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_of_similar_length_share_a_pass_and_others_are_not_padded_to_it(
+    long_llm: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
     passes = Passes(long_llm, monkeypatch)
-    long_llm.generate([[1] * n for n in (3, 200, 7, 1)], 5, temperature=0)
-    assert (passes.shapes, passes.decodes) == ([(4, 200)], 4)
+    long_llm.generate([[1] * n for n in (3, 200, 7, 150)], 5, temperature=0)
+    assert (passes.shapes, passes.decodes) == ([(2, 200), (2, 7)], 4)
 
 
 def joined(stream: Iterator[Any], n: int) -> tuple[list[str], list[str | None]]:
