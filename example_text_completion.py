@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import fire
 import torch.distributed as dist
 
 from llama import Llama
+from llama.command_line import run
 
 TINY = Path(__file__).parent / "llama-2-tiny"
 
@@ -29,7 +29,7 @@ Answer:""",
 
 def main(
     ckpt_dir: str = str(TINY),
-    tokenizer_path: str = str(TINY / "tokenizer.model"),
+    tokenizer_path: str | None = None,
     temperature: float = 0.6,
     top_p: float = 0.9,
     max_seq_len: int = 128,
@@ -50,4 +50,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main)

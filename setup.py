@@ -10,5 +10,8 @@ setup(
     packages=["llama"],
     python_requires=">=3.10",
     install_requires=Path(__file__).with_name("requirements.txt").read_text().split(),
-    extras_require={"test": ["hypothesis", "mypy", "pexpect", "pytest", "ruff", "transformers"]},
+    extras_require={
+        "hf": ["safetensors"],
+        "test": ["hypothesis", "mypy", "peft", "pexpect", "pytest", "ruff", "safetensors", "transformers"],
+    },
 )

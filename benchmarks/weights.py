@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from llama import ModelArgs, Transformer
+from llama.convert import convert
 
 SHAPES = {
     "tiny": ModelArgs(dim=256, n_layers=4, n_heads=8, n_kv_heads=4, multiple_of=32),
@@ -75,50 +76,10 @@ def args_of(folder: Path) -> ModelArgs:
 
 
 def as_huggingface(folder: Path) -> Path:
-    """What transformers reads: other names, and query and key rows in two halves instead of interleaved pairs."""
+    """What transformers reads."""
     target = folder / "huggingface"
-    if (target / "config.json").exists():
-        return target
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    args, state = args_of(folder), load(folder)
-    config = LlamaConfig(
-        vocab_size=args.vocab_size,
-        hidden_size=args.dim,
-        intermediate_size=args.hidden_dim,
-        num_hidden_layers=args.n_layers,
-        num_attention_heads=args.n_heads,
-        num_key_value_heads=args.kv_heads,
-        rms_norm_eps=args.norm_eps,
-        max_position_embeddings=4096,
-        dtype="bfloat16",
-    )
-    names = {
-        "attention.wq": "self_attn.q_proj",
-        "attention.wk": "self_attn.k_proj",
-        "attention.wv": "self_attn.v_proj",
-        "attention.wo": "self_attn.o_proj",
-        "feed_forward.w1": "mlp.gate_proj",
-        "feed_forward.w2": "mlp.down_proj",
-        "feed_forward.w3": "mlp.up_proj",
-        "attention_norm": "input_layernorm",
-        "ffn_norm": "post_attention_layernorm",
-    }
-    outer = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
-    renamed = {}
-    for name, tensor in state.items():
-        stem = name.removesuffix(".weight")
-        if stem in outer:
-            renamed[f"{outer[stem]}.weight"] = tensor
-            continue
-        _, layer, part = stem.split(".", 2)
-        if part in ("attention.wq", "attention.wk"):
-            tensor = tensor.unflatten(0, (-1, args.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
-        renamed[f"model.layers.{layer}.{names[part]}.weight"] = tensor
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    model.load_state_dict(renamed, assign=True, strict=True)
-    model.save_pretrained(target)
+    if not target.exists():
+        convert(str(folder), str(target), "hf")
     return target
 
 

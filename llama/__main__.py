@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
-import fire
 import torch.distributed as dist
 
 from .chat import SPECIAL_TAGS, UNSAFE_ERROR, Message, encode_dialog, has_special_tags
+from .command_line import run
+from .convert import convert, info, reshard, verify
 from .generation import Llama
 
 HELP = "Ctrl-C stops an answer, /reset begins anew, /exit or Ctrl-D ends."
@@ -24,7 +25,7 @@ HELP = "Ctrl-C stops an answer, /reset begins anew, /exit or Ctrl-D ends."
 
 def chat(
     ckpt_dir: str,
-    tokenizer_path: str,
+    tokenizer_path: str | None = None,
     system: str | None = None,
     temperature: float = 0.6,
     top_p: float = 0.9,
@@ -167,10 +168,8 @@ class Terminal:
 
 
 def main() -> None:
-    try:
-        fire.Fire({"chat": chat}, name="python -m llama")
-    except (FileNotFoundError, TypeError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    commands = {"chat": chat, "info": info, "verify": verify, "reshard": reshard, "convert": convert}
+    run(commands, name="python -m llama")
 
 
 if __name__ == "__main__":

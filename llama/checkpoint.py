@@ -1,27 +1,30 @@
-"""A release's checkpoint folder -> ModelArgs and this rank's tensors, whatever the folder's shard count.
+"""A checkpoint folder -> ModelArgs and this rank's tensors, whatever the folder's shard count.
 
 Files are data: they are mapped, read with `weights_only`, and refused by name when they do not fit together.
 """
 
 from __future__ import annotations
 
-import ctypes
-import json
+import logging
 import math
-import mmap
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .model import KVCache, ModelArgs, Transformer
+from .files import check_numbers, gigabytes, map_pickle, read_json, release
+from .hf import HuggingFace
+from .lora import Adapter
+from .model import ModelArgs, Transformer
 from .parallel import ShardedLinear, divisors, either, free_memory, hold_together
+
+logger = logging.getLogger(__name__)
 
 # The dimension along which a release splits each weight over its shards; norms are whole in every shard.
 SHARD_DIM = (
@@ -37,7 +40,8 @@ JOINED = {"wk": "wq", "wv": "wq", "w3": "w1"}
 IGNORED_KEY = "rope.freqs"
 
 REQUIRED_PARAMS = ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps")
-OPTIONAL_PARAMS = ("n_kv_heads", "ffn_dim_multiplier", "vocab_size", "rope_theta")
+OPTIONAL_PARAMS = ("n_kv_heads", "ffn_dim_multiplier", "vocab_size", "rope_theta", "rope_scaling_factor")
+REAL_PARAMS = ("norm_eps", "rope_theta", "rope_scaling_factor", "ffn_dim_multiplier")
 NEWER_PARAMS = {"use_scaled_rope": " (Llama 3.1)"}
 
 
@@ -46,19 +50,73 @@ def shard_dim(name: str) -> int | None:
     return SHARD_DIM[name.split(".")[-2]]
 
 
-class Checkpoint:
-    """A folder with consolidated.NN.pth and params.json, opened but not read.
+class Release:
+    """A folder with consolidated.NN.pth and params.json, opened but not read."""
 
-    Raises FileNotFoundError for a missing folder or file, ValueError for one that is not what its name says.
+    layout = "release"
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.files = find_shards(path)
+        self.params = read_params(path / "params.json")
+        self.shards = [map_shard(file) for file in self.files]
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        return self.shards[0][name].dtype
+
+    @property
+    def vocab_size(self) -> int:
+        return self.shards[0]["tok_embeddings.weight"].shape[0]
+
+    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Raise ValueError unless every shard holds its part of the tensors of these whole shapes, and nothing else."""
+        for file, shard in zip(self.files, self.shards, strict=True):
+            extra = sorted(shard.keys() - shapes.keys() - {IGNORED_KEY})
+            missing = sorted(shapes.keys() - shard.keys())
+            if extra or missing:
+                what = f"holds unknown tensor {extra[0]}" if extra else f"lacks tensor {missing[0]}"
+                raise ValueError(f"{file} {what}: params.json is of another model, or the file is not a Llama 2 shard")
+            for name, whole_shape in shapes.items():
+                shape, dim = list(whole_shape), shard_dim(name)
+                if dim is not None:
+                    shape[dim] //= len(self.shards)
+                if list(shard[name].shape) != shape:
+                    raise ValueError(
+                        f"{file}: {name} has shape {tuple(shard[name].shape)}, and params.json asks for {tuple(shape)} "
+                        f"in each of {len(self.shards)} shard(s): a shard is missing or of another model"
+                    )
+
+    def copy(self, name: str, dim: int, start: int, out: Tensor) -> None:
+        """Fill `out` with the part of a tensor that begins at `start` along `dim`, over as many shards as it takes."""
+        shards = self.shards if shard_dim(name) is not None else self.shards[:1]
+        size = shards[0][name].shape[dim]  # of each shard
+        end = start + out.shape[dim]
+        for number, shard in enumerate(shards):
+            first, last = max(start, number * size), min(end, (number + 1) * size)
+            if first < last:
+                part = shard[name].narrow(dim, first - number * size, last - first)
+                out.narrow(dim, first - start, last - first).copy_(part)
+                release(part)
+
+
+class Checkpoint:
+    """A folder of weights, opened but not read: of the release's layout, or of Hugging Face's.
+
+    With `adapter_dir`, a LoRA adapter in PEFT's layout is merged into what is read. Raises FileNotFoundError for a
+    missing folder or file, ValueError for one that is not what its name says.
     """
 
-    def __init__(self, ckpt_dir: str | os.PathLike[str]):
+    def __init__(self, ckpt_dir: str | os.PathLike[str], adapter_dir: str | os.PathLike[str] | None = None):
         self.path = Path(ckpt_dir)
         if not self.path.is_dir():
-            raise FileNotFoundError(f"no folder {ckpt_dir}: pass the folder that holds params.json")
-        shard_paths = find_shards(self.path)
-        self.params = read_params(self.path / "params.json")
-        self.shards = [map_shard(path) for path in shard_paths]
+            raise FileNotFoundError(f"no folder {ckpt_dir}: pass the folder that holds params.json or config.json")
+        try:
+            names = {file.name for file in self.path.iterdir()}
+        except OSError as error:
+            raise type(error)(f"{ckpt_dir} cannot be read ({error.strerror}): check its permissions") from error
+        in_hf_layout = "config.json" in names and "params.json" not in names
+        self.source = HuggingFace(self.path) if in_hf_layout else Release(self.path)
+        self.adapter = None if adapter_dir is None else Adapter(adapter_dir)
 
     @property
     def name(self) -> str:
@@ -67,32 +125,45 @@ class Checkpoint:
     @property
     def dtype(self) -> torch.dtype:
         """The type the weights are stored in."""
-        return self.shards[0]["tok_embeddings.weight"].dtype
+        return self.dtype_of("tok_embeddings.weight")
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        return self.source.dtype_of(name)
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """tokenizer.model in the folder, or beside it where the releases have it."""
+        inside, beside = self.path / "tokenizer.model", self.path.resolve().parent / "tokenizer.model"
+        for path in (inside, beside):
+            if path.is_file():
+                return path
+        raise FileNotFoundError(f"no tokenizer.model in {self.path}/ or beside it: pass tokenizer_path")
 
     def model_args(self, max_seq_len: int, max_batch_size: int) -> ModelArgs:
-        params = {key: value for key, value in self.params.items() if key != "vocab_size"}
-        vocab_size = self.shards[0]["tok_embeddings.weight"].shape[0]
-        if self.params.get("vocab_size", -1) not in (-1, vocab_size):  # the releases say -1
+        params = {key: value for key, value in self.source.params.items() if key != "vocab_size"}
+        vocab_size = self.source.vocab_size
+        if self.source.params.get("vocab_size", -1) not in (-1, vocab_size):  # the releases say -1
             raise ValueError(
-                f"params.json has vocab_size {self.params['vocab_size']}, the checkpoint's embedding "
-                f"{vocab_size} rows: they are of two models"
+                f"{'params' if isinstance(self.source, Release) else 'config'}.json has vocab_size "
+                f"{self.source.params['vocab_size']}, the checkpoint's embedding {vocab_size} rows: "
+                "they are of two models"
             )
         return ModelArgs(**params, vocab_size=vocab_size, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
 
-    def parts(self, name: str, rank: int, world_size: int) -> list[Tensor]:
-        """Views of the mapped files that, joined along the tensor's shard dimension, are this rank's part of it."""
-        dim = shard_dim(name)
-        if dim is None:
-            return [self.shards[0][name]]
-        size = self.shards[0][name].shape[dim]  # of each shard
-        local_size = size * len(self.shards) // world_size
-        start, end = rank * local_size, (rank + 1) * local_size
-        parts = []
-        for number, shard in enumerate(self.shards):
-            first, last = max(start - number * size, 0), min(end - number * size, size)
-            if first < last:
-                parts.append(shard[name].narrow(dim, first, last - first))
-        return parts
+    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Raise ValueError unless the files hold exactly the tensors of these names and whole shapes."""
+        self.source.check(shapes)
+        if self.adapter is not None:
+            self.adapter.check(shapes)
+
+    def copy(self, name: str, rank: int, out: Tensor) -> None:
+        """Fill `out`, of the shape of one rank's part, with this rank's part of a tensor."""
+        dim = shard_dim(name) or 0
+        start = 0 if shard_dim(name) is None else rank * out.shape[dim]
+        self.source.copy(name, dim, start, out)
+        if self.adapter is not None:
+            head_dim = self.source.params["dim"] // self.source.params["n_heads"]
+            self.adapter.add(name, dim, start, head_dim, out)
 
     def load(
         self,
@@ -107,23 +178,22 @@ class Checkpoint:
 
         Copies one tensor at a time (with `hold`, one matrix per thread) and gives its mapped pages back, so that
         memory holds this rank's weights and little more. Raises ValueError, before anything is copied, where the files
-        do not hold exactly the model's tensors.
+        do not hold exactly the model's tensors. Warns of values that are not finite.
         """
         wanted = model.state_dict()
-        self.check_tensors({name: tuple(meta.shape) for name, meta in wanted.items()}, world_size)
+        self.check(whole_shapes(wanted, world_size))
         state: dict[str, Tensor] = {}
 
         def load_together(names: list[str]) -> None:
-            rows, dim = [wanted[name].shape[0] for name in names], shard_dim(names[0]) or 0
+            rows = [wanted[name].shape[0] for name in names]
             modules = [model.get_submodule(name.removesuffix(".weight")) for name in names]
             layers = [module for module in modules if hold and isinstance(module, ShardedLinear)]
-            stored = self.shards[0][names[0]].dtype if layers else dtype
+            stored = self.dtype if layers else dtype
             tensor = torch.empty(sum(rows), *wanted[names[0]].shape[1:], dtype=stored, device=device)
             for name, target in zip(names, tensor.split(rows), strict=True):
-                parts = self.parts(name, rank, world_size)
-                for goal, part in zip(target.split([p.shape[dim] for p in parts], dim), parts, strict=True):
-                    goal.copy_(part)
-                    release(part)
+                self.copy(name, rank, target)
+                if not target.sum(dtype=torch.float32).isfinite():
+                    logger.warning("%s of %s has values that are not finite: download it again", name, self.name)
             if hold and layers and (store := hold(tensor)) is not None:
                 hold_together(layers, store)
             else:
@@ -144,24 +214,14 @@ class Checkpoint:
         model.load_state_dict(state, assign=True, strict=True)
         model.requires_grad_(False)
 
-    def check_tensors(self, local_shapes: dict[str, tuple[int, ...]], world_size: int) -> None:
-        """Every shard holds its part of every tensor and nothing else."""
-        for number, shard in enumerate(self.shards):
-            file = self.path / f"consolidated.{number:02}.pth"
-            extra = sorted(shard.keys() - local_shapes.keys() - {IGNORED_KEY})
-            missing = sorted(local_shapes.keys() - shard.keys())
-            if extra or missing:
-                what = f"holds unknown tensor {extra[0]}" if extra else f"lacks tensor {missing[0]}"
-                raise ValueError(f"{file} {what}: params.json is of another model, or the file is not a Llama 2 shard")
-            for name, local_shape in local_shapes.items():
-                shape, dim = list(local_shape), shard_dim(name)
-                if dim is not None:
-                    shape[dim] = shape[dim] * world_size // len(self.shards)
-                if list(shard[name].shape) != shape:
-                    raise ValueError(
-                        f"{file}: {name} has shape {tuple(shard[name].shape)}, and params.json asks for {tuple(shape)} "
-                        f"in each of {len(self.shards)} shard(s): a shard is missing or of another model"
-                    )
+
+def whole_shapes(local: Mapping[str, Tensor], world_size: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of the whole model's tensors, for those of one of `world_size` ranks."""
+    shapes = {}
+    for name, tensor in local.items():
+        dim = shard_dim(name)
+        shapes[name] = tuple(n * world_size if d == dim else n for d, n in enumerate(tensor.shape))
+    return shapes
 
 
 def find_shards(path: Path) -> list[Path]:
@@ -182,70 +242,55 @@ def read_params(path: Path) -> dict[str, Any]:
     """params.json. Raises ValueError for a key that is unknown, as it may change the mathematics, or missing."""
     if not path.is_file():
         raise FileNotFoundError(f"no {path.name} in {path.parent}/: is this the folder that download.sh made?")
-    try:
-        params = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): download it again") from error
-    if not isinstance(params, dict):
-        raise ValueError(f"{path} is not a JSON object: download it again")
+    params = read_json(path)
     for key in params:
         if key not in REQUIRED_PARAMS + OPTIONAL_PARAMS:
             raise ValueError(f"params.json has unknown key '{key}'{NEWER_PARAMS.get(key, '')}: not supported")
     for key in REQUIRED_PARAMS:
         if key not in params:
             raise ValueError(f"params.json lacks key '{key}': download it again")
-    for key, value in params.items():
-        real = key in ("norm_eps", "rope_theta", "ffn_dim_multiplier")
-        fits = isinstance(value, (int, float) if real else int) and not isinstance(value, bool)
-        optional = (value is None and key in OPTIONAL_PARAMS) or (value == -1 and key == "vocab_size")
-        if not optional and not (fits and 0 < value < 2**31):
-            raise ValueError(f"params.json has {key} {value!r}: expected a positive {'number' if real else 'integer'}")
-    return {key: value for key, value in params.items() if value is not None}
+    given = {key: value for key, value in params.items() if value is not None or key in REQUIRED_PARAMS}
+    sizes = {key: value for key, value in given.items() if (key, value) != ("vocab_size", -1)}
+    check_numbers("params.json", sizes, real=REAL_PARAMS)
+    return given
 
 
 def map_shard(path: Path) -> dict[str, Tensor]:
-    """A shard's tensors, in the page cache's memory. Code in the pickle is refused, not run."""
-    try:
-        shard = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # what the unpickler raises over damaged bytes is any of a dozen types
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path} is not a whole PyTorch checkpoint: download it again ({reason})") from error
-    if not isinstance(shard, dict) or not all(isinstance(value, Tensor) for value in shard.values()):
-        raise ValueError(f"{path} is not a dictionary of tensors: is it a checkpoint of Llama 2?")
+    shard = map_pickle(path)
     if "tok_embeddings.weight" not in shard:
         raise ValueError(f"{path} lacks tensor tok_embeddings.weight: is it a checkpoint of Llama 2?")
     return shard
 
 
-def release(mapped: Tensor) -> None:
-    """Take the pages of a mapped file that a tensor lies on out of this process; they could be read in again."""
-    if not hasattr(mmap, "MADV_DONTNEED") or mapped.numel() == 0:
-        return
-    first = mapped.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-    length = mapped.data_ptr() - first + mapped.shape[0] * mapped.stride(0) * mapped.element_size()
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
-
-
-def check_world_size(name: str, args: ModelArgs, world_size: int) -> None:
-    """Raise ValueError unless every split dimension of the model divides over the ranks."""
-    sizes = {
+def split_sizes(args: ModelArgs) -> dict[str, int]:
+    """What is split over the ranks, all of which have to divide it."""
+    return {
         "attention heads": args.n_heads,
         "key/value heads": args.kv_heads,
         "feed-forward channels": args.hidden_dim,
         "model channels": args.dim,
         "vocabulary pieces": args.vocab_size,
     }
+
+
+def world_sizes(args: ModelArgs) -> list[int]:
+    """The numbers of ranks that can share the model."""
+    return divisors(math.gcd(*split_sizes(args).values()))
+
+
+def check_world_size(name: str, args: ModelArgs, world_size: int) -> None:
+    """Raise ValueError unless every split dimension of the model divides over the ranks."""
     if args.dim % args.n_heads or args.n_heads % args.kv_heads:
         raise ValueError(
             f"{name} has dim {args.dim}, {args.n_heads} attention heads and {args.kv_heads} key/value heads, "
             "which do not divide: params.json is of no Llama 2"
         )
-    uneven = [what for what, size in sizes.items() if size % world_size]
+    sizes = split_sizes(args)
+    uneven = [what for what, size in sizes.items() if world_size < 1 or size % world_size]
     if uneven:
         named = uneven if not uneven[0].endswith("heads") else ["attention heads", "key/value heads"]
         listed = " and ".join(f"{sizes[what]} {what}" for what in named)
-        fitting = divisors(math.gcd(*sizes.values()))
-        raise ValueError(f"{name} has {listed}, which {world_size} ranks cannot share: use {either(fitting)}")
+        raise ValueError(f"{name} has {listed}, which {world_size} ranks cannot share: use {either(world_sizes(args))}")
 
 
 def select_dtype(dtype: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
@@ -262,32 +307,42 @@ def select_dtype(dtype: str, stored: torch.dtype, device: torch.device) -> torch
     return selected
 
 
-def check_memory(
-    name: str, model: Transformer, device: torch.device, dtype: torch.dtype, bytes_per_weight: float
-) -> None:
-    """Raise ValueError, before anything is loaded, if this rank's weights and cache do not fit into its device.
+class Memory(NamedTuple):
+    """What one rank needs, in bytes."""
 
-    `bytes_per_weight` is of the linear layers; everything else is of `dtype`.
-    """
-    args, free = model.params, free_memory(device)
-    linear = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, ShardedLinear))
-    other = sum(weight.numel() for weight in model.parameters()) - linear
-    weights = int(linear * bytes_per_weight + other * dtype.itemsize)
-    row = KVCache.allocate(args, dtype, torch.device("meta")).nbytes // args.max_batch_size
-    if weights + args.max_batch_size * row <= free:
+    weights: int
+    cache_row: int  # for each row of the batch
+    pass_row: int  # of the largest temporaries, which a pass over whole rows of max_seq_len holds, for each row
+
+    def total(self, rows: int) -> int:
+        return self.weights + rows * (self.cache_row + self.pass_row)
+
+
+def memory_needs(args: ModelArgs, world_size: int, dtype: torch.dtype, bytes_per_weight: float) -> Memory:
+    """`bytes_per_weight` is of the linear layers; everything else is of `dtype`."""
+    attention = 2 * args.dim * args.head_dim * (args.n_heads + args.kv_heads)
+    linear = args.n_layers * (attention + 3 * args.dim * args.hidden_dim) + args.dim * args.vocab_size
+    embedding, norms = args.dim * args.vocab_size, (2 * args.n_layers + 1) * args.dim
+    weights = (linear * bytes_per_weight + embedding * dtype.itemsize) / world_size + norms * dtype.itemsize
+    cache_row = 2 * args.n_layers * args.kv_heads * args.head_dim * args.max_seq_len * dtype.itemsize // world_size
+    # The feed-forward's gate, up and their product; x, its norm, and what is added to it.
+    pass_row = args.max_seq_len * (4 * args.dim + 3 * args.hidden_dim // world_size) * dtype.itemsize
+    return Memory(int(weights), cache_row, pass_row)
+
+
+def check_memory(name: str, args: ModelArgs, needs: Memory, device: torch.device) -> None:
+    """Raise ValueError, before anything is loaded, if what this rank needs does not fit into its device."""
+    free, rows = free_memory(device), args.max_batch_size
+    if needs.total(rows) <= free:
         return
-    needed = f"{gigabytes(weights)} for its weights and {gigabytes(args.max_batch_size * row)} for a cache of"
-    fitting = (free - weights) // row
+    fitting = (free - needs.weights) // (needs.cache_row + needs.pass_row)
     advice = (
         f"build with max_batch_size {fitting} or a smaller max_seq_len"
         if fitting > 0
         else "use fewer bits for each weight, more ranks or a smaller model"
     )
     raise ValueError(
-        f"{name} needs {needed} max_batch_size {args.max_batch_size} × max_seq_len {args.max_seq_len} per rank, "
-        f"and {device} has {gigabytes(free)} free for it: {advice}"
+        f"{name} needs {gigabytes(needs.weights)} for its weights, {gigabytes(rows * needs.cache_row)} for a cache of "
+        f"max_batch_size {rows} × max_seq_len {args.max_seq_len} and {gigabytes(rows * needs.pass_row)} for a pass "
+        f"over it per rank, and {device} has {gigabytes(free)} free for it: {advice}"
     )
-
-
-def gigabytes(n: int) -> str:
-    return f"{n / 1e9:.1f} GB"

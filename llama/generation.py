@@ -16,8 +16,9 @@ from fairscale.nn.model_parallel.initialize import get_model_parallel_rank, get_
 from torch import Tensor
 
 from .chat import UNSAFE_ERROR, Dialog, Message, check_dialog, encode_dialog, has_special_tags
-from .checkpoint import Checkpoint, check_memory, check_world_size, select_dtype
+from .checkpoint import Checkpoint, check_memory, check_world_size, memory_needs, select_dtype
 from .decode import DecodeStep
+from .infilling import check_infilling, encode_infilling
 from .model import KVCache, Transformer
 from .parallel import (
     init_model_parallel,
@@ -58,6 +59,11 @@ class ChatPrediction(Prediction, total=False):
     generation: Message
 
 
+class InfillingPrediction(Prediction, total=False):
+    generation: str
+    full_text: str
+
+
 class Piece(Prediction, total=False):
     """The next text of prompt `index`; `finish_reason`, and what `logprobs` asks for, come with its last piece."""
 
@@ -71,9 +77,9 @@ class Llama:
     @staticmethod
     def build(
         ckpt_dir: str | os.PathLike[str],
-        tokenizer_path: str | os.PathLike[str],
-        max_seq_len: int,
-        max_batch_size: int,
+        tokenizer_path: str | os.PathLike[str] | None = None,
+        max_seq_len: int = 512,
+        max_batch_size: int = 8,
         model_parallel_size: int | None = None,
         seed: int = 1,
         *,
@@ -82,14 +88,17 @@ class Llama:
         quantize: Literal["int8", "int4"] | None = None,
         compile: bool = False,
         cuda_graph: bool = True,
+        adapter_dir: str | os.PathLike[str] | None = None,
     ) -> Llama:
-        """Load a checkpoint folder onto this rank's device.
+        """Load a checkpoint folder, of the release's layout or of Hugging Face's, onto this rank's device.
 
+        The tokenizer is by default the tokenizer.model in the folder or beside it.
         `max_seq_len` bounds prompt and generation together, in tokens; with `max_batch_size` it sets the cache's size.
         The model is split over `model_parallel_size` ranks (default: all), however many shards are on disk. `seed` is
         the default of each call's. `device` "auto" is cuda, mps or cpu, the first there is; `dtype` is "float32",
         "bfloat16", "float16" or "auto", the fastest of 16 bits or more there. `quantize` stores the linear weights in 8
         or 4 bits. `compile` compiles the decode step; on cuda it is captured as a graph unless `cuda_graph` is False.
+        `adapter_dir` is a LoRA adapter in PEFT's layout, which is merged into the weights.
 
         Raises FileNotFoundError for missing files; ValueError for files that are broken or do not belong together, for
         ranks that cannot share the model, and where memory does not suffice.
@@ -97,8 +106,8 @@ class Llama:
         start = time.monotonic()
         check_positive(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
         integer("seed", seed)
-        tokenizer = Tokenizer(tokenizer_path)
-        checkpoint = Checkpoint(ckpt_dir)
+        checkpoint = Checkpoint(ckpt_dir, adapter_dir)
+        tokenizer = Tokenizer(checkpoint.tokenizer_path if tokenizer_path is None else tokenizer_path)
         args = checkpoint.model_args(max_seq_len, max_batch_size)
         if tokenizer.n_words != args.vocab_size:
             raise ValueError(
@@ -109,19 +118,24 @@ class Llama:
         rank, world_size = get_model_parallel_rank(), get_model_parallel_world_size()
         check_world_size(checkpoint.name, args, world_size)
         torch_dtype = select_dtype(dtype, checkpoint.dtype, device)
+        store = select_store(quantize, dtype, device, compile)
+        bytes_per_weight = store.bytes_per_weight if store else torch_dtype.itemsize
+        check_memory(checkpoint.name, args, memory_needs(args, world_size, torch_dtype, bytes_per_weight), device)
         with torch.device("meta"):
             model = Transformer(args)
-        store = select_store(quantize, dtype, device, compile)
-        check_memory(
-            checkpoint.name, model, device, torch_dtype, store.bytes_per_weight if store else torch_dtype.itemsize
-        )
         return_freed_memory()
         checkpoint.load(model, rank, world_size, device, torch_dtype, store.hold if store else None)
         model.cache = KVCache.allocate(args, torch_dtype, device)
         if device.type == "cpu":
             keep_freed_memory()
         logger.info(
-            "loaded %s in %.2f seconds (%s, %s)", checkpoint.name, time.monotonic() - start, device, torch_dtype
+            "loaded %s in %.2f seconds (%s, %s, %d CPU threads for each of %d ranks)",
+            checkpoint.name,
+            time.monotonic() - start,
+            device,
+            str(torch_dtype).removeprefix("torch."),
+            torch.get_num_threads(),
+            world_size,
         )
         step = DecodeStep(model, compile=compile, cuda_graph=cuda_graph and device.type == "cuda")
         return Llama(model, tokenizer, seed=seed, step=step)
@@ -207,6 +221,39 @@ class Llama:
         """
         settings = self._settings(max_gen_len, temperature, top_p, seed, stop)
         return self._stream(self._requests(self._encode(prompts), settings, logprobs=logprobs, echo=echo))
+
+    def text_infilling(
+        self,
+        prefixes: Sequence[str],
+        suffixes: Sequence[str],
+        temperature: float | Sequence[float] = 0.6,
+        top_p: float | Sequence[float] = 0.9,
+        max_gen_len: int | Sequence[int] | None = None,
+        logprobs: bool = False,
+        suffix_first: bool = False,
+        *,
+        seed: int | Sequence[int] | None = None,
+        stop: str | Sequence[str] | Sequence[Sequence[str]] = (),
+    ) -> list[InfillingPrediction]:
+        """What Code Llama puts between each prefix and suffix; parameters and errors as in `text_completion`.
+
+        Each result's `generation` is the text between, which ends at the model's end-of-infilling token, and
+        `full_text` is prefix, generation and suffix. `suffix_first` is the format that shows the model the suffix
+        first. Raises ValueError for a tokenizer without the pieces that mark the three.
+        """
+        check_infilling(self.tokenizer)
+        prefixes, suffixes = listed("prefixes", prefixes), listed("suffixes", suffixes)
+        if len(prefixes) != len(suffixes):
+            raise ValueError(f"prefixes are {len(prefixes)} and suffixes {len(suffixes)}: pass as many of each")
+        pairs = list(zip(prefixes, suffixes, strict=True))
+        prompts = [encode_infilling(prefix, suffix, self.tokenizer, suffix_first) for prefix, suffix in pairs]
+        settings = self._settings(max_gen_len, temperature, top_p, seed, stop)
+        requests = self._requests(prompts, settings, logprobs=logprobs, infilling=True)
+        self._run(requests)
+        return [
+            InfillingPrediction(generation=r.text, full_text=prefix + r.text + suffix, **outcome(r))
+            for r, (prefix, suffix) in zip(requests, pairs, strict=True)
+        ]
 
     def chat_completion(
         self,
@@ -426,7 +473,7 @@ class Llama:
                 raise self._non_finite(request)
             if request.finish_reason is not None:
                 continue
-            if token == self.tokenizer.eos_id:
+            if token in request.end_ids:
                 request.finish("stop")
             else:
                 request.append(token, logprob)

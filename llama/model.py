@@ -40,6 +40,7 @@ class ModelArgs:
     max_seq_len: int = 2048
 
     rope_theta: float = 10000.0
+    rope_scaling_factor: float = 1.0  # positions are divided by it
 
     @property
     def head_dim(self) -> int:
@@ -116,12 +117,12 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
-def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0) -> Tensor:
-    """cis(position × theta^(-2i / dim)) for i < dim / 2: (end, dim / 2) complex64, on the CPU.
+def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0, scaling_factor: float = 1.0) -> Tensor:
+    """cis(position / scaling_factor × theta^(-2i / dim)) for i < dim / 2: (end, dim / 2) complex64, on the CPU.
 
-    (Su et al. 2021, RoFormer, section 3.2.2.)
+    (Su et al. 2021, RoFormer, section 3.2.2; the linear scaling is of Chen et al. 2023, arXiv:2306.15595.)
     """
-    freqs = theta ** -(torch.arange(0, dim, 2, device="cpu", dtype=torch.float32) / dim)
+    freqs = theta ** -(torch.arange(0, dim, 2, device="cpu", dtype=torch.float32) / dim) / scaling_factor
     angles = torch.outer(torch.arange(end, device="cpu", dtype=torch.float32), freqs)
     return torch.polar(torch.ones_like(angles), angles)
 
@@ -238,7 +239,8 @@ class Transformer(nn.Module):
         h = self.tok_embeddings(tokens)
         if self.freqs_cis is None or self.freqs_cis.device != h.device:
             args = self.params
-            self.freqs_cis = precompute_freqs_cis(args.head_dim, args.max_seq_len, args.rope_theta).to(h.device)
+            freqs_cis = precompute_freqs_cis(args.head_dim, args.max_seq_len, args.rope_theta, args.rope_scaling_factor)
+            self.freqs_cis = freqs_cis.to(h.device)
         rows = torch.arange(tokens.shape[0], device=h.device)[:, None]
         positions = torch.arange(tokens.shape[1], device=h.device)[None]
         mask = None

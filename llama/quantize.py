@@ -132,15 +132,17 @@ class Store(NamedTuple):
     bytes_per_weight: float
 
 
+STORES = {"int8": Store(Int8, 1), "int4": Store(Int4, 0.5 + 4 / 32)}
+
+
 def select_store(quantize: str | None, dtype: str, device: torch.device, compile: bool = False) -> Store | None:
     """How linear weights are held; None: as plain tensors of the model's type, as for the compiler, which cannot see
     into packed ones."""
     if quantize is None:
         return fastest_16_bits() if dtype == "auto" and device.type == "cpu" and not compile else None
-    stores = {"int8": Store(Int8, 1), "int4": Store(Int4, 0.5 + 4 / 32)}
-    if quantize not in stores:
+    if quantize not in STORES:
         raise ValueError(f"quantize is {quantize!r}: use 'int8', 'int4' or None")
-    return stores[quantize]
+    return STORES[quantize]
 
 
 def fastest_16_bits() -> Store | None:

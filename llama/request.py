@@ -35,6 +35,7 @@ class Request:
     stop: tuple[str, ...]
     rng: random.Random  # of this request alone, so that its text does not depend on its neighbours
     detokenizer: Detokenizer
+    end_ids: frozenset[int]  # the ids that end it, and are no part of it
     wants_logprobs: bool = False
     prompt_pieces: list[str] = field(default_factory=list)  # with echo: the prompt's text, one string per token
     prompt_logprobs: list[float] = field(default_factory=list)
@@ -119,8 +120,10 @@ def make_requests(
     logprobs: bool = False,
     echo: bool = False,
     refusals: Sequence[str | None] | None = None,
+    infilling: bool = False,
 ) -> list[Request]:
-    """One request per prompt; with `refusals`, which come with dialogs, the refused ones are finished.
+    """One request per prompt; with `refusals`, which come with dialogs, the refused ones are finished. Those for
+    `infilling` go on in the middle of a text, and end at EOT too.
 
     Raises ValueError or TypeError, with the prompt's number, for what cannot be run.
     """
@@ -130,6 +133,7 @@ def make_requests(
     seeds = [integer("seed", seed) for seed in per_prompt("seed", settings.seed, n)]
     stops = stops_of(settings.stop, n)
     one_seed = not is_list(settings.seed)
+    end_ids = frozenset({tokenizer.eos_id} | ({tokenizer.eot_id} if infilling else set()))
     requests = []
     for i, prompt in enumerate(prompts):
         refusal = refusals[i] if refusals else None
@@ -139,8 +143,9 @@ def make_requests(
         max_tokens = min(max_gen_len, max_seq_len - len(tokens))
         # Python hashes a str seed, so that streams of neighbouring numbers have nothing in common.
         rng = random.Random(f"{seeds[i]}/{i if one_seed else 0}")
+        detokenizer = Detokenizer(tokenizer, at_start=not infilling)
         request = Request(
-            i, tokens, max_tokens, temperatures[i], top_ps[i], stops[i], rng, Detokenizer(tokenizer), logprobs
+            i, tokens, max_tokens, temperatures[i], top_ps[i], stops[i], rng, detokenizer, end_ids, logprobs
         )
         if echo:
             request.prompt_pieces = [request.detokenizer.push(token) for token in tokens]

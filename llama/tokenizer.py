@@ -11,7 +11,8 @@ from sentencepiece import SentencePieceProcessor
 class Tokenizer:
     """A SentencePiece model with the original's attributes.
 
-    `n_words` is the vocabulary's size; `bos_id`, `eos_id` and `pad_id` are special ids (-1 where the model has none).
+    `n_words` is the vocabulary's size; `bos_id`, `eos_id` and `pad_id` are special ids, and so are Code Llama's
+    `prefix_id`, `suffix_id`, `middle_id` and `eot_id` (-1 where the model has none).
 
     Raises FileNotFoundError if `model_path` is not a file, ValueError if it is not a SentencePiece model.
     """
@@ -27,6 +28,9 @@ class Tokenizer:
         self.bos_id: int = self.sp_model.bos_id()
         self.eos_id: int = self.sp_model.eos_id()
         self.pad_id: int = self.sp_model.pad_id()
+        infilling = [self.sp_model.piece_to_id(f"▁<{name}>") for name in ("PRE", "SUF", "MID", "EOT")]
+        unknown = self.sp_model.unk_id()  # what SentencePiece answers for a piece that it has not
+        self.prefix_id, self.suffix_id, self.middle_id, self.eot_id = (-1 if i == unknown else i for i in infilling)
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
         """The ids of `s`, with the begin- and end-of-sequence ids where asked for. Raises TypeError if not a str."""
@@ -60,9 +64,9 @@ class Detokenizer:
     U+FFFD, once the next piece or `flush` shows it.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, at_start: bool = True):
         self.tokenizer = tokenizer
-        self.at_start = True  # SentencePiece drops the space that it put before the text's first word
+        self.at_start = at_start  # where SentencePiece drops the space that it put before the text's first word
         self.bytes: list[int] = []  # byte pieces that do not end a character yet
 
     def push(self, token: int) -> str:

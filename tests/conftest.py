@@ -81,6 +81,21 @@ def write_release(folder: Path, args: ModelArgs, state: dict[str, torch.Tensor],
     return folder
 
 
+def huggingface_config(args: ModelArgs) -> dict[str, Any]:
+    """The arguments of transformers' LlamaConfig for a model of this shape."""
+    return {
+        "vocab_size": args.vocab_size,
+        "hidden_size": args.dim,
+        "intermediate_size": args.hidden_dim,
+        "num_hidden_layers": args.n_layers,
+        "num_attention_heads": args.n_heads,
+        "num_key_value_heads": args.kv_heads,
+        "rms_norm_eps": args.norm_eps,
+        "max_position_embeddings": args.max_seq_len,
+        "rope_parameters": {"rope_type": "default", "rope_theta": args.rope_theta},
+    }
+
+
 def real_tokenizer() -> Tokenizer:
     """The Llama 2 tokenizer, which the project may not ship: skips where it is not at hand."""
     beside = ROOT.parent / "shared" / "data" / "llama-2-tokenizer.model"

@@ -4,10 +4,11 @@ import itertools
 
 import pytest
 import torch
-from conftest import random_state
+from conftest import huggingface_config, random_state
 from torch import Tensor
 
 from llama import Llama, ModelArgs, Transformer
+from llama.hf import huggingface_name, is_rotated, split_halves
 from llama.model import KVCache
 
 
@@ -27,37 +28,11 @@ def test_logits_equal_those_of_transformers(args: ModelArgs, n_kv_heads: int | N
     args.n_kv_heads, args.norm_eps = n_kv_heads, 0.1
     args.rope_theta = 10000.0 if n_kv_heads else 1e6  # Code Llama's
     state = random_state(args)
-    config = transformers.LlamaConfig(
-        vocab_size=args.vocab_size,
-        hidden_size=args.dim,
-        intermediate_size=args.hidden_dim,
-        num_hidden_layers=args.n_layers,
-        num_attention_heads=args.n_heads,
-        num_key_value_heads=args.kv_heads,
-        rms_norm_eps=args.norm_eps,
-        max_position_embeddings=args.max_seq_len,
-        rope_parameters={"rope_type": "default", "rope_theta": args.rope_theta},
-    )
-    judge = transformers.LlamaForCausalLM(config).eval()
-
-    def half_split(weight: Tensor) -> Tensor:
-        """Rows from interleaved pairs to the two halves that transformers rotates."""
-        return weight.unflatten(0, (-1, args.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
-
+    judge = transformers.LlamaForCausalLM(transformers.LlamaConfig(**huggingface_config(args))).eval()
     renamed = {
-        "model.embed_tokens.weight": state["tok_embeddings.weight"],
-        "model.norm.weight": state["norm.weight"],
-        "lm_head.weight": state["output.weight"],
+        huggingface_name(name): split_halves(tensor, args.head_dim) if is_rotated(name) else tensor
+        for name, tensor in state.items()
     }
-    for i in range(args.n_layers):
-        ours, theirs = f"layers.{i}.", f"model.layers.{i}."
-        for w, proj in zip("qkvo", ("q_proj", "k_proj", "v_proj", "o_proj"), strict=True):
-            weight = state[f"{ours}attention.w{w}.weight"]
-            renamed[f"{theirs}self_attn.{proj}.weight"] = half_split(weight) if w in "qk" else weight
-        for w, proj in zip("123", ("gate_proj", "down_proj", "up_proj"), strict=True):
-            renamed[f"{theirs}mlp.{proj}.weight"] = state[f"{ours}feed_forward.w{w}.weight"]
-        renamed[f"{theirs}input_layernorm.weight"] = state[f"{ours}attention_norm.weight"]
-        renamed[f"{theirs}post_attention_layernorm.weight"] = state[f"{ours}ffn_norm.weight"]
     judge.load_state_dict(renamed, strict=True)
 
     tokens = tokens_of(3, 40)

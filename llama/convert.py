@@ -1,0 +1,177 @@
+"""What one does with a checkpoint folder but run it: describe it, check its sums, write it anew in another layout."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .checkpoint import Checkpoint, check_world_size, memory_needs, shard_dim, whole_shapes, world_sizes
+from .files import check_readable, gigabytes, new_folder, save_safetensors
+from .hf import config_of, huggingface_name, is_rotated, split_halves
+from .model import ModelArgs, Transformer
+from .quantize import STORES
+
+PART_BYTES = 2 * 10**9  # of a safetensors file; one at a time is in memory
+
+
+def info(ckpt_dir: str, max_seq_len: int = 512, max_batch_size: int = 8) -> str:
+    """A folder's layout, size and type, the rank counts that can share it, and what each rank would need."""
+    checkpoint = Checkpoint(ckpt_dir)
+    args = checkpoint.model_args(max_seq_len, max_batch_size)
+    shapes = shapes_of(checkpoint, args)
+    lines = [
+        f"{checkpoint.name}: {checkpoint.source.layout} layout, {len(checkpoint.source.files)} file(s) of weights, "
+        f"{sum(map(math.prod, shapes.values())):,} parameters, {str(checkpoint.dtype).removeprefix('torch.')}",
+        f"dim {args.dim}, {args.n_layers} layers, {args.n_heads} heads, {args.kv_heads} key/value heads, "
+        f"{args.hidden_dim} feed-forward channels, {args.vocab_size} pieces",
+        "",
+        f"Per rank; cache and pass for max_batch_size {max_batch_size} and max_seq_len {max_seq_len}, in 16 bits:",
+        f"{'ranks':>5}{'float32':>12}{'16 bits':>12}{'int8':>12}{'int4':>12}{'cache':>12}{'pass':>12}",
+    ]
+    for ranks in world_sizes(args):
+        kinds = [
+            (torch.float32, 4),
+            (torch.bfloat16, 2),
+            *((torch.bfloat16, s.bytes_per_weight) for s in STORES.values()),
+        ]
+        needs = [memory_needs(args, ranks, dtype, bytes_per_weight) for dtype, bytes_per_weight in kinds]
+        weights = [need.weights for need in needs]
+        rows = [max_batch_size * needs[1].cache_row, max_batch_size * needs[1].pass_row]
+        lines.append(f"{ranks:>5}" + "".join(f"{gigabytes(n):>12}" for n in weights + rows))
+    return "\n".join(lines)
+
+
+def verify(ckpt_dir: str) -> str:
+    """Compare each file that checklist.chk names with its MD5 sum there. Raises ValueError naming those that differ."""
+    folder = Path(ckpt_dir)
+    check_readable(folder / "checklist.chk")
+    sums = [
+        line.split() for line in (folder / "checklist.chk").read_text(errors="replace").splitlines() if line.strip()
+    ]
+    if not sums or any(len(words) != 2 or len(words[0]) != 32 for words in sums):
+        raise ValueError(f"{folder / 'checklist.chk'} has lines that are no MD5 sum and file name: download it again")
+    files = [(folder / Path(name.removeprefix("*")).name, digest) for digest, name in sums]
+    for file, _ in files:
+        check_readable(file)
+    wrong = []
+    with tqdm(
+        total=sum(f.stat().st_size for f, _ in files), unit="B", unit_scale=True, leave=False, disable=None
+    ) as bar:
+        for file, digest in files:
+            md5 = hashlib.md5(usedforsecurity=False)
+            with file.open("rb") as stream:
+                while data := stream.read(2**24):
+                    md5.update(data)
+                    bar.update(len(data))
+            if md5.hexdigest() != digest.lower():
+                wrong.append(f"{file.name} has MD5 {md5.hexdigest()}, and checklist.chk {digest}")
+    if wrong:
+        raise ValueError("; ".join(wrong) + ": download again what differs")
+    return f"{len(files)} file(s) are whole"
+
+
+def reshard(ckpt_dir: str, out: str, model_parallel_size: int) -> str:
+    """Write a folder of the release's layout with `model_parallel_size` shards; holds one shard at a time."""
+    checkpoint = Checkpoint(ckpt_dir)
+    args = checkpoint.model_args(1, 1)
+    check_world_size(checkpoint.name, args, model_parallel_size)
+    shapes = shapes_of(checkpoint, args)
+    with new_folder(Path(out), size_of(checkpoint, shapes)) as folder:
+        for rank in range(model_parallel_size):
+            shard = {}
+            for name, shape in progress(shapes, f"shard {rank}"):
+                dim = shard_dim(name)
+                local = [n // model_parallel_size if d == dim else n for d, n in enumerate(shape)]
+                shard[name] = torch.empty(local, dtype=checkpoint.dtype_of(name))
+                checkpoint.copy(name, rank, shard[name])
+            torch.save(shard, folder / f"consolidated.{rank:02}.pth")
+            del shard
+        (folder / "params.json").write_text(json.dumps(params_of_release(args)))
+        copy_tokenizer(checkpoint, folder)
+    return f"{out}: {model_parallel_size} shard(s)"
+
+
+def convert(ckpt_dir: str, out: str, to: str) -> str:
+    """Write the checkpoint in Hugging Face's layout ("hf") or, in one shard, the release's ("meta")."""
+    if to == "meta":
+        return reshard(ckpt_dir, out, 1)
+    if to != "hf":
+        raise ValueError(f"to is {to!r}: use 'hf' or 'meta'")
+    checkpoint = Checkpoint(ckpt_dir)
+    args = checkpoint.model_args(1, 1)
+    shapes = shapes_of(checkpoint, args)
+    parts = parts_of(checkpoint, shapes)
+    files = [f"model-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
+    files = files if len(parts) > 1 else ["model.safetensors"]
+    with new_folder(Path(out), size_of(checkpoint, shapes)) as folder:
+        for file, names in zip(files, parts, strict=True):
+            tensors = {}
+            for name, shape in progress({name: shapes[name] for name in names}, file):
+                tensor = torch.empty(shape, dtype=checkpoint.dtype_of(name))
+                checkpoint.copy(name, 0, tensor)
+                tensors[huggingface_name(name)] = split_halves(tensor, args.head_dim) if is_rotated(name) else tensor
+            save_safetensors(tensors, folder / file)
+            del tensors
+        if len(files) > 1:
+            weight_map = {huggingface_name(n): f for f, names in zip(files, parts, strict=True) for n in names}
+            index = {"metadata": {"total_size": size_of(checkpoint, shapes)}, "weight_map": weight_map}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        config = config_of(asdict(args) | {"n_kv_heads": args.kv_heads}, args.hidden_dim, checkpoint.dtype)
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
+        copy_tokenizer(checkpoint, folder)
+    return f"{out}: {len(files)} file(s) of weights"
+
+
+def shapes_of(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, tuple[int, ...]]:
+    """The shapes of the whole model's tensors, which the files are checked to hold."""
+    with torch.device("meta"):
+        state = Transformer(args).state_dict()
+    shapes = whole_shapes(state, 1)
+    checkpoint.check(shapes)
+    return shapes
+
+
+def size_of(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> int:
+    """Bytes of the tensors."""
+    return sum(math.prod(shape) * checkpoint.dtype_of(name).itemsize for name, shape in shapes.items())
+
+
+def parts_of(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> list[list[str]]:
+    """Names in groups of at most PART_BYTES."""
+    parts: list[list[str]] = [[]]
+    room = PART_BYTES
+    for name, shape in shapes.items():
+        size = size_of(checkpoint, {name: shape})
+        if parts[-1] and size > room:
+            parts.append([])
+            room = PART_BYTES
+        parts[-1].append(name)
+        room -= size
+    return parts
+
+
+def params_of_release(args: ModelArgs) -> dict[str, object]:
+    """params.json of a model: what the release's own has, and what else is not as there."""
+    plain = ModelArgs()
+    always = ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps")
+    others = ("n_kv_heads", "ffn_dim_multiplier", "rope_theta", "rope_scaling_factor")
+    changed = {name: getattr(args, name) for name in others if getattr(args, name) != getattr(plain, name)}
+    return {name: getattr(args, name) for name in always} | changed | {"vocab_size": -1}
+
+
+def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):  # the weights are whole without it
+        shutil.copy(checkpoint.tokenizer_path, folder)
+
+
+def progress(shapes: dict[str, tuple[int, ...]], what: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield from tqdm(shapes.items(), desc=what, unit="tensor", leave=False, disable=None)

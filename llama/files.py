@@ -1,0 +1,126 @@
+"""Files are data: read without running or trusting them, and written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import mmap
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def gigabytes(n: int) -> str:
+    return f"{n / 1e9:.1f} GB"
+
+
+def check_readable(path: Path) -> None:
+    """Raise what opening the file raises, as a sentence: torch's and safetensors' own errors do not tell."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        advice = "check that it is there, a file, and yours to read"
+        raise type(error)(f"{path} cannot be read ({error.strerror}): {advice}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    check_readable(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): download it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON object: download it again")
+    return value
+
+
+def check_numbers(file: str, values: dict[str, Any], real: tuple[str, ...]) -> None:
+    """Raise ValueError unless all are positive integers, or positive numbers where they are named in `real`."""
+    for key, value in values.items():
+        fits = isinstance(value, (int, float) if key in real else int) and not isinstance(value, bool)
+        if not (fits and 0 < value < 2**31):
+            kind = "number" if key in real else "integer"
+            raise ValueError(f"{file} has {key} {value!r}: expected a positive {kind}")
+
+
+def map_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of torch.save, in the page cache's memory. Code in the pickle is refused, not run."""
+    check_readable(path)
+    try:
+        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # what the unpickler raises over damaged bytes is any of a dozen types
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path} is not a whole PyTorch checkpoint: download it again ({reason})") from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise ValueError(f"{path} is not a dictionary of tensors: is it a checkpoint of Llama 2?")
+    return tensors
+
+
+def import_safetensors(path: Path) -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(f"{path} needs the package safetensors: pip install safetensors") from error
+    return safetensors
+
+
+def map_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, in the page cache's memory."""
+    safetensors = import_safetensors(path)
+    check_readable(path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file: download it again ({error})") from error
+
+
+def save_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
+    safetensors = import_safetensors(path)
+    try:
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
+def release(mapped: Tensor) -> None:
+    """Take the pages of a mapped file that a tensor lies on out of this process; they could be read in again."""
+    if not hasattr(mmap, "MADV_DONTNEED") or mapped.numel() == 0:
+        return
+    first = mapped.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    length = mapped.data_ptr() - first + mapped.shape[0] * mapped.stride(0) * mapped.element_size()
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+
+
+@contextlib.contextmanager
+def new_folder(out: Path, needed: int) -> Iterator[Path]:
+    """A folder to write to, of a temporary name beside `out`, that becomes `out` when all is written, else goes.
+
+    Raises FileExistsError if `out` exists, OSError if its disk has not the `needed` bytes, before or in the writing.
+    """
+    if out.exists():
+        raise FileExistsError(f"{out} exists: choose another name, or remove it")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"no folder {out.parent} to write {out.name} into: make it first")
+
+    def no_space(reason: str) -> OSError:
+        free = gigabytes(shutil.disk_usage(out.parent).free)
+        return OSError(f"{out} could not be written ({reason}): it needs {gigabytes(needed)}, and {free} are free")
+
+    if shutil.disk_usage(out.parent).free < needed:
+        raise no_space("too little space")
+    scratch = Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".part", dir=out.parent))
+    try:
+        yield scratch
+        scratch.chmod(0o755)  # mkdtemp's is for its owner alone
+        scratch.rename(out)
+    except (OSError, RuntimeError) as error:  # torch.save's writer raises a RuntimeError where the system's was one
+        raise no_space(str(error).strip().split("\n")[0]) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,33 @@
+"""Code Llama's prompts for text between two others: prefix, suffix, middle (Rozière et al. 2023, arXiv:2308.12950)."""
+
+from __future__ import annotations
+
+from .tokenizer import Tokenizer
+
+# Begins a text, so that SentencePiece's own space before a text's first word comes before it and is cut off with it.
+MARK = "☺"
+
+
+def check_infilling(tokenizer: Tokenizer) -> None:
+    """Raise ValueError unless the tokenizer has the pieces that mark prefix, suffix, middle and end."""
+    ids = {
+        "▁<PRE>": tokenizer.prefix_id,
+        "▁<SUF>": tokenizer.suffix_id,
+        "▁<MID>": tokenizer.middle_id,
+        "▁<EOT>": tokenizer.eot_id,
+    }
+    for piece, token in ids.items():
+        if token < 0:
+            raise ValueError(
+                f"tokenizer has no piece {piece}: infilling needs the 7B or 13B Code Llama and its tokenizer"
+            )
+
+
+def encode_infilling(prefix: str, suffix: str, tokenizer: Tokenizer, suffix_first: bool = False) -> list[int]:
+    """BOS <PRE> prefix <SUF> suffix <MID>, or BOS <PRE> <SUF> suffix <MID> prefix; the suffix without a space before
+    its first word."""
+    before = tokenizer.encode(prefix, bos=False, eos=False)
+    mark = tokenizer.encode(MARK, bos=False, eos=False)
+    after = tokenizer.encode(MARK + suffix, bos=False, eos=False)[len(mark) :]
+    opening, closing = [tokenizer.bos_id, tokenizer.prefix_id], [tokenizer.suffix_id, *after, tokenizer.middle_id]
+    return opening + closing + before if suffix_first else opening + before + closing

@@ -1,0 +1,109 @@
+"""LoRA adapters (Hu et al. 2021, arXiv:2106.09685) in PEFT's layout, merged into the weights as they are loaded."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .files import check_numbers, map_safetensors, read_json
+from .hf import LAYER_NAMES, huggingface_name, interleave, is_rotated
+
+# What an adapter's config may say without a change of the merged weights. Anything else has to be unset.
+HARMLESS_CONFIG = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "exclude_modules",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "use_rslora",
+}
+PREFIX = "base_model.model."
+
+
+class Adapter:
+    """W + scale × B A for each adapted weight, scale = alpha / r, or alpha / √r with `use_rslora`.
+
+    Raises ValueError for a config that asks for anything else, FileNotFoundError for missing files.
+    """
+
+    def __init__(self, adapter_dir: str | os.PathLike[str]):
+        self.path = Path(adapter_dir)
+        config = read_json(self.path / "adapter_config.json")
+        self.scale = check_config(config)
+        self.tensors = map_safetensors(self.path / "adapter_model.safetensors")
+        self.rank = config["r"]
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """B (out_features, r) and A (r, in_features) of a weight of the release's name; None if it is not adapted."""
+        stem = PREFIX + huggingface_name(name).removesuffix(".weight")
+        if f"{stem}.lora_B.weight" not in self.tensors:
+            return None
+        return self.tensors[f"{stem}.lora_B.weight"], self.tensors[f"{stem}.lora_A.weight"]
+
+    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Raise ValueError unless every tensor of the adapter belongs to a linear weight of these names and shapes."""
+        wanted = {}
+        for name, shape in shapes.items():
+            if len(shape) == 2 and name.startswith("layers."):
+                stem = PREFIX + huggingface_name(name).removesuffix(".weight")
+                wanted[f"{stem}.lora_A.weight"] = (self.rank, shape[1])
+                wanted[f"{stem}.lora_B.weight"] = (shape[0], self.rank)
+        for name, tensor in self.tensors.items():
+            if name not in wanted:
+                modules = ", ".join(sorted(n.split(".")[1] for n in LAYER_NAMES.values() if "proj" in n))
+                raise ValueError(f"adapter {self.path} has tensor {name}: only {modules} of the model can be adapted")
+            if tuple(tensor.shape) != wanted[name]:
+                raise ValueError(
+                    f"adapter {self.path}: {name} has shape {tuple(tensor.shape)}, and the model asks for "
+                    f"{wanted[name]}: it is an adapter of another model"
+                )
+            other = name.replace("lora_A", "lora_B") if "lora_A" in name else name.replace("lora_B", "lora_A")
+            if other not in self.tensors:
+                raise ValueError(f"adapter {self.path} lacks tensor {other}: download it again")
+
+    def add(self, name: str, dim: int, start: int, head_dim: int, out: Tensor) -> None:
+        """Add the update of the part of a weight that begins at `start` along `dim` to `out`, computed in float32."""
+        factors = self.factors(name)
+        if factors is None:
+            return
+        b, a = (factor.to(out.device, torch.float32) for factor in factors)
+        if is_rotated(name):
+            b = interleave(b, head_dim)
+        length = out.shape[dim]
+        b, a = (b.narrow(0, start, length), a) if dim == 0 else (b, a.narrow(1, start, length))
+        out.copy_(torch.addmm(out.float(), b, a, alpha=self.scale))
+
+
+def check_config(config: dict[str, object]) -> float:
+    """The scale of the update. Raises ValueError for settings that would change the result otherwise."""
+    if config.get("peft_type") != "LORA":
+        raise ValueError(
+            f"adapter_config.json has peft_type {config.get('peft_type')!r}: not supported, only 'LORA' is"
+        )
+    if config.get("bias") == "none":
+        config = {key: value for key, value in config.items() if key != "bias"}
+    if config.get("init_lora_weights") in (True, False, "gaussian"):  # others change W as well
+        config = {key: value for key, value in config.items() if key != "init_lora_weights"}
+    for key, value in config.items():
+        if value and key not in HARMLESS_CONFIG:
+            raise ValueError(f"adapter_config.json has {key} {value!r}, which would change the result: not supported")
+    r, alpha = config.get("r"), config.get("lora_alpha")
+    check_numbers("adapter_config.json", {"r": r, "lora_alpha": alpha}, real=("lora_alpha",))
+    assert isinstance(r, int) and isinstance(alpha, (int, float))
+    return alpha / (math.sqrt(r) if config.get("use_rslora") else r)

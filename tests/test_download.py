@@ -1,0 +1,392 @@
+"""download.sh against a release server on loopback: real bash, real curl and wget."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, clean_environment
+
+SCRIPT = ROOT / "download.sh"
+SHARDS = {"7b": 1, "13b": 2, "70b": 8, "7b-chat": 1, "13b-chat": 2, "70b-chat": 8}
+QUERY = "Policy=abc%20&Signature=x~y_&Key-Pair-Id=K"
+CLIENTS = [client for client in ("curl", "wget") if shutil.which(client)]
+
+pytestmark = pytest.mark.skipif(not CLIENTS or not shutil.which("bash"), reason="needs bash, and curl or wget")
+
+
+def miniature() -> dict[str, bytes]:
+    """All six models' files, by their paths on the server."""
+    rng = random.Random(0)
+    files = {"LICENSE": b"terms\n", "USE_POLICY.md": b"# policy\n", "tokenizer.model": rng.randbytes(3000)}
+    files["tokenizer_checklist.chk"] = checklist({"tokenizer.model": files["tokenizer.model"]})
+    for name, shards in SHARDS.items():
+        own = {f"consolidated.{number:02}.pth": rng.randbytes(200_000) for number in range(shards)}
+        own["params.json"] = b"{}"
+        files |= {f"llama-2-{name}/{file}": data for file, data in own.items()}
+        files[f"llama-2-{name}/checklist.chk"] = checklist(own)
+    return files
+
+
+def checklist(files: dict[str, bytes]) -> bytes:
+    return "".join(f"{hashlib.md5(data).hexdigest()}  {name}\n" for name, data in files.items()).encode()
+
+
+class Release(ThreadingHTTPServer):
+    """Serves `files`, and does to single paths what is asked for."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files = miniature()
+        self.requests: list[tuple[str, int]] = []  # path, and where it begins
+        self.forbid_after = 10**9
+        self.statuses: list[int] = []  # of the next answers
+        self.cuts: dict[str, list[int]] = {}  # path -> after how many bytes its next answers end
+        self.slow = ""  # the path whose body comes in small pieces
+        self.ranges = True
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/*?{QUERY}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Release
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        path, _, query = self.path.lstrip("/").partition("?")
+        asked = self.headers.get("Range", "bytes=0-") if self.server.ranges else "bytes=0-"
+        start = int(asked.removeprefix("bytes=").rstrip("-"))
+        self.server.requests.append((path, start))
+        status = self.server.statuses.pop(0) if self.server.statuses else 206 if start else 200
+        if query != QUERY or len(self.server.requests) > self.server.forbid_after:
+            status = 403
+        data = self.server.files.get(path)
+        if data is None:
+            status, data = 404, b""
+        elif start >= len(data) > 0 and status == 206:
+            status = 416
+        self.send_response(status)
+        body = data[start:] if status in (200, 206) else b"<html>denied</html>"
+        if status == 206:
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        cuts = self.server.cuts.get(path)
+        if cuts and status in (200, 206):
+            self.wfile.write(body[: cuts.pop(0)])
+            self.close_connection = True
+        elif path == self.server.slow:
+            for i in range(0, len(body), 2000):
+                self.wfile.write(body[i : i + 2000])
+                time.sleep(0.05)
+        else:
+            self.wfile.write(body)
+
+
+@pytest.fixture
+def release() -> Iterator[Release]:
+    server = Release()
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture(params=CLIENTS)
+def tools(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return make_tools(tmp_path / "bin", request.param)
+
+
+def make_tools(folder: Path, *clients: str, hasher: str = "md5sum") -> Path:
+    """A PATH with no other client than these, a disk of 999 GB, and the system's checksum program or macOS's."""
+    folder.mkdir()
+    used = [
+        "awk",
+        "bash",
+        "cat",
+        "cut",
+        "du",
+        "grep",
+        "head",
+        "mkdir",
+        "mktemp",
+        "mv",
+        "rm",
+        "sleep",
+        "tail",
+        "tr",
+        "wc",
+    ]
+    for tool in [*used, *clients] + ["md5sum"] * (hasher == "md5sum"):
+        (folder / tool).symlink_to(shutil.which(tool) or tool)
+    program(folder / "df", "echo Filesystem; echo /dev/disk 1 1 999000000 1% /")
+    if hasher == "md5":  # prints the sum alone with -q, and knows no -c
+        program(folder / "md5", f'[ "$1" = -q ] && [ $# = 2 ] && {shutil.which("md5sum")} "$2" | cut -c 1-32')
+    return folder
+
+
+def program(path: Path, body: str) -> None:
+    path.write_text(f"#!{shutil.which('bash')}\n{body}\n")
+    path.chmod(0o755)
+
+
+def environment(tools: Path) -> dict[str, str]:
+    return clean_environment() | {"PATH": str(tools), "LLAMA_RETRY_PAUSE": "0", "LLAMA_URL": ""}
+
+
+def download(tools: Path, *arguments: str | Path, answers: str = "", **extra: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [shutil.which("bash") or "bash", SCRIPT, *arguments],
+        env=environment(tools) | extra,
+        input=answers,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def assert_whole(out: Path, release: Release, *names: str) -> None:
+    for name in names:
+        folder = out / f"llama-2-{name}"
+        wanted = {
+            path.split("/")[1]: data for path, data in release.files.items() if path.startswith(folder.name + "/")
+        }
+        assert {file.name: file.read_bytes() for file in folder.iterdir()} == wanted
+    assert (out / "tokenizer.model").read_bytes() == release.files["tokenizer.model"]
+    assert not list(out.rglob("*.part"))
+
+
+def test_all_six_models_arrive_whole_after_the_two_questions(tools: Path, release: Release, tmp_path: Path) -> None:
+    out = tmp_path / "weights"
+    job = download(tools, "--out", out, answers=f"{release.url}\n\n")
+    assert job.returncode == 0, job.stderr
+    assert_whole(out, release, *SHARDS)
+    assert sorted(path.name for path in out.iterdir() if path.is_file()) == [
+        "LLAMA-2-LICENSE", "LLAMA-2-USE_POLICY.md", "tokenizer.model", "tokenizer_checklist.chk"
+    ]  # fmt: skip
+    before = len(release.requests)
+    job = download(tools, "--out", out, "--url", release.url, "--models", "all")
+    assert (job.returncode, len(release.requests)) == (0, before), "a rerun asked for something"
+
+
+def test_chosen_models_come_unattended_and_the_projects_licence_stays(
+    tools: Path, release: Release, tmp_path: Path
+) -> None:
+    (tmp_path / "LICENSE").write_text("ours")
+    job = download(tools, "--models", "7B,13B-chat", "--out", tmp_path, LLAMA_URL=release.url)
+    assert job.returncode == 0, job.stderr
+    assert_whole(tmp_path, release, "7b", "13b-chat")
+    assert not (tmp_path / "llama-2-70b").exists()
+    assert (tmp_path / "LICENSE").read_text() == "ours"
+
+
+def test_macos_md5_is_enough(release: Release, tmp_path: Path) -> None:
+    tools = make_tools(tmp_path / "bin", CLIENTS[0], hasher="md5")
+    job = download(tools, "--url", release.url, "--models", "7B", "--out", tmp_path / "out")
+    assert job.returncode == 0, job.stderr
+    assert_whole(tmp_path / "out", release, "7b")
+
+
+def test_connections_cut_in_mid_file_are_resumed(tools: Path, release: Release, tmp_path: Path) -> None:
+    path = "llama-2-7b/consolidated.00.pth"
+    release.cuts[path] = [50_000] * 3
+    release.statuses = [503, 429]
+    job = download(tools, "--url", release.url, "--models", "7B", "--out", tmp_path / "out")
+    assert job.returncode == 0, job.stderr
+    assert_whole(tmp_path / "out", release, "7b")
+    starts = [start for requested, start in release.requests if requested == path]
+    assert starts == [0, 50_000, 100_000, 150_000]
+
+
+def test_a_connection_that_never_gets_on_is_given_up(tools: Path, release: Release, tmp_path: Path) -> None:
+    release.statuses = [503] * 100
+    job = download(tools, "--url", release.url, "--models", "7B", "--out", tmp_path / "out")
+    assert job.returncode == 1
+    assert "LICENSE could not be fetched (status 503) in 5 attempts: check the connection, and run the" in job.stderr
+    assert len(release.requests) == 5
+
+
+def test_an_expired_link_says_so_and_a_new_one_goes_on(tools: Path, release: Release, tmp_path: Path) -> None:
+    path = "llama-2-13b/consolidated.01.pth"
+    release.cuts[path] = [70_000]
+    release.forbid_after = 8  # the resumption of that file
+    arguments = ["--models", "13B", "--out", str(tmp_path / "out")]
+    job = download(tools, "--url", release.url, *arguments)
+    assert job.returncode == 5
+    assert f"the server refuses {path} (403): the link has expired, which it does after 24 hours" in job.stderr
+    assert (tmp_path / "out" / "llama-2-13b" / "consolidated.01.pth.part").stat().st_size == 70_000
+    release.forbid_after = 10**9
+    release.requests.clear()
+    job = download(tools, "--url", release.url, *arguments)
+    assert job.returncode == 0, job.stderr
+    assert release.requests == [(path, 70_000)]
+    assert_whole(tmp_path / "out", release, "13b")
+
+
+def test_a_model_that_the_link_does_not_have_is_named(tools: Path, release: Release, tmp_path: Path) -> None:
+    release.files = {path: data for path, data in release.files.items() if "70b" not in path}
+    job = download(tools, "--url", release.url, "--models", "70B", "--out", tmp_path / "out")
+    assert job.returncode == 5
+    assert "the server has no llama-2-70b/checklist.chk (404): the link is for another family of models" in job.stderr
+
+
+@pytest.mark.parametrize("path", ["tokenizer_checklist.chk", "llama-2-7b/consolidated.00.pth"])
+def test_a_web_page_in_place_of_a_file_is_recognised(tools: Path, release: Release, tmp_path: Path, path: str) -> None:
+    release.files[path] = b"<!DOCTYPE html><html><body>Sign in</body></html>"
+    job = download(tools, "--url", release.url, "--models", "7B", "--out", tmp_path / "out")
+    assert job.returncode == 5
+    assert f"the server sent a web page in place of {path}: the link has expired" in job.stderr
+    assert not (tmp_path / "out" / path).exists() and not list((tmp_path / "out").rglob("*.part"))
+
+
+def test_wrong_bytes_are_named_and_a_rerun_mends_them(tools: Path, release: Release, tmp_path: Path) -> None:
+    path = "llama-2-7b/consolidated.00.pth"
+    whole = release.files[path]
+    release.files[path] = b"\0" * len(whole)
+    job = download(tools, "--url", release.url, "--models", "7B", "--out", tmp_path / "out")
+    got, wanted = (hashlib.md5(data).hexdigest() for data in (release.files[path], whole))
+    assert job.returncode == 6
+    assert f"{path} has MD5 {got}, and {wanted} is expected: it is removed; run the same command again" in job.stderr
+    release.files[path] = whole
+    assert download(tools, "--url", release.url, "--models", "7B", "--out", tmp_path / "out").returncode == 0
+    assert_whole(tmp_path / "out", release, "7b")
+    (tmp_path / "out" / path).write_bytes(whole[:-1] + b"?")  # damaged on disk since
+    assert download(tools, "--url", release.url, "--models", "7B", "--out", tmp_path / "out").returncode == 0
+    assert_whole(tmp_path / "out", release, "7b")
+
+
+def test_parts_that_cannot_be_resumed_are_fetched_anew(tools: Path, release: Release, tmp_path: Path) -> None:
+    out = tmp_path / "out" / "llama-2-7b"
+    out.mkdir(parents=True)
+    (out / "consolidated.00.pth.part").write_bytes(b"\0" * 300_000)  # longer than the file
+    (out / "params.json.part").write_bytes(release.files["llama-2-7b/params.json"])  # whole, and only not moved
+    job = download(tools, "--url", release.url, "--models", "7B", "--out", tmp_path / "out")
+    assert job.returncode == 0, job.stderr
+    assert_whole(tmp_path / "out", release, "7b")
+    assert "llama-2-7b/params.json" not in [path for path, _ in release.requests]
+
+
+def test_a_server_without_ranges_sends_files_from_their_beginning(
+    tools: Path, release: Release, tmp_path: Path
+) -> None:
+    release.ranges = False
+    release.cuts["llama-2-7b/consolidated.00.pth"] = [50_000]
+    job = download(tools, "--url", release.url, "--models", "7B", "--out", tmp_path / "out")
+    assert job.returncode == 0, job.stderr
+    assert_whole(tmp_path / "out", release, "7b")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+def test_a_kill_in_mid_file_ends_at_once_and_a_rerun_goes_on(tools: Path, release: Release, tmp_path: Path) -> None:
+    path = "llama-2-7b/consolidated.00.pth"
+    release.slow = path
+    part = tmp_path / "out" / f"{path}.part"
+    command = ["bash", str(SCRIPT), "--url", release.url, "--models", "7B", "--out", str(tmp_path / "out")]
+    job = subprocess.Popen(command, env=environment(tools), stderr=subprocess.PIPE, text=True)
+    while not (part.exists() and part.stat().st_size > 10_000):
+        time.sleep(0.02)
+    start = time.monotonic()
+    job.send_signal(signal.SIGTERM)
+    _, errors = job.communicate(timeout=10)
+    assert (job.returncode, time.monotonic() - start < 5) == (130, True)
+    assert errors.endswith("stopped: run the same command again to go on\n")
+    time.sleep(0.3)
+    size = part.stat().st_size
+    time.sleep(0.3)
+    assert part.stat().st_size == size, "the transfer went on after the script"
+    release.slow = ""
+    assert download(tools, *command[2:]).returncode == 0
+    assert release.requests[-1] == (path, size)
+    assert_whole(tmp_path / "out", release, "7b")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "sentence"),
+    [
+        (
+            ["--url", "https://l.facebook.com/l.php?u=https%3A%2F%2Fdownload"],
+            2,
+            "this link is the e-mail program's wrap",
+        ),
+        (["--url", "https://download.example/x?Policy=a"], 2, "the link has no * in it: copy the one that has"),
+        (["--url", "download.example/*"], 2, "the link does not begin with https://: copy all of it"),
+        (["--url", "https://download.example/* ?Policy"], 2, "the link has spaces or line ends in it"),
+        (["--url", ""], 2, "no link: pass --url, set LLAMA_URL, or paste the link"),
+        (["--models", "7B,8B"], 2, "unknown model '8B': use 7B, 13B, 70B, 7B-chat, 13B-chat, 70B-chat"),
+        (["--model", "7B"], 2, "unknown argument '--model': see --help"),
+        (["--out"], 2, "--out needs a value: see --help"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_the_first_request(
+    release: Release, tmp_path: Path, arguments: list[str], status: int, sentence: str
+) -> None:
+    tools = make_tools(tmp_path / "bin", CLIENTS[0])
+    job = download(tools, "--url", release.url, "--models", "7B", *arguments)
+    assert (job.returncode, job.stdout, release.requests) == (status, "", [])
+    assert job.stderr.startswith(f"error: {sentence}") or sentence in job.stderr
+
+
+def test_missing_models_tools_and_space_are_refused_before_the_first_request(release: Release, tmp_path: Path) -> None:
+    tools = make_tools(tmp_path / "bin", CLIENTS[0])
+    given = ["--url", release.url, "--out", str(tmp_path / "out")]
+    job = download(tools, *given)  # asked for models, and the input ends
+    assert (job.returncode, "error: no models: pass --models" in job.stderr) == (2, True)
+    program(tools / "df", "echo Filesystem; echo /dev/disk 1 1 30000000 1% /")
+    job = download(tools, *given, "--models", "7B,13B")
+    assert job.returncode == 4
+    assert f"{tmp_path}/out has 30 GB free, and 39 GB are still needed: choose another --out" in job.stderr
+    (tools / "md5sum").unlink()
+    job = download(tools, *given, "--models", "7B")
+    assert (job.returncode, "neither md5sum nor md5 is installed" in job.stderr) == (3, True)
+    (tools / CLIENTS[0]).unlink()
+    job = download(tools, *given, "--models", "7B")
+    assert (job.returncode, "neither curl nor wget is installed" in job.stderr) == (3, True)
+    assert release.requests == []
+
+
+def test_list_help_and_dry_run_fetch_nothing(release: Release, tmp_path: Path) -> None:
+    tools = make_tools(tmp_path / "bin", CLIENTS[0])
+    job = download(tools, "--list")
+    assert job.returncode == 0 and job.stdout.splitlines()[3].split() == ["70B", "llama-2-70b", "8", "137", "GB"]
+    job = download(tools, "--help")
+    assert job.returncode == 0 and job.stdout.startswith("usage: bash download.sh") and "exit status" in job.stdout
+    job = download(tools, "--dry-run", "--url", release.url, "--models", "13B", "--out", tmp_path / "out")
+    assert job.returncode == 0
+    out = f"{tmp_path}/out/llama-2-13b"
+    assert job.stdout.splitlines()[-1] == f"llama-2-13b/consolidated.01.pth -> {out}/consolidated.01.pth"
+    assert not (tmp_path / "out").exists() and release.requests == []
+
+
+def test_progress_is_quiet_where_there_is_no_terminal(tools: Path, release: Release, tmp_path: Path) -> None:
+    job = download(tools, "--url", release.url, "--models", "7B", "--out", tmp_path / "out")
+    assert job.stdout == ""
+    assert all(line.startswith("fetching ") for line in job.stderr.splitlines()[:-1]), job.stderr
+    assert job.stderr.splitlines()[-1] == "llama-2-7b is whole"
+
+
+def test_the_script_is_clean_and_executable() -> None:
+    assert os.access(SCRIPT, os.X_OK)
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed")
+    subprocess.run([shellcheck, SCRIPT], check=True)
