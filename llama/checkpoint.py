@@ -5,11 +5,12 @@ Files are data: they are mapped, read with `weights_only`, and refused by name w
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -330,10 +331,19 @@ def memory_needs(args: ModelArgs, world_size: int, dtype: torch.dtype, bytes_per
     return Memory(int(weights), cache_row, pass_row)
 
 
+def needed(name: str, args: ModelArgs, needs: Memory) -> str:
+    rows = args.max_batch_size
+    return (
+        f"{name} needs {gigabytes(needs.weights)} for its weights, {gigabytes(rows * needs.cache_row)} for a cache of "
+        f"max_batch_size {rows} × max_seq_len {args.max_seq_len} and {gigabytes(rows * needs.pass_row)} for a pass "
+        "over it per rank"
+    )
+
+
 def check_memory(name: str, args: ModelArgs, needs: Memory, device: torch.device) -> None:
     """Raise ValueError, before anything is loaded, if what this rank needs does not fit into its device."""
-    free, rows = free_memory(device), args.max_batch_size
-    if needs.total(rows) <= free:
+    free = free_memory(device)
+    if needs.total(args.max_batch_size) <= free:
         return
     fitting = (free - needs.weights) // (needs.cache_row + needs.pass_row)
     advice = (
@@ -341,8 +351,16 @@ def check_memory(name: str, args: ModelArgs, needs: Memory, device: torch.device
         if fitting > 0
         else "use fewer bits for each weight, more ranks or a smaller model"
     )
-    raise ValueError(
-        f"{name} needs {gigabytes(needs.weights)} for its weights, {gigabytes(rows * needs.cache_row)} for a cache of "
-        f"max_batch_size {rows} × max_seq_len {args.max_seq_len} and {gigabytes(rows * needs.pass_row)} for a pass "
-        f"over it per rank, and {device} has {gigabytes(free)} free for it: {advice}"
-    )
+    raise ValueError(f"{needed(name, args, needs)}, and {device} has {gigabytes(free)} free for it: {advice}")
+
+
+@contextlib.contextmanager
+def allocating(name: str, args: ModelArgs, needs: Memory, device: torch.device) -> Iterator[None]:
+    """Turn the device's refusal of memory, where it gives less than it had free, into a ValueError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        advice = "build with a smaller max_batch_size or max_seq_len, or use fewer bits for each weight or more ranks"
+        raise ValueError(f"{needed(name, args, needs)}, and {device} refused memory: {advice}") from error

@@ -16,7 +16,7 @@ from fairscale.nn.model_parallel.initialize import get_model_parallel_rank, get_
 from torch import Tensor
 
 from .chat import UNSAFE_ERROR, Dialog, Message, check_dialog, encode_dialog, has_special_tags
-from .checkpoint import Checkpoint, check_memory, check_world_size, memory_needs, select_dtype
+from .checkpoint import Checkpoint, allocating, check_memory, check_world_size, memory_needs, select_dtype
 from .decode import DecodeStep
 from .infilling import check_infilling, encode_infilling
 from .model import KVCache, Transformer
@@ -120,12 +120,14 @@ class Llama:
         torch_dtype = select_dtype(dtype, checkpoint.dtype, device)
         store = select_store(quantize, dtype, device, compile)
         bytes_per_weight = store.bytes_per_weight if store else torch_dtype.itemsize
-        check_memory(checkpoint.name, args, memory_needs(args, world_size, torch_dtype, bytes_per_weight), device)
+        needs = memory_needs(args, world_size, torch_dtype, bytes_per_weight)
+        check_memory(checkpoint.name, args, needs, device)
         with torch.device("meta"):
             model = Transformer(args)
         return_freed_memory()
-        checkpoint.load(model, rank, world_size, device, torch_dtype, store.hold if store else None)
-        model.cache = KVCache.allocate(args, torch_dtype, device)
+        with allocating(checkpoint.name, args, needs, device):
+            checkpoint.load(model, rank, world_size, device, torch_dtype, store.hold if store else None)
+            model.cache = KVCache.allocate(args, torch_dtype, device)
         if device.type == "cpu":
             keep_freed_memory()
         logger.info(

@@ -6,11 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from release_server import Release
 
 from llama import Llama, ModelArgs, Tokenizer, Transformer
 from llama.checkpoint import shard_dim
@@ -109,6 +112,17 @@ def real_tokenizer() -> Tokenizer:
 def llm() -> Llama:
     """The grouped-query golden model in float32, 4 rows × 64 positions."""
     return build_golden()
+
+
+@pytest.fixture
+def release() -> Iterator[Release]:
+    server = Release()
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
 
 
 @pytest.fixture

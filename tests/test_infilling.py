@@ -78,7 +78,7 @@ def test_the_generation_lies_between_prefix_and_suffix_and_ends_at_eot(
     monkeypatch.setattr(code_llm.tokenizer, "eot_id", ending)
     (result,) = code_llm.text_infilling(prefixes[:1], suffixes[:1], temperature=0, max_gen_len=12, logprobs=True)
     assert (result["tokens"], result["finish_reason"]) == (results[0]["tokens"][:cut], "stop")
-    assert len(code_llm.generate(prompts[:1], 12, 0)[0][0]) == 12  # it ends nothing else
+    assert code_llm.generate(prompts[:1], 12, 0)[0] == tokens[:1]  # it ends nothing else
 
 
 def test_a_leading_space_of_the_generation_is_kept(code_llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import ast
+import os
 import re
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_python
+from conftest import ROOT, TINY, clean_environment, random_state, run_python, write_release
+from release_server import CLIENTS, Release, assert_whole, make_tools
+
+from llama import ModelArgs
+from llama.convert import reshard
 
 README = (ROOT / "README.md").read_text()
 
@@ -28,6 +39,108 @@ def test_the_quick_start_runs_the_example_without_torchrun() -> None:
     result = run_python("example_text_completion.py")
     assert result.returncode == 0, result.stderr
     assert result.stdout.split("initializing pipeline")[1].count("\n> ") == 4
+
+
+def commands(block: str) -> list[str]:
+    """The commands of a block, without those that install, which a fresh clone runs."""
+    lines = block.replace("\\\n", " ").splitlines()
+    return [
+        line for line in lines if line and not re.match(r"python3 -m venv|\. \.venv|pip install|pytest|bash \.ci", line)
+    ]
+
+
+def run_shell(command: str, folder: Path, **environment: str) -> subprocess.Popen[str]:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.Popen(
+        command,
+        shell=True,
+        cwd=folder,
+        env=clean_environment() | {"PATH": path, "OMP_NUM_THREADS": "1"} | environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The clone, with miniatures in the places of the models that the README names."""
+    folder = tmp_path_factory.mktemp("house")
+    for path in ROOT.iterdir():
+        (folder / path.name).symlink_to(path)
+    (folder / "tokenizer.model").symlink_to(TINY / "tokenizer.model")
+    (folder / "llama-2-7b").symlink_to(TINY)
+    reshard(str(TINY), str(folder / "llama-2-13b-chat"), 2)
+    args = ModelArgs(dim=64, n_layers=2, n_heads=8, vocab_size=1280, multiple_of=32)
+    write_release(folder / "llama-2-70b-chat", args, random_state(args), 8)
+    return folder
+
+
+BLOCKS = [commands(block) for block in blocks("bash") if commands(block)]
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: re.sub(r"\W+", " ", block[0])[:50])
+def test_every_command_runs_as_printed(block: list[str], house: Path, tmp_path: Path) -> None:
+    for command in block:
+        if "download.sh" in command:
+            pytest.skip("run by the next test, against a server")
+        copies = 1
+        if "node0" in command:  # two agents on this machine
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                command = command.replace("node0:29500", f"127.0.0.1:{free.getsockname()[1]}")
+            copies = 2
+        jobs = [run_shell(command, house) for _ in range(copies)]
+        with ThreadPoolExecutor(copies) as pool:
+            printed = list(pool.map(lambda job: job.communicate("/exit\n", timeout=300), jobs))
+        assert [job.returncode for job in jobs] == [0] * copies, printed
+        if "example" in command:
+            answers = 4 if "text" in command else 6
+            assert sum(out.count("\n> ") for out, _ in printed) == answers, "the first rank of all prints, no other"
+
+
+def test_the_download_command_runs_as_printed(release: Release, tmp_path: Path) -> None:
+    (command,) = (command for block in BLOCKS for command in block if "download.sh" in command)
+    (tmp_path / "clone").mkdir()
+    (tmp_path / "clone" / "download.sh").symlink_to(ROOT / "download.sh")
+    tools = make_tools(tmp_path / "bin", *CLIENTS)
+    job = run_shell(command, tmp_path / "clone", PATH=str(tools), LLAMA_URL=release.url)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == 0, errors
+    assert_whole(tmp_path / "clone", release, "7b", "7b-chat")
+
+
+def test_the_examples_print_what_the_readme_shows() -> None:
+    for name, shown in zip(("text", "chat"), blocks("text"), strict=True):
+        job = run_python(f"example_{name}_completion.py", "--temperature", "0")
+        assert shown in job.stdout, name
+
+
+def sentences() -> list[str]:
+    table = README.split("## Troubleshooting")[1].split("\n## ")[0]
+    return re.findall(r"^\| `([^`]+)` \|", table, flags=re.MULTILINE)
+
+
+def literals(source: str) -> list[str]:
+    """The string literals of Python code, with … for what is put into them."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.JoinedStr):
+            parts = (part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+            found.append("".join(map(str, parts)))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
+    return found
+
+
+def test_every_sentence_of_troubleshooting_is_in_the_code() -> None:
+    assert len(sentences()) > 10
+    texts = [text for file in (ROOT / "llama").glob("*.py") for text in literals(file.read_text())]
+    texts.append((ROOT / "download.sh").read_text().replace("$1", "…"))
+    for sentence in sentences():
+        pattern = re.compile(".*".join(map(re.escape, sentence.split("…"))))
+        assert any(pattern.search(text) for text in texts), sentence
 
 
 def test_the_python_examples_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

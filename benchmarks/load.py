@@ -1,0 +1,72 @@
+"""How fast a checkpoint loads, beside a plain read of its bytes: python benchmarks/load.py
+
+The shape 1b in bfloat16, as 1, 2 and 4 shards and in the Hugging Face layout, from a warm page cache. Prints Markdown.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import fire
+import torch
+import weights
+
+from llama import Llama
+from llama.convert import reshard
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted([*folder.glob("*.pth"), *folder.glob("*.safetensors")])
+
+
+def plain_read(folder: Path) -> None:
+    for file in files_of(folder):
+        with file.open("rb", buffering=0) as stream:
+            room = memoryview(torch.empty(file.stat().st_size, dtype=torch.uint8).numpy())
+            while room:  # Linux reads at most 2 GiB at once
+                room = room[stream.readinto(room) :]
+
+
+def main(shape: str = "1b", rounds: int = 5, folder: str | None = None) -> None:
+    """`folder` keeps the weights."""
+    with tempfile.TemporaryDirectory() as scratch:
+        base = weights.make(shape, Path(folder or scratch))
+        folders = {"1 shard": base}
+        for shards in (2, 4):
+            target = base / f"{shards}-shards"
+            if not target.exists():
+                reshard(str(base), str(target), shards)
+            folders[f"{shards} shards"] = target
+        folders["Hugging Face"] = weights.as_huggingface(base)
+
+        def build(path: Path) -> None:
+            Llama.build(path, base / "tokenizer.model", 16, 1, device="cpu", dtype="bfloat16")
+
+        build(base)  # imports, and the page cache
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in folders}
+        for _ in range(rounds):
+            for name, path in folders.items():
+                times[name].append((seconds(partial(plain_read, path)), seconds(partial(build, path))))
+        print("| layout | GB | plain read, s (GB/s) | load, s (GB/s) | load / read |")
+        print("| --- | --- | --- | --- | --- |")
+        for name, path in folders.items():
+            read, load = (statistics.median(column) for column in zip(*times[name], strict=True))
+            size = sum(file.stat().st_size for file in files_of(path)) / 1e9
+            ratio = statistics.median(b / a for a, b in times[name])
+            rates = f"{read:.2f} ({size / read:.1f}) | {load:.2f} ({size / load:.1f})"
+            print(f"| {name} | {size:.2f} | {rates} | {ratio:.2f} |")
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

@@ -1,0 +1,15 @@
+"""Completions without end, until a signal comes."""
+
+from conftest import build_golden
+
+from llama.command_line import run
+
+
+def main() -> None:
+    llm = build_golden(max_batch_size=1)
+    print("generating", flush=True)
+    while True:
+        llm.generate([[1, 30]], 60, 1.0)
+
+
+run(main)
