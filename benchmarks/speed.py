@@ -66,7 +66,8 @@ def cpu_name() -> str:
     capability = torch.backends.cpu.get_cpu_capability()
     flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     brand = flags.get("cpu_name") or platform.processor() or platform.machine()
-    return f"{brand} {capability}{' BF16' if flags.get('avx512_bf16') else ''}"
+    native = "AVX512" in capability and flags.get("avx512_bf16")  # a process may be held to less than the CPU has
+    return f"{brand} {capability}{' BF16' if native else ''}"
 
 
 def bytes_per_weight(contender: str) -> float:
