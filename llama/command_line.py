@@ -34,7 +34,7 @@ def fail(sentence: str) -> None:
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if report is None:
         sys.exit(sentence)
-    time.sleep(min(int(os.environ["RANK"]), 3))
+    time.sleep(2 * min(int(os.environ["RANK"]), 3))
     message = {"message": sentence, "extraInfo": {"timestamp": str(int(time.time()))}}
     Path(report).write_text(json.dumps({"message": message}))
     sys.exit(1)

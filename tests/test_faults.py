@@ -33,26 +33,22 @@ def build(folder: Path) -> Llama:
 def test_a_file_removed_between_opening_and_reading_is_still_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = Checkpoint.load
+    load, wanted = Checkpoint.load, build_golden("gqa-mp2").model(TOKENS, 0)
 
     def remove_and_load(self: Checkpoint, *arguments: object) -> None:
         (folder / "consolidated.01.pth").unlink()
         load(self, *arguments)
 
     monkeypatch.setattr(Checkpoint, "load", remove_and_load)
-    logits = build(folder).model(TOKENS, 0)
-    assert torch.equal(logits, build_golden("gqa-mp2").model(TOKENS, 0))
+    assert torch.equal(build(folder).model(TOKENS, 0), wanted)
 
 
 def test_a_directory_in_place_of_a_file_is_named(folder: Path) -> None:
-    for name in ("consolidated.01.pth", "params.json"):
-        file = folder / name
-        file.unlink()
-        file.mkdir()
-        with pytest.raises(OSError, match=rf"{name} cannot be read \(Is a directory\): check that it is there, a file"):
-            build(folder)
-        file.rmdir()
-        shutil.copy(GOLDEN / "gqa-mp2" / name, folder)
+    file = folder / "consolidated.01.pth"
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(OSError, match=r"01\.pth cannot be read \(Is a directory\): check that it is there, a file"):
+        build(folder)
 
 
 @pytest.fixture
@@ -207,17 +203,14 @@ run(example.main)
 
 
 def test_a_mistake_that_all_ranks_see_is_told_once_and_last(tmp_path: Path) -> None:
-    (tmp_path / "fault").touch()
     script = tmp_path / "mistaken.py"
     script.write_text(FAULT + "fault()\nrun(example.main)\n")
     job, seconds = timed_job(2, script, "--max_seq_len", "20")
     sentence = "error: prompt 3 has 55 tokens, and max_seq_len is 20: shorten it or build with a larger max_seq_len"
     assert job.returncode != 0
-    found = [line for line in job.stderr.splitlines() if "and max_seq_len is 20" in line]
-    assert len(found) == 1, job.stderr
-    assert found[0] in job.stderr.strip().splitlines()[-3:]
-    assert sentence.split(" has ")[0][:13] in found[0]
-    assert seconds < 30
+    assert job.stderr.count(sentence) == 1, job.stderr
+    assert sentence in "\n".join(job.stderr.strip().splitlines()[-3:])
+    assert seconds < 30  # from before the ranks had begun
 
 
 def test_a_mistake_without_torchrun_is_one_line() -> None:
