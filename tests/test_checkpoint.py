@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama import Llama, ModelArgs
-from llama.checkpoint import Checkpoint, check_world_size, select_dtype, shard_dim
+from llama.checkpoint import Checkpoint, check_world_size, memory_needs, select_dtype, shard_dim
 
 COUNTS = [1, 2, 4, 8]
 
@@ -33,13 +33,11 @@ def test_any_shard_count_is_read_onto_any_world_size(
     checkpoint = Checkpoint(write_release(tmp_path / "release", args, state, shards))
     for name, tensor in state.items():
         dim = shard_dim(name)
-        ranks = [checkpoint.parts(name, rank, world_size) for rank in range(world_size)]
-        if dim is None:
-            assert all(torch.equal(part, tensor) for (part,) in ranks)
-        else:
-            parts = [torch.cat(parts, dim) for parts in ranks]
-            assert {part.shape[dim] for part in parts} == {tensor.shape[dim] // world_size}
-            assert torch.equal(torch.cat(parts, dim), tensor)
+        wanted = [tensor] * world_size if dim is None else tensor.chunk(world_size, dim)
+        for rank, part in enumerate(wanted):
+            out = torch.full_like(part, torch.nan)
+            checkpoint.copy(name, rank, out)
+            assert torch.equal(out, part)
 
 
 def test_the_golden_shards_are_one_model() -> None:
@@ -257,23 +255,38 @@ def test_a_tokenizer_of_another_model_is_refused(golden_copy: Path) -> None:
 
 
 def test_too_little_memory_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    # gqa: 88,000 parameters; 2 layers × 4 heads × 8 channels × 64 positions × k and v × 4 bytes = 32,768 a row.
+    # A row's cache: 2 layers × 4 heads × 8 channels × 64 positions × k and v × 4 bytes. A row's pass: 64 positions ×
+    # (4 × 64 model channels and 3 × 224 feed-forward channels) × 4 bytes.
+    row = 32_768 + 237_568
     monkeypatch.setattr(Checkpoint, "load", lambda *_: pytest.fail("loaded"))
     weights = sum(tensor.numel() for tensor in torch.load(GOLDEN / "gqa-mp1/consolidated.00.pth").values()) * 4
-    monkeypatch.setattr("llama.checkpoint.free_memory", lambda device: weights + 3 * 32768)
-    with pytest.raises(ValueError, match=r"max_batch_size 4 × max_seq_len 64 .*: build with max_batch_size 3 or"):
+    monkeypatch.setattr("llama.checkpoint.free_memory", lambda device: weights + 3 * row)
+    with pytest.raises(ValueError) as error:
         build_golden()
+    assert str(error.value) == (
+        "gqa-mp1 needs 0.0 GB for its weights, 0.0 GB for a cache of max_batch_size 4 × max_seq_len 64 and 0.0 GB for "
+        "a pass over it per rank, and cpu has 0.0 GB free for it: build with max_batch_size 3 or a smaller max_seq_len"
+    )
     monkeypatch.setattr("llama.checkpoint.free_memory", lambda device: weights - 1)
     with pytest.raises(ValueError, match="use fewer bits for each weight, more ranks or a smaller model"):
         build_golden()
-    monkeypatch.setattr("llama.checkpoint.free_memory", lambda device: weights * 6 // 10 + 4 * 32768)
+    monkeypatch.setattr("llama.checkpoint.free_memory", lambda device: weights * 6 // 10 + 4 * row)
     for options in ({"quantize": "int8", "dtype": "auto"}, {"dtype": "bfloat16"}):
         with pytest.raises(pytest.fail.Exception, match="loaded"):
             build_golden(**options)
 
 
+def test_what_is_counted_as_weights_is_what_each_rank_loads() -> None:
+    args = Checkpoint(GOLDEN / "gqa-mp1").model_args(64, 4)
+    own = sum(tensor.nbytes for tensor in build_golden("gqa-mp1").model.state_dict().values())
+    norms = 5 * 64 * 4
+    for ranks in (1, 2, 4):
+        assert memory_needs(args, ranks, torch.float32, 4).weights == (own - norms) // ranks + norms
+    assert args.max_batch_size * memory_needs(args, 1, torch.float32, 4).cache_row == build_golden().cache.nbytes
+
+
 def test_a_length_that_no_memory_holds_is_refused_before_it_is_tried() -> None:
-    with pytest.raises(ValueError, match=r"max_batch_size 4 × max_seq_len 1000000000 per rank, and cpu has"):
+    with pytest.raises(ValueError, match=r"max_batch_size 4 × max_seq_len 1000000000 and .* per rank, and cpu has"):
         build_golden(max_seq_len=10**9)
     with pytest.raises(ValueError, match="max_seq_len is 1000.*: use 1 or more and less than"):
         build_golden(max_seq_len=10**30)

@@ -7,7 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, GOLDEN_FOLDERS, ROOT, TINY, build_golden, expected, torchrun
+import torch
+from conftest import GOLDEN, GOLDEN_FOLDERS, ROOT, TINY, build_golden, expected, random_state, torchrun, write_release
+
+from llama import ModelArgs, Transformer
+from llama.convert import reshard
 
 WORKERS = ROOT / "tests" / "workers"
 
@@ -33,6 +37,35 @@ def test_every_shard_count_on_every_world_size_equals_the_original(tmp_path: Pat
         norms = (2 * 2 + 1) * 64  # whole on every rank; everything else is split evenly
         whole = sum(parameter.numel() for parameter in alone.model.parameters())
         assert result["local_parameters"] == (whole - norms) // world_size + norms
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_resharded_folders_have_equal_logits_on_every_world_size(
+    tmp_path: Path, args: ModelArgs, world_size: int
+) -> None:
+    args.n_kv_heads = 8
+    write_release(tmp_path / "1", args, random_state(args))
+    for shards in (2, 4, 8):
+        reshard(str(tmp_path / "1"), str(tmp_path / str(shards)), shards)
+    script = tmp_path / "logits.py"
+    script.write_text(f"""
+import torch
+from conftest import GOLDEN
+from llama import Llama
+tokens = torch.arange(3, 40)[None]
+logits = [
+    Llama.build(f"{tmp_path}/{{n}}", GOLDEN / "tokenizer.model", 64, 1, device="cpu", dtype="float32").model(tokens, 0)
+    for n in (1, 2, 4, 8)
+]
+assert all(torch.equal(other, logits[0]) for other in logits)
+torch.save(logits[0], "{tmp_path}/logits")
+""")
+    job = torchrun(world_size, script)
+    assert job.returncode == 0, job.stderr
+    model = Transformer(args)
+    model.load_state_dict(random_state(args))
+    wanted = model(torch.arange(3, 40)[None]).detach()
+    torch.testing.assert_close(torch.load(tmp_path / "logits"), wanted, atol=1e-4, rtol=0)
 
 
 def test_the_model_may_be_split_over_fewer_ranks_than_there_are(tmp_path: Path) -> None:
