@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fetches Llama 2 models with the signed link from Meta's e-mail; see usage below. Runs on bash 3.2 and newer.
-set -u
+set -u -o pipefail
 
 usage() {
   cat <<'USAGE'
@@ -88,15 +88,18 @@ check_url() {
 check_models() {
   local given name
   given=$(printf '%s' "$1" | tr ',' ' ')
-  if [ -z "${given// /}" ] || [ "$1" = all ]; then
+  if [ "$1" = all ]; then
     given=$names
+  fi
+  if [ -z "${given// /}" ]; then
+    fail 2 "no models: pass --models"
   fi
   for name in $given; do
     case " $names " in
       *" $name "*) printf '%s\n' "$name" ;;
       *) fail 2 "unknown model '$name': use ${names// /, }" ;;
     esac
-  done
+  done | sort -u
 }
 
 find_tools() {
@@ -137,12 +140,12 @@ check_space() {
 
 bytes_of() { if [ -f "$1" ]; then wc -c <"$1" | tr -d ' '; else echo 0; fi; }
 
-# transfer URL PART: appends what PART lacks. Sets `code` to the HTTP status; fails as the client does.
+# transfer URL PART: appends what PART lacks. Sets `code` and `type` to the answer's; fails as the client does.
 transfer() {
   local arguments
   if [ "$client" = curl ]; then
     arguments=(--globoff --location --fail --continue-at - --connect-timeout 30 --speed-limit 1 --speed-time 60
-      --output "$2" --write-out '%{http_code}')
+      --output "$2" --write-out '%{http_code} %{content_type}')
     if [ -t 2 ]; then arguments+=(--progress-bar); else arguments+=(--silent); fi
     curl "${arguments[@]}" -- "$1" >"$log" &
   else
@@ -157,16 +160,21 @@ transfer() {
   local result=$?
   child=
   if [ "$client" = curl ]; then
-    code=$(tail -c 3 "$log")
+    read -r code type <"$log"
   else
     code=$(awk '/^ *HTTP\// { code = $2 } END { print code }' "$log")
+    type=$(awk 'tolower($1) == "content-type:" { type = $2 } END { print type }' "$log")
   fi
   return "$result"
 }
 
+web_page() {
+  fail 5 "the server sent a web page in place of $1: the link has expired or is not a download link; request a new one"
+}
+
 # fetch REMOTE LOCAL [MD5]: LOCAL is whole when it returns.
 fetch() {
-  local part="$2.part" tries=0 result before got
+  local part="$2.part" tries=0 most=0 result before got
   if [ -f "$2" ]; then
     if [ -z "${3:-}" ] || [ "$(md5_of "$2")" = "$3" ]; then
       return
@@ -181,6 +189,11 @@ fetch() {
     fi
     transfer "${url/\*/$1}" "$part"
     result=$?
+    case $code$type in
+      20?text/html*)
+        if [ "$before" -eq 0 ]; then rm -f "$part"; fi  # else it is still what an earlier run fetched
+        web_page "$1" ;;
+    esac
     if [ "$result" -eq 0 ] && [ "$code" != 416 ]; then
       break
     fi
@@ -191,10 +204,12 @@ fetch() {
       408 | 429) ;;
       4*) fail 5 "the server has no $1 ($code): the link is for another family of models" ;;
     esac
-    if [ "$client" = curl ] && [ "$result" -eq 33 ]; then
-      rm -f "$part"  # the server sends files from their beginning only
-    fi
-    if [ "$(bytes_of "$part")" -gt "$before" ]; then tries=0; fi
+    case $client$result in
+      curl33) rm -f "$part" ;;  # the server sends files from their beginning only
+      curl23 | wget3) fail 4 "$part could not be written: is the disk full? Run the same command again to go on" ;;
+    esac
+    before=$(bytes_of "$part")
+    if [ "$before" -gt "$most" ]; then most=$before tries=0; fi
     tries=$((tries + 1))
     if [ "$tries" -ge "$attempts" ]; then
       fail 1 "$1 could not be fetched (status ${code:-none}) in $attempts attempts: check the connection, and run the" \
@@ -204,7 +219,7 @@ fetch() {
   done
   if head -c 512 "$part" | grep -qi -e '<html' -e '<!doctype' -e '<?xml'; then
     rm -f "$part"
-    fail 5 "the server sent a web page in place of $1: the link has expired or is not a download link; request a new one"
+    web_page "$1"
   fi
   if [ -n "${3:-}" ]; then
     got=$(md5_of "$part")
@@ -213,8 +228,10 @@ fetch() {
       fail 6 "$1 has MD5 $got, and $3 is expected: it is removed; run the same command again to fetch it anew"
     fi
   fi
-  mv "$part" "$2"
+  mv "$part" "$2" || fail 4 "$part could not be moved to $2"
 }
+
+would_fetch() { if [ ! -f "$2" ]; then printf '%s -> %s\n' "$1" "$2"; fi; }
 
 # The MD5 that a checklist gives for a file.
 expected() {
@@ -279,14 +296,19 @@ check_url "$url"
 if [ -z "$models_given" ]; then
   printf 'Models, with commas, of %s; Enter for all: ' "${names// /,}" >&2
   read -r models || fail 2 "no models: pass --models"
+  models=${models:-all}
 fi
 models=$(check_models "$models") || exit
 find_tools
 
 if [ -n "$dry_run" ]; then
+  would_fetch LICENSE "$out/LLAMA-2-LICENSE"
+  would_fetch USE_POLICY.md "$out/LLAMA-2-USE_POLICY.md"
+  would_fetch tokenizer_checklist.chk "$out/tokenizer_checklist.chk"
+  would_fetch tokenizer.model "$out/tokenizer.model"
   for name in $models; do
     for file in $(files_of "$name"); do
-      printf '%s -> %s\n' "$(folder_of "$name")/$file" "$out/$(folder_of "$name")/$file"
+      would_fetch "$(folder_of "$name")/$file" "$out/$(folder_of "$name")/$file"
     done
   done
   exit

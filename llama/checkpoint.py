@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,9 @@ SHARD_DIM = (
 
 # Weights that multiply the same input, and so can be held as one matrix: each named with the first of them.
 JOINED = {"wk": "wq", "wv": "wq", "w3": "w1"}
+
+# Threads that pack or quantise; each holds a matrix and its temporaries beside the weights.
+MAX_LOADERS = 4
 
 # Precomputed angles that some releases carry and no model needs.
 IGNORED_KEY = "rope.freqs"
@@ -62,6 +66,9 @@ class Release:
         self.params = read_params(path / "params.json")
         self.shards = [map_shard(file) for file in self.files]
 
+    def __contains__(self, name: str) -> bool:
+        return name in self.shards[0]
+
     def dtype_of(self, name: str) -> torch.dtype:
         return self.shards[0][name].dtype
 
@@ -79,13 +86,16 @@ class Release:
                 raise ValueError(f"{file} {what}: params.json is of another model, or the file is not a Llama 2 shard")
             for name, whole_shape in shapes.items():
                 shape, dim = list(whole_shape), shard_dim(name)
+                uneven = dim is not None and shape[dim] % len(self.shards)
                 if dim is not None:
                     shape[dim] //= len(self.shards)
-                if list(shard[name].shape) != shape:
+                if uneven or list(shard[name].shape) != shape:
                     raise ValueError(
                         f"{file}: {name} has shape {tuple(shard[name].shape)}, and params.json asks for {tuple(shape)} "
                         f"in each of {len(self.shards)} shard(s): a shard is missing or of another model"
                     )
+                if dim is None and not torch.equal(shard[name], self.shards[0][name]):
+                    logger.warning("%s: %s is not that of shard 00: the shards may be of two models", file, name)
 
     def copy(self, name: str, dim: int, start: int, out: Tensor) -> None:
         """Fill `out` with the part of a tensor that begins at `start` along `dim`, over as many shards as it takes."""
@@ -141,15 +151,24 @@ class Checkpoint:
         raise FileNotFoundError(f"no tokenizer.model in {self.path}/ or beside it: pass tokenizer_path")
 
     def model_args(self, max_seq_len: int, max_batch_size: int) -> ModelArgs:
+        file = "params.json" if isinstance(self.source, Release) else "config.json"
         params = {key: value for key, value in self.source.params.items() if key != "vocab_size"}
         vocab_size = self.source.vocab_size
         if self.source.params.get("vocab_size", -1) not in (-1, vocab_size):  # the releases say -1
             raise ValueError(
-                f"{'params' if isinstance(self.source, Release) else 'config'}.json has vocab_size "
-                f"{self.source.params['vocab_size']}, the checkpoint's embedding {vocab_size} rows: "
-                "they are of two models"
+                f"{file} has vocab_size {self.source.params['vocab_size']}, the checkpoint's embedding {vocab_size} "
+                "rows: they are of two models"
             )
-        return ModelArgs(**params, vocab_size=vocab_size, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+        args = ModelArgs(**params, vocab_size=vocab_size, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+        if args.dim % (2 * args.n_heads) or args.n_heads % args.kv_heads:
+            raise ValueError(
+                f"{file} has dim {args.dim}, {args.n_heads} attention heads and {args.kv_heads} key/value heads, "
+                "which do not divide: it is of no Llama 2"
+            )
+        last = f"layers.{args.n_layers - 1}.attention_norm.weight"
+        if last not in self.source:
+            raise ValueError(f"{self.path} lacks tensor {last}: {file} is of another model")
+        return args
 
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Raise ValueError unless the files hold exactly the tensors of these names and whole shapes."""
@@ -189,11 +208,11 @@ class Checkpoint:
             rows = [wanted[name].shape[0] for name in names]
             modules = [model.get_submodule(name.removesuffix(".weight")) for name in names]
             layers = [module for module in modules if hold and isinstance(module, ShardedLinear)]
-            stored = self.dtype if layers else dtype
+            stored = reduce(torch.promote_types, map(self.dtype_of, names)) if layers else dtype
             tensor = torch.empty(sum(rows), *wanted[names[0]].shape[1:], dtype=stored, device=device)
             for name, target in zip(names, tensor.split(rows), strict=True):
                 self.copy(name, rank, target)
-                if not target.sum(dtype=torch.float32).isfinite():
+                if not all(bound.isfinite() for bound in torch.aminmax(target)):
                     logger.warning("%s of %s has values that are not finite: download it again", name, self.name)
             if hold and layers and (store := hold(tensor)) is not None:
                 hold_together(layers, store)
@@ -206,7 +225,7 @@ class Checkpoint:
             leader = name.replace(stem, JOINED.get(stem, stem)) if hold else name
             groups.setdefault(leader, []).append(name)
         # Packing and quantising are slow and release the interpreter's lock; plain copies are as fast from one thread.
-        with ThreadPoolExecutor(torch.get_num_threads() if hold else 1) as pool:
+        with ThreadPoolExecutor(min(torch.get_num_threads(), MAX_LOADERS) if hold else 1) as pool:
             done = pool.map(load_together, groups.values())
             for _ in tqdm(
                 done, total=len(groups), desc="loading", unit="tensor", leave=False, disable=rank > 0 or None
@@ -258,7 +277,7 @@ def read_params(path: Path) -> dict[str, Any]:
 
 def map_shard(path: Path) -> dict[str, Tensor]:
     shard = map_pickle(path)
-    if "tok_embeddings.weight" not in shard:
+    if "tok_embeddings.weight" not in shard or shard["tok_embeddings.weight"].dim() != 2:
         raise ValueError(f"{path} lacks tensor tok_embeddings.weight: is it a checkpoint of Llama 2?")
     return shard
 
@@ -281,11 +300,6 @@ def world_sizes(args: ModelArgs) -> list[int]:
 
 def check_world_size(name: str, args: ModelArgs, world_size: int) -> None:
     """Raise ValueError unless every split dimension of the model divides over the ranks."""
-    if args.dim % args.n_heads or args.n_heads % args.kv_heads:
-        raise ValueError(
-            f"{name} has dim {args.dim}, {args.n_heads} attention heads and {args.kv_heads} key/value heads, "
-            "which do not divide: params.json is of no Llama 2"
-        )
     sizes = split_sizes(args)
     uneven = [what for what, size in sizes.items() if world_size < 1 or size % world_size]
     if uneven:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -12,11 +13,15 @@ from typing import Any
 
 import fire
 
+REPORT = "TORCHELASTIC_ERROR_FILE"  # set by torchrun
+
 
 def run(command: Any, name: str | None = None) -> None:
     """fire.Fire(command), for programs that torchrun may start."""
     first = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(format="%(message)s", level=logging.INFO if first else logging.WARNING)
+    if REPORT not in os.environ:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half written is removed
     try:
         fire.Fire(command, name=name)
     except KeyboardInterrupt:
@@ -31,7 +36,7 @@ def fail(sentence: str) -> None:
     torchrun ends its report with what it finds in a rank's error file, and stops the other ranks as soon as one has
     failed. A mistake that all of them see is therefore left to the first to tell: each waits for those before it.
     """
-    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    report = os.environ.get(REPORT)
     if report is None:
         sys.exit(sentence)
     time.sleep(2 * min(int(os.environ["RANK"]), 3))

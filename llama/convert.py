@@ -15,16 +15,18 @@ import torch
 from tqdm import tqdm
 
 from .checkpoint import Checkpoint, check_world_size, memory_needs, shard_dim, whole_shapes, world_sizes
-from .files import check_readable, gigabytes, new_folder, save_safetensors
+from .files import check_readable, gigabytes, new_folder, save_safetensors, writing
 from .hf import config_of, huggingface_name, is_rotated, split_halves
 from .model import ModelArgs, Transformer
 from .quantize import STORES
+from .request import check_positive
 
 PART_BYTES = 2 * 10**9  # of a safetensors file; one at a time is in memory
 
 
 def info(ckpt_dir: str, max_seq_len: int = 512, max_batch_size: int = 8) -> str:
     """A folder's layout, size and type, the rank counts that can share it, and what each rank would need."""
+    check_positive(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     checkpoint = Checkpoint(ckpt_dir)
     args = checkpoint.model_args(max_seq_len, max_batch_size)
     shapes = shapes_of(checkpoint, args)
@@ -81,11 +83,13 @@ def verify(ckpt_dir: str) -> str:
 
 def reshard(ckpt_dir: str, out: str, model_parallel_size: int) -> str:
     """Write a folder of the release's layout with `model_parallel_size` shards; holds one shard at a time."""
+    check_positive(model_parallel_size=model_parallel_size)
     checkpoint = Checkpoint(ckpt_dir)
     args = checkpoint.model_args(1, 1)
     check_world_size(checkpoint.name, args, model_parallel_size)
     shapes = shapes_of(checkpoint, args)
-    with new_folder(Path(out), size_of(checkpoint, shapes)) as folder:
+    size = size_of(checkpoint, shapes)
+    with new_folder(Path(out), size) as folder:
         for rank in range(model_parallel_size):
             shard = {}
             for name, shape in progress(shapes, f"shard {rank}"):
@@ -93,7 +97,8 @@ def reshard(ckpt_dir: str, out: str, model_parallel_size: int) -> str:
                 local = [n // model_parallel_size if d == dim else n for d, n in enumerate(shape)]
                 shard[name] = torch.empty(local, dtype=checkpoint.dtype_of(name))
                 checkpoint.copy(name, rank, shard[name])
-            torch.save(shard, folder / f"consolidated.{rank:02}.pth")
+            with writing(folder, size):
+                torch.save(shard, folder / f"consolidated.{rank:02}.pth")
             del shard
         (folder / "params.json").write_text(json.dumps(params_of_release(args)))
         copy_tokenizer(checkpoint, folder)
@@ -112,18 +117,20 @@ def convert(ckpt_dir: str, out: str, to: str) -> str:
     parts = parts_of(checkpoint, shapes)
     files = [f"model-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
     files = files if len(parts) > 1 else ["model.safetensors"]
-    with new_folder(Path(out), size_of(checkpoint, shapes)) as folder:
+    size = size_of(checkpoint, shapes)
+    with new_folder(Path(out), size) as folder:
         for file, names in zip(files, parts, strict=True):
             tensors = {}
             for name, shape in progress({name: shapes[name] for name in names}, file):
                 tensor = torch.empty(shape, dtype=checkpoint.dtype_of(name))
                 checkpoint.copy(name, 0, tensor)
                 tensors[huggingface_name(name)] = split_halves(tensor, args.head_dim) if is_rotated(name) else tensor
-            save_safetensors(tensors, folder / file)
+            with writing(folder, size):
+                save_safetensors(tensors, folder / file)
             del tensors
         if len(files) > 1:
             weight_map = {huggingface_name(n): f for f, names in zip(files, parts, strict=True) for n in names}
-            index = {"metadata": {"total_size": size_of(checkpoint, shapes)}, "weight_map": weight_map}
+            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
         config = config_of(asdict(args) | {"n_kv_heads": args.kv_heads}, args.hidden_dim, checkpoint.dtype)
         (folder / "config.json").write_text(json.dumps(config, indent=2))

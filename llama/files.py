@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 def gigabytes(n: int) -> str:
     return f"{n / 1e9:.1f} GB"
@@ -33,7 +35,7 @@ def read_json(path: Path) -> dict[str, Any]:
     check_readable(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise ValueError(f"{path} is not JSON ({error}): download it again") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} is not a JSON object: download it again")
@@ -59,7 +61,7 @@ def map_pickle(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a whole PyTorch checkpoint: download it again ({reason})") from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"{path} is not a dictionary of tensors: is it a checkpoint of Llama 2?")
-    return tensors
+    return check_types(path, tensors)
 
 
 def import_safetensors(path: Path) -> Any:
@@ -76,9 +78,18 @@ def map_safetensors(path: Path) -> dict[str, Tensor]:
     check_readable(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, RuntimeError) as error:
         raise ValueError(f"{path} is not a whole safetensors file: download it again ({error})") from error
+    return check_types(path, tensors)
+
+
+def check_types(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in TYPES or tensor.layout != torch.strided or tensor.is_meta:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"{path}: {name} is of {kind}: only dense float32, bfloat16 and float16 are read")
+    return tensors
 
 
 def save_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -94,7 +105,9 @@ def release(mapped: Tensor) -> None:
     if not hasattr(mmap, "MADV_DONTNEED") or mapped.numel() == 0:
         return
     first = mapped.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-    length = mapped.data_ptr() - first + mapped.shape[0] * mapped.stride(0) * mapped.element_size()
+    # Not beyond the last element: what follows a file's pages is not the file's.
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(mapped.shape, mapped.stride(), strict=True))
+    length = mapped.data_ptr() - first + extent * mapped.element_size()
     ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
 
@@ -102,25 +115,32 @@ def release(mapped: Tensor) -> None:
 def new_folder(out: Path, needed: int) -> Iterator[Path]:
     """A folder to write to, of a temporary name beside `out`, that becomes `out` when all is written, else goes.
 
-    Raises FileExistsError if `out` exists, OSError if its disk has not the `needed` bytes, before or in the writing.
+    Raises FileExistsError if `out` exists, OSError if its disk has not the `needed` bytes.
     """
     if out.exists():
         raise FileExistsError(f"{out} exists: choose another name, or remove it")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"no folder {out.parent} to write {out.name} into: make it first")
-
-    def no_space(reason: str) -> OSError:
-        free = gigabytes(shutil.disk_usage(out.parent).free)
-        return OSError(f"{out} could not be written ({reason}): it needs {gigabytes(needed)}, and {free} are free")
-
     if shutil.disk_usage(out.parent).free < needed:
-        raise no_space("too little space")
+        raise no_space(out.parent, "too little space", needed)
     scratch = Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".part", dir=out.parent))
     try:
         yield scratch
         scratch.chmod(0o755)  # mkdtemp's is for its owner alone
         scratch.rename(out)
-    except (OSError, RuntimeError) as error:  # torch.save's writer raises a RuntimeError where the system's was one
-        raise no_space(str(error).strip().split("\n")[0]) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writing(folder: Path, needed: int) -> Iterator[None]:
+    """Turn what a full disk makes of a write into an OSError that says how much was `needed` in all."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save's writer raises a RuntimeError where the system's was one
+        raise no_space(folder.parent, str(error).strip().split("\n")[0], needed) from error
+
+
+def no_space(folder: Path, reason: str, needed: int) -> OSError:
+    free = gigabytes(shutil.disk_usage(folder).free)
+    return OSError(f"could not write to {folder} ({reason}): {gigabytes(needed)} are needed, and {free} are free")

@@ -29,7 +29,7 @@ from .parallel import (
     share_object,
 )
 from .quantize import select_store
-from .request import FinishReason, Request, Settings, integer, make_requests
+from .request import FinishReason, Request, Settings, check_positive, integer, make_requests
 from .sampling import sample
 from .tokenizer import Tokenizer
 
@@ -435,6 +435,7 @@ class Llama:
         Prompts of similar length share a pass.
         """
         logits, begin = [], 0
+        known = known if len(requests) == 1 else []
         for end in range(1, len(requests) + 1):
             longest = len(requests[begin].prompt)
             if end == len(requests) or longest - len(requests[end].prompt) > PASS_TOKENS:
@@ -451,7 +452,7 @@ class Llama:
         prompts = [request.prompt for request in requests]
         lengths = [len(prompt) for prompt in prompts]
         start = None
-        if known and len(prompts) == 1:
+        if known:
             cached = common_prefix(known, prompts[0][:-1])
             start, prompts = self._tensor([cached]), [prompts[0][cached:]]
         window = self.cache.window(slice(first, first + len(prompts)), max(lengths))
@@ -529,12 +530,6 @@ class Llama:
 
     def _tensor(self, values: Sequence[object]) -> Tensor:
         return torch.tensor(values, device=self.cache.k.device)
-
-
-def check_positive(**arguments: Any) -> None:
-    for name, value in arguments.items():
-        if not 1 <= integer(name, value) < 2**31:
-            raise ValueError(f"{name} is {value}: use 1 or more" + " and less than 2**31" * (value > 1))
 
 
 def listed(name: str, values: Any) -> list[Any]:

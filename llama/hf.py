@@ -87,10 +87,13 @@ class HuggingFace:
         for file in self.files:
             self.tensors |= map_safetensors(file) if file.suffix == ".safetensors" else map_pickle(file)
         embedding = "model.embed_tokens.weight"
-        if embedding not in self.tensors:
+        if embedding not in self.tensors or self.tensors[embedding].dim() != 2:
             raise ValueError(f"{path} lacks tensor {embedding}: is it a language model of the Llama family?")
         if config.get("tie_word_embeddings"):
             self.tensors["lm_head.weight"] = self.tensors[embedding]
+
+    def __contains__(self, name: str) -> bool:
+        return huggingface_name(name) in self.tensors
 
     def dtype_of(self, name: str) -> torch.dtype:
         return self.tensors[huggingface_name(name)].dtype
@@ -138,16 +141,20 @@ def find_files(path: Path) -> list[Path]:
 
 def params_of(config: dict[str, Any]) -> dict[str, Any]:
     """params.json's values for a config.json. Raises ValueError for what would need other mathematics."""
+    given = {key: value for key, value in config.items() if value is not None}
     for key, wanted in REQUIRED_CONFIG.items():
-        if config.get(key, wanted) != wanted:
+        if given.get(key, wanted) != wanted:
             raise ValueError(f"config.json has {key} {config[key]!r}: not supported, only {wanted!r} is")
-    for architecture in config.get("architectures") or ():
+    for key, kind in (("architectures", list), ("rope_scaling", dict), ("rope_parameters", dict)):
+        if not isinstance(given.get(key, kind()), kind):
+            raise ValueError(f"config.json has {key} {config[key]!r}: expected a {kind.__name__}")
+    for architecture in given.get("architectures", ()):
         if str(architecture).lower() != "llamaforcausallm":
             raise ValueError(
                 f"config.json has architecture {architecture!r}: not supported, only 'LlamaForCausalLM' is"
             )
     defaults = {"num_key_value_heads": config.get("num_attention_heads"), "rms_norm_eps": 1e-6}
-    values: dict[str, Any] = {key: config.get(key) or defaults.get(key) for key in (*CONFIG_KEYS, "intermediate_size")}
+    values: dict[str, Any] = {key: (defaults | given).get(key) for key in (*CONFIG_KEYS, "intermediate_size")}
     for key, value in values.items():
         if value is None:
             raise ValueError(f"config.json lacks key '{key}': download it again")
@@ -177,7 +184,8 @@ def rope_params(config: dict[str, Any]) -> dict[str, Any]:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "linear"):
         raise ValueError(f"config.json has rope_scaling of type {kind!r}: not supported, only 'linear' is")
-    values = {"rope_theta": rope.get("rope_theta") or config.get("rope_theta") or 10000.0}
+    thetas = (rope.get("rope_theta"), config.get("rope_theta"), 10000.0)
+    values = {"rope_theta": next(theta for theta in thetas if theta is not None)}
     if kind == "linear":
         values["rope_scaling_factor"] = scaling.get("factor")
     check_numbers("config.json", values, real=tuple(values))

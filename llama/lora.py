@@ -58,6 +58,8 @@ class Adapter:
 
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Raise ValueError unless every tensor of the adapter belongs to a linear weight of these names and shapes."""
+        if not self.tensors:
+            raise ValueError(f"adapter {self.path} has no tensors: download it again")
         wanted = {}
         for name, shape in shapes.items():
             if len(shape) == 2 and name.startswith("layers."):
@@ -87,7 +89,7 @@ class Adapter:
             b = interleave(b, head_dim)
         length = out.shape[dim]
         b, a = (b.narrow(0, start, length), a) if dim == 0 else (b, a.narrow(1, start, length))
-        out.copy_(torch.addmm(out.float(), b, a, alpha=self.scale))
+        out.copy_(out.float().addmm_(b, a, alpha=self.scale))
 
 
 def check_config(config: dict[str, object]) -> float:

@@ -191,6 +191,12 @@ def integer(name: str, value: Any) -> int:
         raise TypeError(f"{name} is {value!r}: use an integer") from None
 
 
+def check_positive(**arguments: Any) -> None:
+    for name, value in arguments.items():
+        if not 1 <= integer(name, value) < 2**31:
+            raise ValueError(f"{name} is {value}: use 1 or more" + " and less than 2**31" * (value > 1))
+
+
 def check_prompt(tokenizer: Tokenizer, name: str, prompt: Any, max_seq_len: int) -> list[int]:
     if not is_list(prompt):
         raise TypeError(f"{name} is {prompt!r}: use a list of token ids")

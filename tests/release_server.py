@@ -75,6 +75,7 @@ class Handler(BaseHTTPRequestHandler):
         body = data[start:] if status in (200, 206) else b"<html>denied</html>"
         if status == 206:
             self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        self.send_header("Content-Type", "text/html" if body.startswith(b"<") else "binary/octet-stream")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         cuts = self.server.cuts.get(path)
@@ -92,24 +93,8 @@ class Handler(BaseHTTPRequestHandler):
 def make_tools(folder: Path, *clients: str, hasher: str = "md5sum") -> Path:
     """A PATH with no other client than these, a disk of 999 GB, and the system's checksum program or macOS's."""
     folder.mkdir()
-    used = [
-        "awk",
-        "bash",
-        "cat",
-        "cut",
-        "du",
-        "grep",
-        "head",
-        "mkdir",
-        "mktemp",
-        "mv",
-        "rm",
-        "sleep",
-        "tail",
-        "tr",
-        "wc",
-    ]
-    for tool in [*used, *clients] + ["md5sum"] * (hasher == "md5sum"):
+    used = "awk bash cat cut du grep head mkdir mktemp mv rm sleep sort tail tr wc"
+    for tool in [*used.split(), *clients] + ["md5sum"] * (hasher == "md5sum"):
         (folder / tool).symlink_to(shutil.which(tool) or tool)
     program(folder / "df", "echo Filesystem; echo /dev/disk 1 1 999000000 1% /")
     if hasher == "md5":  # prints the sum alone with -q, and knows no -c

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from llama import Llama, ModelArgs
 from llama.checkpoint import Checkpoint, check_world_size, memory_needs, select_dtype, shard_dim
+from llama.files import release
 
 COUNTS = [1, 2, 4, 8]
 
@@ -53,6 +54,58 @@ def test_weights_are_copies_so_that_a_changed_file_cannot_change_the_model(golde
     with file.open("r+b") as stream:
         stream.write(b"\0" * file.stat().st_size)
     assert all(torch.equal(tensor, before[name]) for name, tensor in llm.model.state_dict().items())
+
+
+def test_pages_given_back_are_the_tensors_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, int]] = []
+
+    class Recorder:
+        def madvise(self, first: Any, length: Any, advice: int) -> None:
+            calls.append((first.value, first.value + length.value))
+
+    monkeypatch.setattr("ctypes.CDLL", lambda name: Recorder())
+    whole = torch.zeros(64, 5000, dtype=torch.float16)
+    for part in (whole, whole.narrow(1, 4000, 1000), whole.narrow(0, 60, 4)):
+        release(part)
+        first, end = calls.pop()
+        assert end == part[-1, -1:].data_ptr() + 2
+        assert part.data_ptr() - 2**16 < first <= part.data_ptr()
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.int64, torch.complex64, torch.float8_e4m3fn, "sparse", "scalar"])
+def test_weights_of_other_types_are_refused(golden_copy: Path, kind: Any) -> None:
+    def change(shard: dict[str, torch.Tensor]) -> None:
+        name = "tok_embeddings.weight" if kind == "scalar" else "layers.0.attention.wq.weight"
+        weight = shard[name]
+        shard[name] = (
+            weight.to_sparse() if kind == "sparse" else torch.tensor(3.0) if kind == "scalar" else weight.to(kind)
+        )
+
+    rewrite(golden_copy, change)
+    with pytest.raises(
+        ValueError, match=r"00\.pth(: layers.0.attention.wq.weight is of .*: only dense float32| lacks)"
+    ):
+        build(golden_copy)
+
+
+def test_shards_of_two_models_of_one_shape_are_warned_of(golden_copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rewrite(golden_copy, lambda shard: shard.update({"norm.weight": torch.ones(64)}), "02")
+    build(golden_copy)
+    assert caplog.messages == [
+        f"{golden_copy}/consolidated.02.pth: norm.weight is not that of shard 00: the shards may be of two models"
+    ]
+
+
+def test_types_that_differ_between_weights_are_not_narrowed(golden_copy: Path) -> None:
+    def change(shard: dict[str, torch.Tensor]) -> None:
+        shard["tok_embeddings.weight"] = shard["tok_embeddings.weight"].half()
+        shard["layers.0.feed_forward.w1.weight"] = shard["layers.0.feed_forward.w1.weight"].float() * 0 + 1e5
+
+    for number in range(4):
+        rewrite(golden_copy, change, f"0{number}")
+    llm = Llama.build(golden_copy, GOLDEN / "tokenizer.model", 64, 4, device="cpu", quantize="int8")
+    scales = llm.model.layers[0].feed_forward.w1.store.shared.scales
+    assert scales.isfinite().all() and 700 < scales[0] < 900
 
 
 def test_rope_freqs_is_the_only_key_that_is_ignored(golden_copy: Path) -> None:
@@ -234,7 +287,13 @@ def test_params_out_of_range_are_refused(golden_copy: Path) -> None:
     edit_params(golden_copy, n_heads=-8)
     with pytest.raises(ValueError, match=r"params\.json has n_heads -8: expected a positive integer"):
         build(golden_copy)
-    edit_params(golden_copy, n_heads=7)
+    edit_params(golden_copy, n_heads=64)
+    with pytest.raises(ValueError, match="dim 64, 64 attention heads and 4 key/value heads, which do not divide"):
+        build(golden_copy)
+    edit_params(golden_copy, n_heads=8, n_layers=2 * 10**9)
+    with pytest.raises(ValueError, match="lacks tensor layers.1999999999.attention_norm.weight: params.json is of ano"):
+        build(golden_copy)
+    edit_params(golden_copy, n_heads=7, n_layers=2)
     with pytest.raises(ValueError, match="dim 64, 7 attention heads and 4 key/value heads, which do not divide"):
         build(golden_copy)
 

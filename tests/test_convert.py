@@ -44,8 +44,12 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path: Path) ->
         convert(str(GOLDEN / "gqa-mp1"), str(tmp_path / "nowhere" / "out"), "hf")
     with pytest.raises(ValueError, match="which 3 ranks cannot share: use 1, 2 or 4"):
         reshard(str(GOLDEN / "gqa-mp1"), str(tmp_path / "out"), 3)
-    with pytest.raises(ValueError, match="which 0 ranks cannot share: use 1, 2 or 4"):
+    with pytest.raises(ValueError, match="model_parallel_size is 0: use 1 or more"):
         reshard(str(GOLDEN / "gqa-mp1"), str(tmp_path / "out"), 0)
+    with pytest.raises(TypeError, match="model_parallel_size is 'two': use an integer"):
+        reshard(str(GOLDEN / "gqa-mp1"), str(tmp_path / "out"), "two")
+    with pytest.raises(TypeError, match="max_batch_size is 'x': use an integer"):
+        info(str(GOLDEN / "gqa-mp1"), 8, "x")
     with pytest.raises(ValueError, match="to is 'gguf': use 'hf' or 'meta'"):
         convert(str(GOLDEN / "gqa-mp1"), str(tmp_path / "out"), "gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
@@ -58,7 +62,7 @@ def test_a_disk_known_to_be_too_small_is_refused_before_writing(
     usage = namedtuple("usage", ["total", "used", "free"])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 100_000, 100_000))
     monkeypatch.setattr(torch, "save", lambda *_: pytest.fail("written"))
-    with pytest.raises(OSError, match=r"out could not be written \(too little space\): it needs 0\.4 GB, and 0\.0 GB"):
+    with pytest.raises(OSError, match=r"could not write to .* \(too little space\): 0\.4 GB are needed, and 0\.0 GB"):
         monkeypatch.setattr("llama.convert.size_of", lambda *_: 400_000_000)
         convert(str(GOLDEN / "gqa-mp1"), str(tmp_path / "out"), to)
     assert not list(tmp_path.iterdir())
@@ -81,7 +85,7 @@ main()
     job = run_python(script, command[0], GOLDEN / "gqa-mp1", out, *command[1:])
     assert job.returncode == 1
     last = job.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"error: {out} could not be written (") and "it needs 0.0 GB, and" in last, job.stderr
+    assert last.startswith(f"error: could not write to {out.parent} (") and "0.0 GB are needed, and" in last, job.stderr
     assert not list(out.parent.iterdir())
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_golden
+from conftest import TINY, build_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -246,6 +246,17 @@ def chat(*contents: str) -> list[Any]:
 def reply(llm: Llama, dialog: list[Any], reuse_prefix: bool) -> str:
     stream = llm.stream_chat_completion([dialog], 0, max_gen_len=10, reuse_prefix=reuse_prefix)
     return joined(stream, 1)[0][0]
+
+
+def test_of_several_dialogs_none_is_taken_to_begin_as_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = Llama.build(TINY, max_seq_len=512, max_batch_size=2, device="cpu", dtype="float32")
+    asked = [{"role": "user", "content": "Where does the owl live?"}]
+    told = [{"role": "system", "content": "Be polite: begin every answer with Of course."}]
+    long = [*asked, {"role": "assistant", "content": "The owl lives in the tower. " * 12}, *asked]
+    dialogs = [told + long, asked]
+    wanted = [r["generation"]["content"] for r in llm.chat_completion(dialogs, 0)]
+    list(llm.stream_chat_completion([asked], 0, reuse_prefix=True))
+    assert joined(llm.stream_chat_completion(dialogs, 0, reuse_prefix=True), 2)[0] == wanted
 
 
 def test_a_second_turn_prefills_only_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,12 +200,22 @@ def test_the_tokenizer_is_found_in_the_folder_or_beside_it(judged: tuple[Path, t
         ({"quantization_config": {"quant_method": "gptq"}}, "config.json has quantization_config .*: not supported"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling of type 'dynamic': not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling of type 'llama3': not supported"),
+        ({"rope_scaling": "linear"}, "config.json has rope_scaling 'linear': expected a dict"),
+        ({"rope_parameters": [1]}, r"config.json has rope_parameters \[1\]: expected a dict"),
+        ({"architectures": 5}, "config.json has architectures 5: expected a list"),
+        ({"num_key_value_heads": 0}, "config.json has num_key_value_heads 0: expected a positive integer"),
+        ({"rms_norm_eps": 0}, "config.json has rms_norm_eps 0: expected a positive number"),
+        ({"rope_parameters": {"rope_theta": 0}}, "config.json has rope_theta 0: expected a positive number"),
+        (
+            {"num_attention_heads": 64, "num_key_value_heads": 64, "head_dim": None},
+            "64 attention heads and 64 key/value heads, which do",
+        ),
         ({"rope_scaling": {"type": "linear"}}, "has rope_scaling_factor None: expected a positive number"),
         ({"head_dim": 16}, "config.json has head_dim 16: not supported, only 8 is"),
         ({"hidden_size": None}, "config.json lacks key 'hidden_size'"),
         ({"num_hidden_layers": -2}, "config.json has num_hidden_layers -2: expected a positive integer"),
         ({"num_attention_heads": "8"}, "config.json has num_attention_heads '8': expected a positive integer"),
-        ({"num_hidden_layers": 3}, "lacks tensor model.layers.2.input_layernorm.weight: config.json is of another"),
+        ({"num_hidden_layers": 3}, "lacks tensor layers.2.attention_norm.weight: config.json is of another model"),
         ({"num_hidden_layers": 1}, "holds unknown tensor model.layers.1.input_layernorm.weight"),
         ({"intermediate_size": 64}, r"gate_proj.weight has shape \(192, 64\), and config.json asks for \(64, 64\)"),
         ({"vocab_size": 500}, "config.json has vocab_size 500, the checkpoint's embedding 512 rows"),
@@ -342,6 +352,9 @@ def test_adapters_that_would_change_the_result_otherwise_are_refused(
         build(folder, adapter_dir=adapter)
     save_file({n: t for n, t in tensors.items() if n != name}, adapter / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=f"lacks tensor {name}: download it again"):
+        build(folder, adapter_dir=adapter)
+    save_file({}, adapter / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="has no tensors: download it again"):
         build(folder, adapter_dir=adapter)
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors cannot be read \(No such file"):
