@@ -152,6 +152,7 @@ from llama import Llama
 from llama.convert import reshard
 sys.path.insert(0, {tests!r})
 from conftest import build_golden
+torch.set_num_threads(2)
 build_golden()  # what is imported and started at first use is not counted
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -135,8 +135,9 @@ run(main)
 def timed_job(nproc: int, script: Path, *arguments: str | Path) -> tuple[subprocess.CompletedProcess[str], float]:
     """A torchrun job, and the seconds from the fault, which the script writes to `fault`, to its end."""
     job = torchrun(nproc, script, *arguments, timeout=100)
-    end = time.time()
-    return job, end - (script.parent / "fault").stat().st_mtime
+    seconds = time.time() - (script.parent / "fault").stat().st_mtime
+    print(f"{seconds:.1f} s from the fault to the end; last of it:", *job.stderr.strip().splitlines()[-3:], sep="\n")
+    return job, seconds
 
 
 FAULT = """
@@ -242,8 +243,10 @@ def test_signals_end_a_run_cleanly(nproc: int, sent: signal.Signals) -> None:
     finally:
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
+    seconds = time.monotonic() - start
+    print(f"{seconds:.1f} s from {sent.name} to the end, status {job.returncode}")
     assert job.returncode != 0
-    assert time.monotonic() - start < 10
+    assert seconds < 10
     assert "Aborted" not in errors and "core dumped" not in errors
     if not nproc:
         assert job.returncode == (130 if sent == signal.SIGINT else 143)

@@ -82,11 +82,13 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
 BLOCKS = [commands(block) for block in blocks("bash") if commands(block)]
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: re.sub(r"\W+", " ", block[0])[:50])
+@pytest.mark.parametrize(
+    "block",
+    [block for block in BLOCKS if "download.sh" not in block[0]],
+    ids=lambda block: re.sub(r"\W+", " ", block[0])[:50],
+)
 def test_every_command_runs_as_printed(block: list[str], house: Path, tmp_path: Path) -> None:
     for command in block:
-        if "download.sh" in command:
-            pytest.skip("run by the next test, against a server")
         copies = 1
         if "node0" in command:  # two agents on this machine
             with socket.socket() as free:
