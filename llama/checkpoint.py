@@ -340,8 +340,9 @@ def memory_needs(args: ModelArgs, world_size: int, dtype: torch.dtype, bytes_per
     embedding, norms = args.dim * args.vocab_size, (2 * args.n_layers + 1) * args.dim
     weights = (linear * bytes_per_weight + embedding * dtype.itemsize) / world_size + norms * dtype.itemsize
     cache_row = 2 * args.n_layers * args.kv_heads * args.head_dim * args.max_seq_len * dtype.itemsize // world_size
-    # The feed-forward's gate, up and their product; x, its norm, and what is added to it.
-    pass_row = args.max_seq_len * (4 * args.dim + 3 * args.hidden_dim // world_size) * dtype.itemsize
+    # x, its norm and what is added to it; the feed-forward's gate and up, as computed and as split off, and their
+    # product: what was seen at the peak of a pass.
+    pass_row = args.max_seq_len * (4 * args.dim + 6 * args.hidden_dim // world_size) * dtype.itemsize
     return Memory(int(weights), cache_row, pass_row)
 
 

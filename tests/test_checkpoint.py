@@ -315,8 +315,8 @@ def test_a_tokenizer_of_another_model_is_refused(golden_copy: Path) -> None:
 
 def test_too_little_memory_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     # A row's cache: 2 layers × 4 heads × 8 channels × 64 positions × k and v × 4 bytes. A row's pass: 64 positions ×
-    # (4 × 64 model channels and 3 × 224 feed-forward channels) × 4 bytes.
-    row = 32_768 + 237_568
+    # (4 × 64 model channels and 6 × 224 feed-forward channels) × 4 bytes.
+    row = 32_768 + 409_600
     monkeypatch.setattr(Checkpoint, "load", lambda *_: pytest.fail("loaded"))
     weights = sum(tensor.numel() for tensor in torch.load(GOLDEN / "gqa-mp1/consolidated.00.pth").values()) * 4
     monkeypatch.setattr("llama.checkpoint.free_memory", lambda device: weights + 3 * row)
