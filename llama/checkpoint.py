@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .files import check_numbers, gigabytes, map_pickle, read_json, release
+from .files import check_numbers, map_pickle, read_json, release, size_text
 from .hf import HuggingFace
 from .lora import Adapter
 from .model import ModelArgs, Transformer
@@ -349,8 +349,8 @@ def memory_needs(args: ModelArgs, world_size: int, dtype: torch.dtype, bytes_per
 def needed(name: str, args: ModelArgs, needs: Memory) -> str:
     rows = args.max_batch_size
     return (
-        f"{name} needs {gigabytes(needs.weights)} for its weights, {gigabytes(rows * needs.cache_row)} for a cache of "
-        f"max_batch_size {rows} × max_seq_len {args.max_seq_len} and {gigabytes(rows * needs.pass_row)} for a pass "
+        f"{name} needs {size_text(needs.weights)} for its weights, {size_text(rows * needs.cache_row)} for a cache of "
+        f"max_batch_size {rows} × max_seq_len {args.max_seq_len} and {size_text(rows * needs.pass_row)} for a pass "
         "over it per rank"
     )
 
@@ -366,7 +366,7 @@ def check_memory(name: str, args: ModelArgs, needs: Memory, device: torch.device
         if fitting > 0
         else "use fewer bits for each weight, more ranks or a smaller model"
     )
-    raise ValueError(f"{needed(name, args, needs)}, and {device} has {gigabytes(free)} free for it: {advice}")
+    raise ValueError(f"{needed(name, args, needs)}, and {device} has {size_text(free)} free for it: {advice}")
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from .checkpoint import Checkpoint, check_world_size, memory_needs, shard_dim, whole_shapes, world_sizes
-from .files import check_readable, gigabytes, new_folder, save_safetensors, writing
+from .files import check_readable, new_folder, save_safetensors, size_text, writing
 from .hf import config_of, huggingface_name, is_rotated, split_halves
 from .model import ModelArgs, Transformer
 from .quantize import STORES
@@ -48,7 +48,7 @@ def info(ckpt_dir: str, max_seq_len: int = 512, max_batch_size: int = 8) -> str:
         needs = [memory_needs(args, ranks, dtype, bytes_per_weight) for dtype, bytes_per_weight in kinds]
         weights = [need.weights for need in needs]
         rows = [max_batch_size * needs[1].cache_row, max_batch_size * needs[1].pass_row]
-        lines.append(f"{ranks:>5}" + "".join(f"{gigabytes(n):>12}" for n in weights + rows))
+        lines.append(f"{ranks:>5}" + "".join(f"{size_text(n):>12}" for n in weights + rows))
     return "\n".join(lines)
 
 

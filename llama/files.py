@@ -18,8 +18,8 @@ from torch import Tensor
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def gigabytes(n: int) -> str:
-    return f"{n / 1e9:.1f} GB"
+def size_text(n: int) -> str:
+    return f"{n / 1e9:.1f} GB" if n >= 1e8 else f"{n / 1e6:.1f} MB"
 
 
 def check_readable(path: Path) -> None:
@@ -142,5 +142,5 @@ def writing(folder: Path, needed: int) -> Iterator[None]:
 
 
 def no_space(folder: Path, reason: str, needed: int) -> OSError:
-    free = gigabytes(shutil.disk_usage(folder).free)
-    return OSError(f"could not write to {folder} ({reason}): {gigabytes(needed)} are needed, and {free} are free")
+    free = size_text(shutil.disk_usage(folder).free)
+    return OSError(f"could not write to {folder} ({reason}): {size_text(needed)} are needed, and {free} are free")

@@ -323,8 +323,8 @@ def test_too_little_memory_is_refused_before_anything_is_loaded(monkeypatch: pyt
     with pytest.raises(ValueError) as error:
         build_golden()
     assert str(error.value) == (
-        "gqa-mp1 needs 0.0 GB for its weights, 0.0 GB for a cache of max_batch_size 4 × max_seq_len 64 and 0.0 GB for "
-        "a pass over it per rank, and cpu has 0.0 GB free for it: build with max_batch_size 3 or a smaller max_seq_len"
+        "gqa-mp1 needs 0.7 MB for its weights, 0.1 MB for a cache of max_batch_size 4 × max_seq_len 64 and 1.6 MB for "
+        "a pass over it per rank, and cpu has 2.0 MB free for it: build with max_batch_size 3 or a smaller max_seq_len"
     )
     monkeypatch.setattr("llama.checkpoint.free_memory", lambda device: weights - 1)
     with pytest.raises(ValueError, match="use fewer bits for each weight, more ranks or a smaller model"):

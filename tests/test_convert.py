@@ -62,7 +62,7 @@ def test_a_disk_known_to_be_too_small_is_refused_before_writing(
     usage = namedtuple("usage", ["total", "used", "free"])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 100_000, 100_000))
     monkeypatch.setattr(torch, "save", lambda *_: pytest.fail("written"))
-    with pytest.raises(OSError, match=r"could not write to .* \(too little space\): 0\.4 GB are needed, and 0\.0 GB"):
+    with pytest.raises(OSError, match=r"could not write to .* \(too little space\): 0\.4 GB are needed, and 0\.1 MB"):
         monkeypatch.setattr("llama.convert.size_of", lambda *_: 400_000_000)
         convert(str(GOLDEN / "gqa-mp1"), str(tmp_path / "out"), to)
     assert not list(tmp_path.iterdir())
@@ -85,7 +85,7 @@ main()
     job = run_python(script, command[0], GOLDEN / "gqa-mp1", out, *command[1:])
     assert job.returncode == 1
     last = job.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"error: could not write to {out.parent} (") and "0.0 GB are needed, and" in last, job.stderr
+    assert last.startswith(f"error: could not write to {out.parent} (") and "MB are needed, and" in last, job.stderr
     assert not list(out.parent.iterdir())
 
 

@@ -128,7 +128,7 @@ run(main)
     job = run_python(script)
     assert job.returncode == 1
     last = job.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: gqa-mp1 needs 0.0 GB for its weights, 1.1 GB for a cache of max_batch_size 1024 ×")
+    assert last.startswith("error: gqa-mp1 needs 0.7 MB for its weights, 1.1 GB for a cache of max_batch_size 1024 ×")
     assert "and cpu refused memory: build with a smaller max_batch_size or max_seq_len" in last
 
 
