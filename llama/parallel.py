@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import math
 import os
 import platform
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -104,10 +106,20 @@ def free_memory(device: torch.device) -> int:
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             available = next(line for line in file if line.startswith("MemAvailable"))
-        free = int(available.split()[1]) * 1024
+        free = min(int(available.split()[1]) * 1024, container_memory())
     except OSError:  # macOS: all memory is the closest bound that the standard library knows
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return int(free) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def container_memory(root: Path = Path("/sys/fs/cgroup")) -> float:
+    """Bytes left under the limit that a container sets (cgroup v2), its page cache counted as free; inf without one."""
+    try:
+        limit, used = (int((root / name).read_text()) for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no such files, or "max" for no limit
+        return math.inf
+    return max(limit - used + int(stat["file"]), 0)
 
 
 def return_freed_memory() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from llama import Llama, ModelArgs
 from llama.checkpoint import Checkpoint, check_world_size, memory_needs, select_dtype, shard_dim
 from llama.files import release
+from llama.parallel import container_memory, free_memory
 
 COUNTS = [1, 2, 4, 8]
 
@@ -333,6 +335,18 @@ def test_too_little_memory_is_refused_before_anything_is_loaded(monkeypatch: pyt
     for options in ({"quantize": "int8", "dtype": "auto"}, {"dtype": "bfloat16"}):
         with pytest.raises(pytest.fail.Exception, match="loaded"):
             build_golden(**options)
+
+
+def test_a_containers_limit_counts_as_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert container_memory(tmp_path) == math.inf
+    for name, text in (("memory.max", "max\n"), ("memory.current", "700\n"), ("memory.stat", "anon 400\nfile 200\n")):
+        (tmp_path / name).write_text(text)
+    assert container_memory(tmp_path) == math.inf
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert container_memory(tmp_path) == 500
+    monkeypatch.setattr("llama.parallel.container_memory", lambda: 4e6)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert free_memory(torch.device("cpu")) == 2_000_000
 
 
 def test_what_is_counted_as_weights_is_what_each_rank_loads() -> None:
