@@ -46,6 +46,9 @@ class Adapter:
         self.path = Path(adapter_dir)
         config = read_json(self.path / "adapter_config.json")
         self.scale = check_config(config)
+        partial = config.get("layers_to_transform") or config.get("exclude_modules")
+        targets = config.get("target_modules")
+        self.whole_targets = targets if isinstance(targets, list) and not partial else []
         self.tensors = map_safetensors(self.path / "adapter_model.safetensors")
         self.rank = config["r"]
 
@@ -66,6 +69,9 @@ class Adapter:
                 stem = PREFIX + huggingface_name(name).removesuffix(".weight")
                 wanted[f"{stem}.lora_A.weight"] = (self.rank, shape[1])
                 wanted[f"{stem}.lora_B.weight"] = (shape[0], self.rank)
+        for name in wanted:
+            if name.split(".")[-3] in self.whole_targets and name not in self.tensors:
+                raise ValueError(f"adapter {self.path} lacks tensor {name}: download it again")
         for name, tensor in self.tensors.items():
             if name not in wanted:
                 modules = ", ".join(sorted(n.split(".")[1] for n in LAYER_NAMES.values() if "proj" in n))

@@ -353,6 +353,9 @@ def test_adapters_that_would_change_the_result_otherwise_are_refused(
     save_file({n: t for n, t in tensors.items() if n != name}, adapter / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=f"lacks tensor {name}: download it again"):
         build(folder, adapter_dir=adapter)
+    save_file({n: t for n, t in tensors.items() if "layers.1." not in n}, adapter / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"lacks tensor .*layers\.1\.self_attn\.q_proj\.lora_A\.weight: download"):
+        build(folder, adapter_dir=adapter)
     save_file({}, adapter / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="has no tensors: download it again"):
         build(folder, adapter_dir=adapter)
