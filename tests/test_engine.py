@@ -248,13 +248,14 @@ def reply(llm: Llama, dialog: list[Any], reuse_prefix: bool) -> str:
     return joined(stream, 1)[0][0]
 
 
-def test_of_several_dialogs_none_is_taken_to_begin_as_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_several_dialogs_none_is_taken_to_begin_as_the_one_before() -> None:
     llm = Llama.build(TINY, max_seq_len=512, max_batch_size=2, device="cpu", dtype="float32")
     asked = [{"role": "user", "content": "Where does the owl live?"}]
     told = [{"role": "system", "content": "Be polite: begin every answer with Of course."}]
     long = [*asked, {"role": "assistant", "content": "The owl lives in the tower. " * 12}, *asked]
     dialogs = [told + long, asked]
     wanted = [r["generation"]["content"] for r in llm.chat_completion(dialogs, 0)]
+    llm.cache.clear()
     list(llm.stream_chat_completion([asked], 0, reuse_prefix=True))
     assert joined(llm.stream_chat_completion(dialogs, 0, reuse_prefix=True), 2)[0] == wanted
 
