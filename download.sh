@@ -102,21 +102,16 @@ check_models() {
   done | sort -u
 }
 
-find_tools() {
-  if command -v curl >/dev/null 2>&1; then
-    client=curl
-  elif command -v wget >/dev/null 2>&1; then
-    client=wget
-  else
-    fail 3 "neither curl nor wget is installed: install one of them"
-  fi
-  if command -v md5sum >/dev/null 2>&1; then
-    hasher=md5sum
-  elif command -v md5 >/dev/null 2>&1; then
-    hasher=md5
-  else
-    fail 3 "neither md5sum nor md5 is installed: install one of them"
-  fi
+# Prints the one of two programs that is installed.
+either() {
+  local tool
+  for tool in "$1" "$2"; do
+    if command -v "$tool" >/dev/null 2>&1; then
+      printf '%s' "$tool"
+      return
+    fi
+  done
+  fail 3 "neither $1 nor $2 is installed: install one of them"
 }
 
 md5_of() {
@@ -299,7 +294,8 @@ if [ -z "$models_given" ]; then
   models=${models:-all}
 fi
 models=$(check_models "$models") || exit
-find_tools
+client=$(either curl wget) || exit
+hasher=$(either md5sum md5) || exit
 
 if [ -n "$dry_run" ]; then
   would_fetch LICENSE "$out/LLAMA-2-LICENSE"

@@ -7,23 +7,16 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import fire
 import torch
 import weights
+from contender import seconds
 
 from llama import Llama
 from llama.convert import reshard
-
-
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def files_of(folder: Path) -> list[Path]:

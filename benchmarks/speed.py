@@ -14,14 +14,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import fire
 import torch
 import weights
-from contender import CONTENDERS, DECODE_PROMPT, RAGGED_LENGTHS, RAGGED_NEW, names
+from contender import CONTENDERS, DECODE_PROMPT, RAGGED_LENGTHS, RAGGED_NEW, names, seconds
 
 HERE = Path(__file__).resolve().parent
 WORKS = {
@@ -37,16 +37,14 @@ WORKS = {
 NEEDS = {"transformers": ["transformers", "safetensors"], "llama.cpp": ["llama_cpp", "gguf"]}
 
 
-def median_seconds(work: Any, repeats: int) -> float:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
+def median_seconds(work: Callable[[], object], repeats: int) -> float:
+    def finished() -> None:
         work()
-        if device == "cuda":
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+
+    finished()
+    return statistics.median(seconds(finished) for _ in range(repeats))
 
 
 def machine() -> dict[str, Any]:

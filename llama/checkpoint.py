@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .files import check_numbers, map_pickle, read_json, release, size_text
-from .hf import HuggingFace
+from .hf import HuggingFace, difference
 from .lora import Adapter
 from .model import ModelArgs, Transformer
 from .parallel import ShardedLinear, divisors, either, free_memory, hold_together
@@ -59,6 +59,7 @@ class Release:
     """A folder with consolidated.NN.pth and params.json, opened but not read."""
 
     layout = "release"
+    params_file = "params.json"
 
     def __init__(self, path: Path):
         self.path = path
@@ -79,10 +80,7 @@ class Release:
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Raise ValueError unless every shard holds its part of the tensors of these whole shapes, and nothing else."""
         for file, shard in zip(self.files, self.shards, strict=True):
-            extra = sorted(shard.keys() - shapes.keys() - {IGNORED_KEY})
-            missing = sorted(shapes.keys() - shard.keys())
-            if extra or missing:
-                what = f"holds unknown tensor {extra[0]}" if extra else f"lacks tensor {missing[0]}"
+            if what := difference(shard.keys() - {IGNORED_KEY}, shapes.keys()):
                 raise ValueError(f"{file} {what}: params.json is of another model, or the file is not a Llama 2 shard")
             for name, whole_shape in shapes.items():
                 shape, dim = list(whole_shape), shard_dim(name)
@@ -151,7 +149,7 @@ class Checkpoint:
         raise FileNotFoundError(f"no tokenizer.model in {self.path}/ or beside it: pass tokenizer_path")
 
     def model_args(self, max_seq_len: int, max_batch_size: int) -> ModelArgs:
-        file = "params.json" if isinstance(self.source, Release) else "config.json"
+        file = self.source.params_file
         params = {key: value for key, value in self.source.params.items() if key != "vocab_size"}
         vocab_size = self.source.vocab_size
         if self.source.params.get("vocab_size", -1) not in (-1, vocab_size):  # the releases say -1

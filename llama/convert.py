@@ -39,12 +39,9 @@ def info(ckpt_dir: str, max_seq_len: int = 512, max_batch_size: int = 8) -> str:
         f"Per rank; cache and pass for max_batch_size {max_batch_size} and max_seq_len {max_seq_len}, in 16 bits:",
         f"{'ranks':>5}{'float32':>12}{'16 bits':>12}{'int8':>12}{'int4':>12}{'cache':>12}{'pass':>12}",
     ]
+    quantised = [(torch.bfloat16, store.bytes_per_weight) for store in STORES.values()]
+    kinds = [(torch.float32, 4.0), (torch.bfloat16, 2.0), *quantised]
     for ranks in world_sizes(args):
-        kinds = [
-            (torch.float32, 4),
-            (torch.bfloat16, 2),
-            *((torch.bfloat16, s.bytes_per_weight) for s in STORES.values()),
-        ]
         needs = [memory_needs(args, ranks, dtype, bytes_per_weight) for dtype, bytes_per_weight in kinds]
         weights = [need.weights for need in needs]
         rows = [max_batch_size * needs[1].cache_row, max_batch_size * needs[1].pass_row]
@@ -93,10 +90,7 @@ def reshard(ckpt_dir: str, out: str, model_parallel_size: int) -> str:
         for rank in range(model_parallel_size):
             shard = {}
             for name, shape in progress(shapes, f"shard {rank}"):
-                dim = shard_dim(name)
-                local = [n // model_parallel_size if d == dim else n for d, n in enumerate(shape)]
-                shard[name] = torch.empty(local, dtype=checkpoint.dtype_of(name))
-                checkpoint.copy(name, rank, shard[name])
+                shard[name] = read(checkpoint, name, shape, rank, model_parallel_size)
             with writing(folder, size):
                 torch.save(shard, folder / f"consolidated.{rank:02}.pth")
             del shard
@@ -122,8 +116,7 @@ def convert(ckpt_dir: str, out: str, to: str) -> str:
         for file, names in zip(files, parts, strict=True):
             tensors = {}
             for name, shape in progress({name: shapes[name] for name in names}, file):
-                tensor = torch.empty(shape, dtype=checkpoint.dtype_of(name))
-                checkpoint.copy(name, 0, tensor)
+                tensor = read(checkpoint, name, shape)
                 tensors[huggingface_name(name)] = split_halves(tensor, args.head_dim) if is_rotated(name) else tensor
             with writing(folder, size):
                 save_safetensors(tensors, folder / file)
@@ -145,6 +138,15 @@ def shapes_of(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, tuple[int, .
     shapes = whole_shapes(state, 1)
     checkpoint.check(shapes)
     return shapes
+
+
+def read(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], rank: int = 0, world_size: int = 1) -> torch.Tensor:
+    """A rank's part, in its stored type, of a tensor of this whole shape."""
+    dim = shard_dim(name)
+    local = [n // world_size if d == dim else n for d, n in enumerate(shape)]
+    tensor = torch.empty(local, dtype=checkpoint.dtype_of(name))
+    checkpoint.copy(name, rank, tensor)
+    return tensor
 
 
 def size_of(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> int:

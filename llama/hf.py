@@ -6,6 +6,7 @@ with i + head_dim / 2, the release 2i with 2i + 1.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +73,20 @@ def split_halves(weight: Tensor, head_dim: int) -> Tensor:
     return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
+def difference(held: Set[str], wanted: Set[str]) -> str | None:
+    """What is wrong with the names of the tensors that a file holds, the first of it; None if nothing is."""
+    if extra := held - wanted:
+        return f"holds unknown tensor {min(extra)}"
+    if missing := wanted - held:
+        return f"lacks tensor {min(missing)}"
+    return None
+
+
 class HuggingFace:
     """A folder in this layout, opened but not read."""
 
     layout = "Hugging Face"
+    params_file = "config.json"
 
     def __init__(self, path: Path):
         self.path = path
@@ -105,10 +116,7 @@ class HuggingFace:
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Raise ValueError unless the files hold exactly the tensors of these names, the release's, and shapes."""
         wanted = {huggingface_name(name): shape for name, shape in shapes.items()}
-        extra = sorted(name for name in self.tensors.keys() - wanted.keys() if not name.endswith(IGNORED))
-        missing = sorted(wanted.keys() - self.tensors.keys())
-        if extra or missing:
-            what = f"holds unknown tensor {extra[0]}" if extra else f"lacks tensor {missing[0]}"
+        if what := difference({name for name in self.tensors if not name.endswith(IGNORED)}, wanted.keys()):
             raise ValueError(f"{self.path} {what}: config.json is of another model, or the files are not of a Llama 2")
         for name, shape in wanted.items():
             if tuple(self.tensors[name].shape) != shape:
@@ -132,10 +140,11 @@ def find_files(path: Path) -> list[Path]:
             parts = read_json(index).get("weight_map")
             if not isinstance(parts, dict) or not all(isinstance(p, str) and Path(p).name == p for p in parts.values()):
                 raise ValueError(f"{index} has no weight_map of file names in its folder: download it again")
-            for part in sorted(set(parts.values())):
-                if not (path / part).exists():
-                    raise FileNotFoundError(f"{path / part} is missing: {index.name} lists it; download it")
-            return [path / part for part in sorted(set(parts.values()))]
+            files = [path / part for part in sorted(set(parts.values()))]
+            for file in files:
+                if not file.exists():
+                    raise FileNotFoundError(f"{file} is missing: {index.name} lists it; download it")
+            return files
     raise FileNotFoundError(f"no model.safetensors, pytorch_model.bin or index of either in {path}/: download it again")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -51,7 +52,7 @@ def test_a_directory_in_place_of_a_file_is_named(folder: Path) -> None:
         build(folder)
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def unprivileged() -> Iterator[None]:
     """Permissions do not hold for root."""
     if os.geteuid() != 0:
@@ -76,23 +77,22 @@ def locked(folder: Path) -> Iterator[Path]:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX file system")
-def test_an_unreadable_file_is_named(locked: Path, unprivileged: None) -> None:
-    with pytest.raises(PermissionError, match=r"consolidated\.01\.pth cannot be read \(Permission denied\): check"):
+def test_an_unreadable_file_is_named(locked: Path) -> None:
+    with (
+        unprivileged(),
+        pytest.raises(PermissionError, match=r"consolidated\.01\.pth cannot be read \(Permission denied\): check"),
+    ):
         build(locked)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX file system")
-def test_an_unreadable_folder_is_named(locked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_folder_is_named(locked: Path) -> None:
     locked.chmod(0)
-    uid = os.geteuid()
-    if uid == 0:
-        os.seteuid(65534)
-    try:
-        with pytest.raises(PermissionError, match=r"model cannot be read \(Permission denied\): check its permissions"):
-            build(locked)
-    finally:
-        if uid == 0:
-            os.seteuid(0)
+    with (
+        unprivileged(),
+        pytest.raises(PermissionError, match=r"model cannot be read \(Permission denied\): check its permissions"),
+    ):
+        build(locked)
 
 
 def test_values_that_are_not_finite_are_warned_of_and_found_in_the_logits(
