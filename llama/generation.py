@@ -4,42 +4,69 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypedDict
 
 import torch
-import torch.nn.functional as F
-from fairscale.nn.model_parallel.initialize import get_model_parallel_rank, get_model_parallel_world_size
 from torch import Tensor
 
-from .chat import UNSAFE_ERROR, Dialog, Message, check_dialog, encode_dialog, has_special_tags
-from .checkpoint import Checkpoint, allocating, check_memory, check_world_size, memory_needs, select_dtype
-from .decode import DecodeStep
-from .infilling import check_infilling, encode_infilling
-from .model import KVCache, Transformer
-from .parallel import (
-    init_model_parallel,
-    keep_freed_memory,
-    model_parallel_size,
-    return_freed_memory,
-    share,
-    share_object,
+from .arguments import Settings, check_positive, integer, listed, make_requests
+from .chat import (
+    B_INST,
+    B_SYS,
+    E_INST,
+    E_SYS,
+    SPECIAL_TAGS,
+    UNSAFE_ERROR,
+    Dialog,
+    Message,
+    Role,
+    chat_end_ids,
+    check_dialogs,
+    encode_dialog,
+    has_special_tags,
 )
-from .quantize import select_store
-from .request import FinishReason, Request, Settings, check_positive, integer, make_requests
-from .sampling import sample
+from .checkpoints import (
+    Checkpoint,
+    allocating,
+    check_memory,
+    check_world_size,
+    keep_freed_memory,
+    memory_needs,
+    return_freed_memory,
+)
+from .engine import Engine
+from .infilling import check_infilling, encode_infilling
+from .model import ModelArgs, Transformer
+from .original import sample_top_p
+from .parallel import init_model_parallel, model_ranks
+from .request import Answer, FinishReason, Pooling, Request
+from .runner import Runner
+from .stores import select_dtype, select_store
 from .tokenizer import Tokenizer
 
+__all__ = [  # where scripts written for the original look for them
+    "B_INST",
+    "B_SYS",
+    "E_INST",
+    "E_SYS",
+    "SPECIAL_TAGS",
+    "UNSAFE_ERROR",
+    "ChatPrediction",
+    "CompletionPrediction",
+    "Dialog",
+    "Llama",
+    "Message",
+    "ModelArgs",
+    "Role",
+    "Tokenizer",
+    "Transformer",
+    "sample_top_p",
+]
+
 logger = logging.getLogger(__name__)
-
-# Positions of a prompt whose logits are held at once while it is scored: 256 × 32,000 float32 are 33 MB.
-SCORE_CHUNK = 256
-
-# A prompt joins a pass of longer ones if its padding is no longer than this: about what another pass would cost.
-PASS_TOKENS = 64
 
 # Looks at a text and returns None, or the refusal to answer with.
 Check = Callable[[str], "str | None"]
@@ -71,8 +98,153 @@ class Piece(Prediction, total=False):
     text: str
 
 
-class Llama:
-    """A loaded model and its tokenizer. One call at a time: the cache is shared by all calls."""
+def load_model(
+    checkpoint: Checkpoint,
+    args: ModelArgs,
+    device: torch.device,
+    dtype: str | torch.dtype,
+    quantize: str | None,
+    compile: bool,
+) -> Transformer:
+    """This rank's part of a checkpoint's model, with an empty cache. Raises ValueError for what cannot be shared by the
+    ranks, does not fit into memory, or is broken."""
+    ranks = model_ranks()
+    check_world_size(checkpoint.name, args, ranks.size)
+    torch_dtype, store = select_dtype(dtype, checkpoint.dtype, device), select_store(quantize, dtype, device, compile)
+    bytes_per_weight = store.bytes_per_weight if store else torch_dtype.itemsize
+    needs = memory_needs(args, ranks.size, torch_dtype, bytes_per_weight)
+    check_memory(checkpoint.name, args, needs, device)
+    with torch.device("meta"):
+        model = Transformer(args)
+    return_freed_memory()
+    with allocating(checkpoint.name, args, needs, device):
+        checkpoint.load(model, ranks.rank, ranks.size, device, torch_dtype, store.hold if store else None)
+        model.allocate_cache()
+    if device.type == "cpu":
+        keep_freed_memory()
+    return model
+
+
+class Generator:
+    """A loaded model, its tokenizer, and what all kinds of calls have in common."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, seed: int = 1, engine: Engine | None = None):
+        """`engine` runs `model`, whose weights are on one device."""
+        if engine is None and model.cache is None:
+            model.allocate_cache()
+        self.model, self.tokenizer, self.seed = model, tokenizer, seed
+        self.engine = engine or Engine(model, tokenizer)
+
+    def _settings(self, max_gen_len: Any, temperature: Any, top_p: Any, seed: Any, stop: Any) -> Settings:
+        return Settings(max_gen_len, temperature, top_p, self.seed if seed is None else seed, stop)
+
+    def _requests(self, prompts: Callable[[], Sequence[Any]], settings: Settings, **options: Any) -> list[Request]:
+        """Requests for the prompts that `prompts` makes: the same on every rank, or a ValueError on every rank."""
+        max_seq_len = self.model.params.max_seq_len
+        return self.model.ranks.alike(
+            lambda: make_requests(self.tokenizer, prompts(), settings, max_seq_len, **options)
+        )
+
+    def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        return [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in listed("prompts", prompts)]
+
+    def _chat_requests(
+        self, dialogs: Sequence[Dialog], settings: Settings, logprobs: bool, check: Check | None
+    ) -> list[Request]:
+        """One request per dialog; those of refused dialogs say so."""
+        checked = self.model.ranks.alike(lambda: check_dialogs(dialogs))
+        refusals = [UNSAFE_ERROR if has_special_tags(dialog, self.tokenizer) else None for dialog in checked]
+        if check is not None:
+            refusals = self.model.ranks.ask_first(
+                lambda: [r or input_refusal(check, dialog) for r, dialog in zip(refusals, checked, strict=True)]
+            )
+        pairs = list(zip(refusals, checked, strict=True))
+        return self._requests(
+            lambda: [[] if r is not None else encode_dialog(d, self.tokenizer) for r, d in pairs],
+            settings,
+            what="dialog",
+            logprobs=logprobs,
+            end_ids=chat_end_ids(self.tokenizer),
+            refusals=refusals,
+        )
+
+    def _run(self, requests: Sequence[Request]) -> list[Answer]:
+        with self.engine.answering(requests) as answers:
+            for _ in self.engine.progress(answers):
+                pass
+        return answers
+
+    def _check_output(self, answer: Answer, check: Check) -> None:
+        if answer.request.refusal is None:
+            refusal = self.model.ranks.ask_first(lambda: refusal_of(check, answer.text))
+            if refusal is not None:
+                answer.refuse(refusal)
+
+    def _stream(self, requests: Sequence[Request], output_check: Check | None = None) -> Iterator[Piece]:
+        with self.engine.answering(requests) as answers:
+            steps, going, sent = self.engine.progress(answers), list(range(len(answers))), [0] * len(answers)
+            while going:
+                for i in list(going):
+                    answer = answers[i]
+                    over = answer.finish_reason is not None  # now: others may step while a piece is read
+                    if over:
+                        going.remove(i)
+                    if output_check is not None:
+                        if not over:
+                            continue  # it is to see all of it before anybody else does
+                        self._check_output(answer, output_check)
+                    end = len(answer.generation) - answer.held_back
+                    piece = Piece(index=i, text=answer.generation[sent[i] : end])
+                    sent[i] = end
+                    if over:
+                        piece |= outcome(answer)  # type: ignore[typeddict-item]
+                    if piece["text"] or over:
+                        yield piece
+                next(steps, None)
+
+    def stream_text_completion(
+        self,
+        prompts: Sequence[str],
+        temperature: float | Sequence[float] = 0.6,
+        top_p: float | Sequence[float] = 0.9,
+        max_gen_len: int | Sequence[int] | None = None,
+        logprobs: bool = False,
+        echo: bool = False,
+        *,
+        seed: int | Sequence[int] | None = None,
+        stop: str | Sequence[str] | Sequence[Sequence[str]] = (),
+    ) -> Iterator[Piece]:
+        """`text_completion` as it is generated: pieces of whole characters, of all prompts in turn.
+
+        The pieces of one prompt join to its `generation`. A stream may be dropped before its end; on several ranks,
+        after the same piece on each. Other calls meanwhile, and other streams, share its passes.
+        """
+        settings = self._settings(max_gen_len, temperature, top_p, seed, stop)
+        return self._stream(self._requests(lambda: self._encode(prompts), settings, logprobs=logprobs, echo=echo))
+
+    def stream_chat_completion(
+        self,
+        dialogs: Sequence[Dialog],
+        temperature: float | Sequence[float] = 0.6,
+        top_p: float | Sequence[float] = 0.9,
+        max_gen_len: int | Sequence[int] | None = None,
+        logprobs: bool = False,
+        *,
+        seed: int | Sequence[int] | None = None,
+        stop: str | Sequence[str] | Sequence[Sequence[str]] = (),
+        input_check: Check | None = None,
+        output_check: Check | None = None,
+    ) -> Iterator[Piece]:
+        """`chat_completion` as it is generated; see `stream_text_completion`.
+
+        An answer that `output_check` is to see comes in one piece, once it is whole.
+        """
+        settings = self._settings(max_gen_len, temperature, top_p, seed, stop)
+        return self._stream(self._chat_requests(dialogs, settings, logprobs, input_check), output_check)
+
+
+class Llama(Generator):
+    """A loaded model and its tokenizer. Calls and streams, of one thread or several, share its passes."""
 
     @staticmethod
     def build(
@@ -84,7 +256,7 @@ class Llama:
         seed: int = 1,
         *,
         device: str | torch.device = "auto",
-        dtype: str = "auto",
+        dtype: str | torch.dtype = "auto",
         quantize: Literal["int8", "int4"] | None = None,
         compile: bool = False,
         cuda_graph: bool = True,
@@ -115,42 +287,20 @@ class Llama:
                 "this is not its tokenizer"
             )
         device = init_model_parallel(device, model_parallel_size)
-        rank, world_size = get_model_parallel_rank(), get_model_parallel_world_size()
-        check_world_size(checkpoint.name, args, world_size)
-        torch_dtype = select_dtype(dtype, checkpoint.dtype, device)
-        store = select_store(quantize, dtype, device, compile)
-        bytes_per_weight = store.bytes_per_weight if store else torch_dtype.itemsize
-        needs = memory_needs(args, world_size, torch_dtype, bytes_per_weight)
-        check_memory(checkpoint.name, args, needs, device)
-        with torch.device("meta"):
-            model = Transformer(args)
-        return_freed_memory()
-        with allocating(checkpoint.name, args, needs, device):
-            checkpoint.load(model, rank, world_size, device, torch_dtype, store.hold if store else None)
-            model.cache = KVCache.allocate(args, torch_dtype, device)
-        if device.type == "cpu":
-            keep_freed_memory()
+        model = load_model(checkpoint, args, device, dtype, quantize, compile)
+        runner = Runner(model, compile=compile, cuda_graph=cuda_graph and device.type == "cuda")
         logger.info(
             "loaded %s in %.2f seconds (%s, %s, %d CPU threads for each of %d ranks)",
             checkpoint.name,
             time.monotonic() - start,
             device,
-            str(torch_dtype).removeprefix("torch."),
+            str(runner.cache.k.dtype).removeprefix("torch."),
             torch.get_num_threads(),
-            world_size,
+            model.ranks.size,
         )
-        step = DecodeStep(model, compile=compile, cuda_graph=cuda_graph and device.type == "cuda")
-        return Llama(model, tokenizer, seed=seed, step=step)
-
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, seed: int = 1, step: DecodeStep | None = None):
-        """`model` has a cache attached and its weights on one device."""
-        assert model.cache is not None, "attach a KVCache first"
-        self.model = model
-        self.tokenizer = tokenizer
-        self.seed = seed
-        self.step = step or DecodeStep(model)
-        self.world_size = model_parallel_size()
-        self.cache = model.cache
+        if model.ranks.rank:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # as in the original: a script prints once
+        return Llama(model, tokenizer, seed=seed, engine=Engine(model, tokenizer, runner=runner))
 
     def generate(
         self,
@@ -177,10 +327,10 @@ class Llama:
         is not in the vocabulary, and a prompt longer than `max_seq_len`.
         """
         settings = self._settings(max_gen_len, temperature, top_p, seed, stop)
-        requests = self._requests(listed("prompt_tokens", prompt_tokens), settings, logprobs=logprobs, echo=echo)
-        self._run(requests)
-        tokens = [(request.prompt if echo else []) + request.tokens for request in requests]
-        return tokens, [r.prompt_logprobs + r.logprobs for r in requests] if logprobs else None
+        prompts = self._requests(lambda: listed("prompt_tokens", prompt_tokens), settings, logprobs=logprobs, echo=echo)
+        answers = self._run(prompts)
+        tokens = [answer.ids if echo else answer.tokens for answer in answers]
+        return tokens, [a.prompt_logprobs + a.logprobs for a in answers] if logprobs else None
 
     def text_completion(
         self,
@@ -200,62 +350,8 @@ class Llama:
         `logprobs` also `tokens`, one string per id whose concatenation is `generation`, and their `logprobs`.
         """
         settings = self._settings(max_gen_len, temperature, top_p, seed, stop)
-        requests = self._requests(self._encode(prompts), settings, logprobs=logprobs, echo=echo)
-        self._run(requests)
-        return [CompletionPrediction(generation=r.generation, **outcome(r)) for r in requests]
-
-    def stream_text_completion(
-        self,
-        prompts: Sequence[str],
-        temperature: float | Sequence[float] = 0.6,
-        top_p: float | Sequence[float] = 0.9,
-        max_gen_len: int | Sequence[int] | None = None,
-        logprobs: bool = False,
-        echo: bool = False,
-        *,
-        seed: int | Sequence[int] | None = None,
-        stop: str | Sequence[str] | Sequence[Sequence[str]] = (),
-    ) -> Iterator[Piece]:
-        """`text_completion` as it is generated: pieces of whole characters, of all prompts in turn.
-
-        The pieces of one prompt join to its `generation`. A stream may be dropped before its end; on several ranks,
-        after the same piece on each. Once another call has used this Llama, going on with it is a RuntimeError.
-        """
-        settings = self._settings(max_gen_len, temperature, top_p, seed, stop)
-        return self._stream(self._requests(self._encode(prompts), settings, logprobs=logprobs, echo=echo))
-
-    def text_infilling(
-        self,
-        prefixes: Sequence[str],
-        suffixes: Sequence[str],
-        temperature: float | Sequence[float] = 0.6,
-        top_p: float | Sequence[float] = 0.9,
-        max_gen_len: int | Sequence[int] | None = None,
-        logprobs: bool = False,
-        suffix_first: bool = False,
-        *,
-        seed: int | Sequence[int] | None = None,
-        stop: str | Sequence[str] | Sequence[Sequence[str]] = (),
-    ) -> list[InfillingPrediction]:
-        """What Code Llama puts between each prefix and suffix; parameters and errors as in `text_completion`.
-
-        Each result's `generation` is the text between, which ends at the model's end-of-infilling token, and
-        `full_text` is prefix, generation and suffix. `suffix_first` is the format that shows the model the suffix
-        first. Raises ValueError for a tokenizer without the pieces that mark the three.
-        """
-        check_infilling(self.tokenizer)
-        prefixes, suffixes = listed("prefixes", prefixes), listed("suffixes", suffixes)
-        if len(prefixes) != len(suffixes):
-            raise ValueError(f"prefixes are {len(prefixes)} and suffixes {len(suffixes)}: pass as many of each")
-        pairs = list(zip(prefixes, suffixes, strict=True))
-        prompts = [encode_infilling(prefix, suffix, self.tokenizer, suffix_first) for prefix, suffix in pairs]
-        settings = self._settings(max_gen_len, temperature, top_p, seed, stop)
-        requests = self._requests(prompts, settings, logprobs=logprobs, infilling=True)
-        self._run(requests)
-        return [
-            InfillingPrediction(generation=r.text, full_text=prefix + r.text + suffix, **outcome(r))
-            for r, (prefix, suffix) in zip(requests, pairs, strict=True)
-        ]
+        requests = self._requests(lambda: self._encode(prompts), settings, logprobs=logprobs, echo=echo)
+        return [CompletionPrediction(generation=a.generation, **outcome(a)) for a in self._run(requests)]
 
     def chat_completion(
         self,
@@ -278,283 +374,71 @@ class Llama:
         Raises ValueError, naming dialog and message, for roles out of order.
         """
         settings = self._settings(max_gen_len, temperature, top_p, seed, stop)
-        requests = self._chat_requests(dialogs, settings, logprobs, input_check)
-        self._run(requests)
+        answers = self._run(self._chat_requests(dialogs, settings, logprobs, input_check))
         if output_check is not None:
-            for request in requests:
-                self._check_output(request, output_check)
-        return [ChatPrediction(generation=Message(role="assistant", content=r.text), **outcome(r)) for r in requests]
+            for answer in answers:
+                self._check_output(answer, output_check)
+        return [ChatPrediction(generation=Message(role="assistant", content=a.text), **outcome(a)) for a in answers]
 
-    def stream_chat_completion(
+    def text_infilling(
         self,
-        dialogs: Sequence[Dialog],
+        prefixes: Sequence[str],
+        suffixes: Sequence[str],
         temperature: float | Sequence[float] = 0.6,
         top_p: float | Sequence[float] = 0.9,
         max_gen_len: int | Sequence[int] | None = None,
         logprobs: bool = False,
+        suffix_first: bool = False,
         *,
         seed: int | Sequence[int] | None = None,
         stop: str | Sequence[str] | Sequence[Sequence[str]] = (),
-        input_check: Check | None = None,
-        output_check: Check | None = None,
-        reuse_prefix: bool = False,
-    ) -> Iterator[Piece]:
-        """`chat_completion` as it is generated; see `stream_text_completion`.
+    ) -> list[InfillingPrediction]:
+        """What Code Llama puts between each prefix and suffix; parameters and errors as in `text_completion`.
 
-        An answer that `output_check` is to see comes in one piece, once it is whole. With `reuse_prefix`, a single
-        dialog that begins as the one before it did keeps what is cached of that and computes only the rest; in 16 bits
-        this may round otherwise than computing all of it.
+        Each result's `generation` is the text between, which ends at the model's end-of-infilling token, and
+        `full_text` is prefix, generation and suffix. `suffix_first` is the format that shows the model the suffix
+        first. Raises ValueError for a tokenizer without the pieces that mark the three.
         """
         settings = self._settings(max_gen_len, temperature, top_p, seed, stop)
-        requests = self._chat_requests(dialogs, settings, logprobs, input_check)
-        return self._stream(requests, output_check=output_check, reuse_prefix=reuse_prefix)
+        pairs = list(zip(listed("prefixes", prefixes), listed("suffixes", suffixes), strict=False))
 
-    @torch.inference_mode()
-    def embed(self, prompts: Sequence[str], pooling: Literal["mean", "last"] = "mean") -> Tensor:
+        def encode() -> list[list[int]]:
+            check_infilling(self.tokenizer, prefixes, suffixes)
+            return [encode_infilling(prefix, suffix, self.tokenizer, suffix_first) for prefix, suffix in pairs]
+
+        requests = self._requests(encode, settings, logprobs=logprobs, continues=True, end_ids=[self.tokenizer.eot_id])
+        return [
+            InfillingPrediction(generation=a.text, full_text=prefix + a.text + suffix, **outcome(a))
+            for a, (prefix, suffix) in zip(self._run(requests), pairs, strict=True)
+        ]
+
+    def embed(self, prompts: Sequence[str], pooling: Pooling = "mean") -> Tensor:
         """The final norm's output over each text's tokens, BOS among them: their mean or the last, (n, dim) float32."""
         if pooling not in ("mean", "last"):
             raise ValueError(f"pooling is {pooling!r}: use 'mean' or 'last'")
-        requests = self._requests(self._encode(prompts), self._settings(0, 0.0, 1.0, 0, ()))
-        size = self.model.params.max_batch_size
-        pooled = torch.empty(len(requests), self.model.params.dim, dtype=torch.float32, device=self.cache.k.device)
-        for first in range(0, len(requests), size):
-            batch = [request.prompt for request in requests[first : first + size]]
-            h = self.model.hidden_states(self._tensor(pad(batch))).float()
-            for i, prompt in enumerate(batch):
-                pooled[first + i] = h[i, : len(prompt)].mean(dim=0) if pooling == "mean" else h[i, len(prompt) - 1]
-        return pooled
-
-    def _settings(self, max_gen_len: Any, temperature: Any, top_p: Any, seed: Any, stop: Any) -> Settings:
-        return Settings(max_gen_len, temperature, top_p, self.seed if seed is None else seed, stop)
-
-    def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
-        return [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in listed("prompts", prompts)]
-
-    def _requests(self, prompts: Sequence[Any], settings: Settings, **options: Any) -> list[Request]:
-        return make_requests(self.tokenizer, prompts, settings, self.model.params.max_seq_len, **options)
-
-    def _chat_requests(
-        self, dialogs: Sequence[Dialog], settings: Settings, logprobs: bool, check: Check | None
-    ) -> list[Request]:
-        """One request per dialog; those of refused dialogs are finished."""
-        dialogs = listed("dialogs", dialogs)
-        for index, dialog in enumerate(dialogs):
-            try:
-                check_dialog(dialog)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"dialog {index}, {error}") from None
-        refusals = [UNSAFE_ERROR if has_special_tags(dialog) else None for dialog in dialogs]
-        if check is not None:
-            for index, dialog in enumerate(dialogs):
-                inputs = [message["content"] for message in dialog if message["role"] != "assistant"]
-                while refusals[index] is None and inputs:
-                    refusals[index] = self._refusal(check, inputs.pop(0))
-        pairs = zip(refusals, dialogs, strict=True)
-        encoded = [[] if r is not None else encode_dialog(d, self.tokenizer) for r, d in pairs]
-        return self._requests(encoded, settings, logprobs=logprobs, refusals=refusals)
-
-    def _refusal(self, check: Check, text: str) -> str | None:
-        """What the first rank's check says of a text."""
-        refusal = share_object(check(text), self.world_size)
-        if refusal is None or isinstance(refusal, str):
-            return refusal
-        raise TypeError(f"a check returned {refusal!r}: return None, or the text of a refusal")
-
-    def _check_output(self, request: Request, check: Check) -> None:
-        if request.prompt and (refusal := self._refusal(check, request.text)) is not None:
-            request.refuse(refusal)
-
-    def _stream(
-        self, requests: list[Request], *, output_check: Check | None = None, reuse_prefix: bool = False
-    ) -> Iterator[Piece]:
-        sent = [0] * len(requests)
-        finished = [r for r in requests if r.finish_reason is not None and not r.scores_prompt]
-        for advanced in chain([finished], self._steps(requests, reuse_prefix)):
-            for request in advanced:
-                if output_check is not None:
-                    if request.finish_reason is None:
-                        continue
-                    self._check_output(request, output_check)
-                end = len(request.generation) - request.held_back
-                piece = Piece(index=request.index, text=request.generation[sent[request.index] : end])
-                sent[request.index] = end
-                if request.finish_reason is not None:
-                    piece |= outcome(request)  # type: ignore[typeddict-item]
-                if piece["text"] or request.finish_reason is not None:
-                    yield piece
-
-    def _run(self, requests: list[Request]) -> None:
-        for _ in self._steps(requests):
-            pass
-
-    @torch.inference_mode()
-    def _steps(self, requests: list[Request], reuse_prefix: bool = False) -> Iterator[list[Request]]:
-        """Run requests to their ends; yields after each forward pass those that it gave a token.
-
-        Running requests occupy the first rows of the cache, so that every pass works on a slice of it. Prompts are
-        admitted, all that fit at once, as soon as rows are free.
-        """
-        waiting = deque(r for r in requests if r.finish_reason is None or r.scores_prompt)
-        running: list[Request] = []
-        known = self.cache.tokens if reuse_prefix else []
-        mine: list[int] = []  # whoever uses the cache puts a list of its own there, so that each sees the others come
-        self.cache.tokens = mine
-        first_row: Request | None = None  # the one whose tokens the cache's first row holds
-        try:
-            while waiting or running:
-                free = self.model.params.max_batch_size - len(running)
-                if waiting and free:
-                    advanced = [waiting.popleft() for _ in range(min(free, len(waiting)))]
-                    advanced.sort(key=lambda request: -len(request.prompt))
-                    if not running:
-                        first_row = None  # until the pass is done, the first row is neither's
-                    logits = self._prefill(advanced, len(running), known)
-                    known = []
-                    running += advanced
-                else:
-                    advanced = list(running)
-                    logits = self._decode(running)
-                first_row = running[0]
-                self._advance(advanced, logits)
-                self._close_ranks(running)
-                first_row = running[0] if running else first_row
-                yield advanced
-                if self.cache.tokens is not mine:
-                    raise RuntimeError("another call has used this Llama since: read a stream to its end before one")
-        except ValueError:
-            first_row = None
-            self.cache.clear()  # a NaN left in it would spread: even a masked position is multiplied, by 0
-            raise
-        finally:
-            if self.cache.tokens is mine and first_row is not None:
-                self.cache.tokens = (first_row.prompt + first_row.tokens)[:-1]
-
-    def _prefill(self, requests: list[Request], first: int, known: list[int]) -> Tensor:
-        """Run prompts, longest first, into the rows from `first` on; returns the logits after each, (n, vocab_size).
-
-        Prompts of similar length share a pass.
-        """
-        logits, begin = [], 0
-        known = known if len(requests) == 1 else []
-        for end in range(1, len(requests) + 1):
-            longest = len(requests[begin].prompt)
-            if end == len(requests) or longest - len(requests[end].prompt) > PASS_TOKENS:
-                logits.append(self._prefill_together(requests[begin:end], first + begin, known))
-                begin = end
-        return torch.cat(logits)
-
-    def _prefill_together(self, requests: list[Request], first: int, known: list[int]) -> Tensor:
-        """One pass of `_prefill`.
-
-        Shorter prompts are padded on the right: causality keeps padding out of the prompt's sight, and each decoded
-        token overwrites the cached padding at its position before anything attends to it.
-        """
-        prompts = [request.prompt for request in requests]
-        lengths = [len(prompt) for prompt in prompts]
-        start = None
-        if known:
-            cached = common_prefix(known, prompts[0][:-1])
-            start, prompts = self._tensor([cached]), [prompts[0][cached:]]
-        window = self.cache.window(slice(first, first + len(prompts)), max(lengths))
-        h = self.model.hidden_states(self._tensor(pad(prompts)), window, start)
-        for row, request in enumerate(requests):
-            if request.scores_prompt:
-                request.prompt_logprobs = [0.0, *self._score(h[row], request.prompt[1:])]
-        last = self._tensor([len(prompt) - 1 for prompt in prompts])
-        return self.model.logits(h[torch.arange(len(prompts), device=h.device), last])
-
-    def _decode(self, requests: list[Request]) -> Tensor:
-        """Run the last token of every row; returns the logits after it, (n, vocab_size)."""
-        positions = [request.length - 1 for request in requests]
-        last = self._tensor([[request.tokens[-1]] for request in requests])
-        return self.step(last, self._tensor(positions), self.cache, max(positions) + 1)
-
-    def _advance(self, requests: list[Request], logits: Tensor) -> None:
-        """Give each unfinished request the token that its row of logits (n, vocab_size) decides."""
-        for request, (token, logprob) in zip(requests, self._choose(requests, logits), strict=True):
-            if token < 0:
-                raise self._non_finite(request)
-            if request.finish_reason is not None:
-                continue
-            if token in request.end_ids:
-                request.finish("stop")
-            else:
-                request.append(token, logprob)
-
-    def _choose(self, requests: list[Request], logits: Tensor) -> list[tuple[int, float]]:
-        """The next token of each row and, where asked for, its logprob; token -1 where logits are not finite.
-
-        The first rank's choice counts on all of them: ranks may differ in a logit's last bit, and must not in a token.
-        """
-        tokens = sample(
-            logits,
-            temperature=[request.temperature for request in requests],
-            top_p=[request.top_p for request in requests],
-            uniform=[request.rng.random() for request in requests],
-        )
-        wanted = any(request.wants_logprobs for request in requests)
-        logprobs = -F.cross_entropy(logits, tokens, reduction="none") if wanted else torch.zeros_like(tokens)
-        tokens = torch.where(logits.sum(dim=-1).isfinite(), tokens, -1)  # one pass: a sum keeps what is not finite
-        # Token ids are exact in float32, and one tensor takes one broadcast and one read by the host.
-        choice = share(torch.stack((tokens.float(), logprobs.float())), self.world_size).tolist()
-        return [(int(token), logprob) for token, logprob in zip(*choice, strict=True)]
-
-    def _close_ranks(self, running: list[Request]) -> None:
-        """Drop finished requests; the last rows move into the places that they leave."""
-        row = 0
-        while row < len(running):
-            if running[row].finish_reason is None:
-                row += 1
-                continue
-            last = running.pop()
-            if last.finish_reason is None:
-                self.cache.move_row(len(running), row, last.length)
-                running[row] = last
-
-    def _score(self, h: Tensor, targets: list[int]) -> list[float]:
-        """Logprobs of the tokens that follow hidden states h (>= len(targets), dim), few positions at a time."""
-        scores: list[float] = []
-        for first in range(0, len(targets), SCORE_CHUNK):
-            chunk = self._tensor(targets[first : first + SCORE_CHUNK])
-            logits = self.model.logits(h[first : first + len(chunk)])
-            scores += share(-F.cross_entropy(logits, chunk, reduction="none"), self.world_size).tolist()
-        return scores
-
-    def _non_finite(self, request: Request) -> ValueError:
-        dtype = str(self.cache.k.dtype).removeprefix("torch.")
-        advice = {"float16": 'try dtype="bfloat16"', "bfloat16": 'try dtype="float32"'}
-        return ValueError(
-            f"logits are not finite (row {request.index}, position {request.length - 1}, {dtype}): "
-            + advice.get(dtype, "the checkpoint's weights are damaged or of another model")
-        )
-
-    def _tensor(self, values: Sequence[object]) -> Tensor:
-        return torch.tensor(values, device=self.cache.k.device)
+        answers = self._run(self._requests(lambda: self._encode(prompts), Settings(0), pooling=pooling))
+        pooled = [a.states.mean(dim=0) if pooling == "mean" else a.states[-1] for a in answers if a.states is not None]
+        return torch.stack(pooled) if pooled else torch.empty(0, self.model.params.dim, dtype=torch.float32)
 
 
-def listed(name: str, values: Any) -> list[Any]:
-    """`values` as a list. A lone str or dict is iterable too, of characters or keys, which is never what was meant."""
-    if isinstance(values, (str, bytes, dict)) or not isinstance(values, Iterable):
-        raise TypeError(f"{name} is a {type(values).__name__}: pass a list, [{values!r}]")
-    return list(values)
+def input_refusal(check: Check, dialog: Dialog) -> str | None:
+    """What a check says of the first message that it refuses, of those that the assistant did not write."""
+    texts = (message["content"] for message in dialog if message["role"] != "assistant")
+    return next((refusal for text in texts if (refusal := refusal_of(check, text)) is not None), None)
 
 
-def pad(rows: list[list[int]]) -> list[list[int]]:
-    """Rows of one length, with ids on the right that nothing attends to."""
-    longest = max(map(len, rows))
-    return [row + [0] * (longest - len(row)) for row in rows]
+def refusal_of(check: Check, text: str) -> str | None:
+    refusal = check(text)
+    if refusal is None or isinstance(refusal, str):
+        return refusal
+    raise TypeError(f"a check returned {refusal!r}: return None, or the text of a refusal")
 
 
-def common_prefix(a: list[int], b: list[int]) -> int:
-    """How many ids the two begin with in common."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def outcome(request: Request) -> Prediction:
+def outcome(answer: Answer) -> Prediction:
     """What text and chat results have in common."""
-    assert request.finish_reason is not None, "the request was not run to its end"
-    result = Prediction(finish_reason=request.finish_reason)
-    if request.wants_logprobs:
-        result["tokens"] = request.prompt_pieces + request.pieces
-        result["logprobs"] = request.prompt_logprobs + request.logprobs
+    assert answer.finish_reason is not None, "the request was not run to its end"
+    result = Prediction(finish_reason=answer.finish_reason)
+    if answer.request.logprobs:
+        result["tokens"] = answer.prompt_pieces + answer.pieces
+        result["logprobs"] = answer.prompt_logprobs + answer.logprobs
     return result

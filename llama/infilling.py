@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .tokenizer import Tokenizer
 
 # Begins a text, so that SentencePiece's own space before a text's first word comes before it and is cut off with it.
 MARK = "☺"
 
 
-def check_infilling(tokenizer: Tokenizer) -> None:
-    """Raise ValueError unless the tokenizer has the pieces that mark prefix, suffix, middle and end."""
+def check_infilling(tokenizer: Tokenizer, prefixes: Sequence[str], suffixes: Sequence[str]) -> None:
+    """Raise ValueError unless the tokenizer has the pieces that mark prefix, suffix, middle and end, and texts pair."""
     ids = {
         "▁<PRE>": tokenizer.prefix_id,
         "▁<SUF>": tokenizer.suffix_id,

@@ -1,4 +1,4 @@
-"""The Llama 2 transformer (Touvron et al. 2023, arXiv:2307.09288) and its key/value cache.
+"""The Llama 2 transformer (Touvron et al. 2023, arXiv:2307.09288).
 
 Knows nothing about text, requests or checkpoint files. Without a cache a Transformer attends within its own input and
 is differentiable; with one it continues sequences that were cached before.
@@ -6,21 +6,29 @@ is differentiable; with one it continues sequences that were cached before.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .parallel import (
-    ColumnParallelLinear,
-    ParallelEmbedding,
-    RowParallelLinear,
-    model_parallel_size,
-    multiply_together,
-    split,
-)
+from .cache import Attended, Batch, KVCache, Runs
+from .original import repeat_kv, reshape_for_broadcast
+from .parallel import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, model_ranks, multiply_together
+
+__all__ = [
+    "Attention",
+    "FeedForward",
+    "ModelArgs",
+    "RMSNorm",
+    "Transformer",
+    "TransformerBlock",
+    "apply_rotary_emb",
+    "precompute_freqs_cis",
+    "repeat_kv",
+    "reshape_for_broadcast",
+]
 
 
 @dataclass
@@ -52,63 +60,22 @@ class ModelArgs:
 
     @property
     def hidden_dim(self) -> int:
-        """Width of the feed-forward layer: two thirds of 4 × dim, as SwiGLU has three matrices in place of two."""
-        hidden_dim = int(2 * (4 * self.dim) / 3)
-        if self.ffn_dim_multiplier is not None:
-            hidden_dim = int(self.ffn_dim_multiplier * hidden_dim)
-        return -(-hidden_dim // self.multiple_of) * self.multiple_of
+        """Width of the feed-forward layer."""
+        return feed_forward_dim(4 * self.dim, self.multiple_of, self.ffn_dim_multiplier)
 
 
-@dataclass
-class KVCache:
-    """Keys and values of the positions seen so far, each (n_layers, rows, n_local_kv_heads, length, head_dim)."""
-
-    k: Tensor
-    v: Tensor
-    tokens: list[int] = field(default_factory=list)  # ids that the first row is known to hold from its start on
-
-    @classmethod
-    def allocate(cls, args: ModelArgs, dtype: torch.dtype, device: torch.device) -> KVCache:
-        """This rank's cache for `max_batch_size` rows of `max_seq_len` positions."""
-        n_local_kv_heads = split(args.kv_heads, model_parallel_size())
-        shape = (args.n_layers, args.max_batch_size, n_local_kv_heads, args.max_seq_len, args.head_dim)
-        # Zeros, not empty: masked positions are multiplied by 0, and 0 × NaN would be NaN.
-        return cls(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-
-    def window(self, rows: slice, length: int) -> KVCache:
-        """A view of some rows' first `length` positions: what one pass reads and writes."""
-        return KVCache(self.k[:, rows, :, :length], self.v[:, rows, :, :length])
-
-    def layer(self, layer_id: int) -> tuple[Tensor, Tensor]:
-        return self.k[layer_id], self.v[layer_id]
-
-    @property
-    def nbytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes
-
-    def move_row(self, source: int, target: int, length: int) -> None:
-        for cached in (self.k, self.v):
-            cached[:, target, :, :length] = cached[:, source, :, :length]
-
-    def clear(self) -> None:
-        self.tokens = []
-        self.k.zero_()
-        self.v.zero_()
-
-
-class Span(NamedTuple):
-    """Where the tokens of a pass stand; the same for every layer."""
-
-    rows: Tensor  # (bsz, 1), of the cache
-    positions: Tensor  # (bsz or 1, seqlen)
-    freqs_cis: Tensor  # (bsz or 1, seqlen, 1, head_dim / 2)
-    mask: Tensor | None  # added to scores, (bsz, 1, n_heads / n_kv_heads × seqlen, length); None: causal in the input
+def feed_forward_dim(hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:
+    """Two thirds of `hidden_dim`, as SwiGLU has three matrices in place of two; times the multiplier, rounded up."""
+    hidden_dim = int(2 * hidden_dim / 3)
+    if ffn_dim_multiplier is not None:
+        hidden_dim = int(ffn_dim_multiplier * hidden_dim)
+    return -(-hidden_dim // multiple_of) * multiple_of
 
 
 class RMSNorm(nn.Module):
     """x / rms(x) × weight, computed in float32 (Zhang and Sennrich 2019, equation 4)."""
 
-    def __init__(self, dim: int, eps: float):
+    def __init__(self, dim: int, eps: float = 1e-6):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
@@ -127,15 +94,21 @@ def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0, scaling_fac
     return torch.polar(torch.ones_like(angles), angles)
 
 
-def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
-    """Rotate neighbouring pairs of each head's channels: x (bsz, seqlen, n_heads, head_dim), freqs_cis
-    (bsz or 1, seqlen, 1, head_dim / 2)."""
-    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * freqs_cis).flatten(-2).type_as(x)
+def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate neighbouring pairs of each head's channels: queries and keys (bsz, seqlen, n_heads, head_dim), freqs_cis
+    (seqlen, head_dim / 2), or with a batch dimension before it where rows are at positions of their own."""
+
+    def rotate(x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * freqs_cis.unsqueeze(-2)).flatten(-2).type_as(x)
+
+    return rotate(xq), rotate(xk)
 
 
 class Attention(nn.Module):
     """Causal self-attention with grouped key/value heads (Ainslie et al. 2023)."""
+
+    joined = ("wq", "wk", "wv")  # multiply the same input, and may be held as one matrix
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -145,32 +118,42 @@ class Attention(nn.Module):
         self.wv = ColumnParallelLinear(args.dim, args.kv_heads * self.head_dim)
         self.wo = RowParallelLinear(args.n_heads * self.head_dim, args.dim)
 
-    def forward(self, x: Tensor, span: Span, cache: tuple[Tensor, Tensor] | None) -> Tensor:
-        bsz, seqlen, _ = x.shape
-        xq, xk, xv = (y.view(bsz, seqlen, -1, self.head_dim) for y in multiply_together(x, self.wq, self.wk, self.wv))
-        xq, xk = apply_rotary_emb(xq, span.freqs_cis), apply_rotary_emb(xk, span.freqs_cis)
-        if cache is not None:
-            keys, values = cache  # (bsz, n_local_kv_heads, length, head_dim)
-            keys[span.rows, :, span.positions] = xk
-            values[span.rows, :, span.positions] = xv
-        xq, xk, xv = (t.transpose(1, 2) for t in (xq, xk, xv))  # (bsz, n_local_heads, seqlen, head_dim)
-        if span.mask is None:
-            y = F.scaled_dot_product_attention(xq, xk, xv, is_causal=True, enable_gqa=True)
+    def forward(self, x: Tensor, freqs_cis: Tensor, layer_id: int, context: Batch | Runs | None) -> Tensor:
+        xq, xk, xv = (y.unflatten(-1, (-1, self.head_dim)) for y in multiply_together(x, self.wq, self.wk, self.wv))
+        xq, xk = apply_rotary_emb(xq, xk, freqs_cis)
+        if context is None:
+            parts = [Attended(slice(None), xk.transpose(1, 2), xv.transpose(1, 2), None)]
         else:
-            # The query heads that share a key head become more rows of it, so that no key is repeated.
-            groups = xq.reshape(bsz, keys.shape[1], -1, self.head_dim)
-            y = F.scaled_dot_product_attention(groups, keys, values, attn_mask=span.mask).view_as(xq)
-        return self.wo(y.transpose(1, 2).flatten(2))
+            parts = context.update(layer_id, xk, xv)
+        attended = [attend(xq[:, part.tokens], part) for part in parts]
+        return self.wo(attended[0] if len(attended) == 1 else torch.cat(attended, dim=1))
+
+
+def attend(xq: Tensor, to: Attended) -> Tensor:
+    """softmax(q kᵀ / √head_dim + mask) v of each head: (bsz, seqlen, n_local_heads × head_dim), for queries
+    (bsz, seqlen, n_local_heads, head_dim)."""
+    xq = xq.transpose(1, 2)
+    if to.mask is None:
+        y = F.scaled_dot_product_attention(xq, to.keys, to.values, is_causal=True, enable_gqa=True)
+    else:
+        # The query heads that share a key head become more rows of it, so that no key is repeated.
+        groups = xq.reshape(xq.shape[0], to.keys.shape[1], -1, xq.shape[-1])
+        y = F.scaled_dot_product_attention(groups, to.keys, to.values, attn_mask=to.mask).view_as(xq)
+    return y.transpose(1, 2).flatten(2)
 
 
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer 2020): w2(silu(w1 x) × w3 x)."""
 
-    def __init__(self, args: ModelArgs):
+    joined = ("w1", "w3")
+
+    def __init__(self, dim: int, hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | None):
+        """`hidden_dim` is the width of a layer of two matrices, 4 × dim; see feed_forward_dim."""
         super().__init__()
-        self.w1 = ColumnParallelLinear(args.dim, args.hidden_dim)
-        self.w2 = RowParallelLinear(args.hidden_dim, args.dim)
-        self.w3 = ColumnParallelLinear(args.dim, args.hidden_dim)
+        hidden_dim = feed_forward_dim(hidden_dim, multiple_of, ffn_dim_multiplier)
+        self.w1 = ColumnParallelLinear(dim, hidden_dim)
+        self.w2 = RowParallelLinear(hidden_dim, dim)
+        self.w3 = ColumnParallelLinear(dim, hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = multiply_together(x, self.w1, self.w3)
@@ -178,83 +161,110 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    def __init__(self, args: ModelArgs):
+    def __init__(self, layer_id: int, args: ModelArgs):
         super().__init__()
+        self.layer_id = layer_id
         self.attention = Attention(args)
-        self.feed_forward = FeedForward(args)
+        self.feed_forward = FeedForward(args.dim, 4 * args.dim, args.multiple_of, args.ffn_dim_multiplier)
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(self, x: Tensor, span: Span, cache: tuple[Tensor, Tensor] | None) -> Tensor:
-        h = x + self.attention(self.attention_norm(x), span, cache)
+    def forward(self, x: Tensor, freqs_cis: Tensor, context: Batch | Runs | None) -> Tensor:
+        h = x + self.attention(self.attention_norm(x), freqs_cis, self.layer_id, context)
         return h + self.feed_forward(self.ffn_norm(h))
 
 
 class Transformer(nn.Module):
-    """Token ids -> logits. `cache` is None until one is attached; it is not part of `state_dict`."""
+    """Token ids -> logits. `cache` is None until one is attached or needed; it is not part of `state_dict`."""
 
     def __init__(self, params: ModelArgs):
         super().__init__()
         if params.vocab_size < 1:
             raise ValueError(f"vocab_size is {params.vocab_size}: set it to the tokenizer's n_words")
         self.params = params
+        self.vocab_size, self.n_layers = params.vocab_size, params.n_layers
+        self.ranks = model_ranks()
         self.tok_embeddings = ParallelEmbedding(params.vocab_size, params.dim)
-        self.layers = nn.ModuleList(TransformerBlock(params) for _ in range(params.n_layers))
+        self.layers = nn.ModuleList(TransformerBlock(layer_id, params) for layer_id in range(params.n_layers))
         self.norm = RMSNorm(params.dim, params.norm_eps)
         self.output = ColumnParallelLinear(params.dim, params.vocab_size, gather_output=True)
         self.cache: KVCache | None = None
         # Computed at first use, after the memory was checked; not a buffer, whose angles .bfloat16() would round.
         self.freqs_cis: Tensor | None = None
 
+    @property
+    def groups(self) -> int:
+        """How many query heads share a key head."""
+        return self.params.n_heads // self.params.kv_heads
+
+    @torch.inference_mode(False)  # a tensor made in inference mode could not be written to outside of it
+    def allocate_cache(self) -> KVCache:
+        """Attach this rank's cache, empty, for `max_batch_size` rows of `max_seq_len` positions."""
+        args, like = self.params, self.tok_embeddings.weight
+        heads = self.ranks.split(args.kv_heads)
+        shape = (args.n_layers, args.max_batch_size, heads, args.max_seq_len, args.head_dim)
+        # Zeros, not empty: masked positions are multiplied by 0, and 0 × NaN would be NaN.
+        k, v = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
+        self.cache = KVCache(k, v)
+        return self.cache
+
     def forward(self, tokens: Tensor, start_pos: int = 0) -> Tensor:
         """Logits of every position, (bsz, seqlen, vocab_size) float32, for tokens (bsz, seqlen) at `start_pos` onward.
 
-        With a cache attached, tokens are cached in its first bsz rows and also attend to the `start_pos` positions
-        cached there before. Raises ValueError for more rows or positions than fit.
+        With a cache, tokens are cached in its first bsz rows and also attend to the `start_pos` positions cached there
+        before. One is attached at the first call without gradients. Raises ValueError for more rows or positions than
+        fit.
         """
         if tokens.dim() != 2 or tokens.numel() == 0 or start_pos < 0:
             raise ValueError(f"tokens are {tuple(tokens.shape)} at {start_pos}: pass (bsz, seqlen) at 0 or more")
-        bsz, seqlen = tokens.shape
-        limit = self.params.max_seq_len
-        if start_pos + seqlen > limit:
-            raise ValueError(f"tokens reach position {start_pos + seqlen}, and max_seq_len is {limit}")
-        if self.cache is None:
-            if start_pos:
-                raise ValueError(f"start_pos is {start_pos}, and no cache is attached: pass the whole sequence at 0")
+        (bsz, seqlen), end, args = tokens.shape, start_pos + tokens.shape[1], self.params
+        if end > args.max_seq_len:
+            raise ValueError(f"tokens reach position {end}, and max_seq_len is {args.max_seq_len}")
+        if bsz > args.max_batch_size and (start_pos or self.cache is not None):
+            raise ValueError(f"tokens have {bsz} rows, and max_batch_size is {args.max_batch_size}")
+        if self.cache is None and torch.is_grad_enabled() and start_pos:
+            raise ValueError(
+                f"start_pos is {start_pos}, and no cache is attached: call it under torch.inference_mode()"
+            )
+        if self.cache is None and (torch.is_grad_enabled() or bsz > args.max_batch_size):
             return self.logits(self.hidden_states(tokens))
-        if bsz > self.params.max_batch_size:
-            raise ValueError(f"tokens have {bsz} rows, and max_batch_size is {self.params.max_batch_size}")
-        self.cache.tokens = []
-        cache = self.cache.window(slice(bsz), start_pos + seqlen)
-        start = None if start_pos == 0 else torch.full((bsz,), start_pos, device=tokens.device)
-        return self.logits(self.hidden_states(tokens, cache, start))
+        cache = self.cache or self.allocate_cache()
+        positions = torch.arange(start_pos, end, device=tokens.device).expand(bsz, seqlen)
+        before = [ids[:start_pos] for ids in cache.held[:bsz]]
+        cache.held[:bsz] = [[] for _ in range(bsz)]
+        h = self.hidden_states(tokens, Batch(cache, positions, end, self.groups))
+        for row, ids in enumerate(tokens.tolist()):
+            if len(before[row]) == start_pos:  # else nobody knows what stands before them
+                cache.held[row] = before[row] + ids
+        return self.logits(h)
 
-    def hidden_states(self, tokens: Tensor, cache: KVCache | None = None, start_pos: Tensor | None = None) -> Tensor:
+    def hidden_states(self, tokens: Tensor, context: Batch | Runs | None = None) -> Tensor:
         """The final norm's output, (bsz, seqlen, dim), for tokens (bsz, seqlen).
 
-        The cache's rows are the batch's. Row i's first token stands at start_pos[i] and attends to the cached positions
-        before it; without `start_pos` all rows begin at 0, and rows may be right-padded: no token attends to what
-        follows it.
+        `context` says where they stand in the cache and what they attend to; without it each row stands at 0 and may be
+        right-padded, for no token attends to what follows it.
         """
         h = self.tok_embeddings(tokens)
         if self.freqs_cis is None or self.freqs_cis.device != h.device:
-            args = self.params
-            freqs_cis = precompute_freqs_cis(args.head_dim, args.max_seq_len, args.rope_theta, args.rope_scaling_factor)
-            self.freqs_cis = freqs_cis.to(h.device)
-        rows = torch.arange(tokens.shape[0], device=h.device)[:, None]
-        positions = torch.arange(tokens.shape[1], device=h.device)[None]
-        mask = None
-        if start_pos is not None:
-            assert cache is not None
-            positions = start_pos[:, None] + positions
-            unseen = torch.arange(cache.k.shape[3], device=h.device) > positions[:, None, :, None]
-            mask = torch.zeros(unseen.shape, dtype=h.dtype, device=h.device).masked_fill(unseen, -torch.inf)
-            mask = mask.repeat(1, 1, self.params.n_heads // self.params.kv_heads, 1)
-        span = Span(rows, positions, self.freqs_cis[positions].unsqueeze(2), mask)
-        for layer_id, layer in enumerate(self.layers):
-            h = layer(h, span, None if cache is None else cache.layer(layer_id))
+            self._precompute(h.device)
+        assert self.freqs_cis is not None
+        freqs_cis = self.freqs_cis[: tokens.shape[1]] if context is None else self.freqs_cis[context.positions]
+        for layer in self.layers:
+            h = layer(h, freqs_cis, context)
         return self.norm(h)
 
     def logits(self, h: Tensor) -> Tensor:
         """(..., vocab_size) float32, for hidden states (..., dim)."""
         return self.output(h).float()
+
+    @torch.inference_mode(False)
+    def _precompute(self, device: torch.device) -> None:
+        args = self.params
+        freqs_cis = precompute_freqs_cis(args.head_dim, args.max_seq_len, args.rope_theta, args.rope_scaling_factor)
+        self.freqs_cis = freqs_cis.to(device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformer:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.cache is not None:  # .half() and .to(...) take what is cached along
+            self.cache.k, self.cache.v = fn(self.cache.k), fn(self.cache.v)
+        return self

@@ -1,4 +1,4 @@
-"""The process group and device of this rank, and fairscale's parallel layers, for inference.
+"""This rank among the others: its process group, its device, and fairscale's parallel layers, for inference.
 
 fairscale's own constructors allocate the whole weight on every rank and cannot build on the meta device; its reduce is
 an autograd function, which breaks a compiled graph. The subclasses below keep its types and its groups, hold this
@@ -8,13 +8,12 @@ rank's shard only, and reduce with plain collectives. On one rank they are ordin
 from __future__ import annotations
 
 import atexit
-import ctypes
-import math
+import contextlib
+import io
 import os
-import platform
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, cast
+import pickle
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,11 +23,93 @@ from fairscale.nn.model_parallel import initialize as fs_init
 from fairscale.nn.model_parallel import layers as fs_layers
 from torch import Tensor, nn
 
-# This rank's model-parallel group of each size. Whoever communicates keeps the size and looks the group up here, so
-# that at exit no other reference keeps a group alive (leave_process_group).
-_groups: dict[int, dist.ProcessGroup] = {}
+from .stores import Plain, Rows
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
+T = TypeVar("T")
+
+
+class Ranks:
+    """The `size` ranks that share a model, seen from one of them: its number `rank`, and what they do together."""
+
+    def __init__(self, size: int = 1, rank: int = 0, group: dist.ProcessGroup | None = None):
+        self.size, self.rank, self.group = size, rank, group  # one rank has no group, and nothing to say to it
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return model_ranks, ()  # a copy of a model, or one read from a pickle, is of the ranks it comes to
+
+    def __deepcopy__(self, memo: object) -> Ranks:
+        return self
+
+    def split(self, n: int) -> int:
+        """One rank's part of a dimension. The checkpoint was checked to divide before any layer is built."""
+        assert n % self.size == 0, f"{n} does not divide over {self.size} ranks"
+        return n // self.size
+
+    def sum(self, x: Tensor) -> Tensor:
+        if self.size > 1:
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(..., n / size) on each rank -> (..., n) on all."""
+        if self.size == 1:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous(), group=self.group)
+        return torch.cat(parts, dim=-1)
+
+    def share(self, x: Tensor) -> Tensor:
+        """The values that the first rank has in `x`, on all of them."""
+        if self.group is not None:
+            dist.broadcast(x, src=dist.get_global_rank(self.group, 0), group=self.group)
+        return x
+
+    def ask_first(self, question: Callable[[], T]) -> T:
+        """What `question` returns or raises on the first rank, the only one that is asked, on all of them."""
+        if self.group is None:
+            return question()
+        told: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                told[0] = pickle.dumps(question())
+            except BaseException as error:  # of whatever kind: the other ranks wait
+                told[1] = error if can_pickle(error) else RuntimeError(f"{type(error).__name__}: {error}")
+        dist.broadcast_object_list(told, src=dist.get_global_rank(self.group, 0), group=self.group)
+        if told[1] is not None:
+            raise told[1]
+        answer: T = pickle.loads(told[0])
+        return answer
+
+    def alike(self, make: Callable[[], T]) -> T:
+        """What `make` returns, once all ranks have seen that each of them made the same. Raises ValueError on all where
+        they did not; what `make` raises comes through on every rank where it raised."""
+        if self.group is None:
+            return make()
+        made, error = None, None
+        try:
+            made = make()
+        except Exception as caught:
+            error = caught
+        ours = repr(made if error is None else error)
+        all_ranks = [""] * self.size
+        dist.all_gather_object(all_ranks, ours, group=self.group)
+        if error is not None:
+            raise error
+        if len(set(all_ranks)) > 1:
+            raise ValueError(f"{self.size} ranks were given different requests: pass the same to each of them")
+        return made  # type: ignore[return-value]
+
+
+# Whose groups are to be let go at exit (leave_process_group).
+_joined: list[Ranks] = []
+
+
+def can_pickle(value: object) -> bool:
+    try:
+        pickle.loads(pickle.dumps(value))
+    except Exception:
+        return False
+    return True
 
 
 def init_model_parallel(device: str | torch.device = "auto", model_parallel_size: int | None = None) -> torch.device:
@@ -56,7 +137,8 @@ def init_model_parallel(device: str | torch.device = "auto", model_parallel_size
     if fs_init.model_parallel_is_initialized() and fs_init.get_model_parallel_world_size() != size:
         fs_init.destroy_model_parallel()  # layers built before keep the groups of their size
     if not fs_init.model_parallel_is_initialized():
-        fs_init.initialize_model_parallel(size)
+        with contextlib.redirect_stdout(io.StringIO()):  # fairscale announces each step there
+            fs_init.initialize_model_parallel(size)
     return device
 
 
@@ -67,7 +149,8 @@ def leave_process_group() -> None:
     main thread is past its last collective and ends, is unwound by CPython, and that aborts a rank which has done its
     work. A process group joins its threads when the last reference to it goes, so here go all of them.
     """
-    _groups.clear()
+    for ranks in _joined:
+        ranks.group = None
     fs_init.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -98,56 +181,16 @@ def select_device(device: str | torch.device) -> torch.device:
     return device
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that this rank may still use on its device; the ranks of a node share its main memory evenly."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept for the next tensor
-        return torch.cuda.mem_get_info(device)[0] + unused
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            available = next(line for line in file if line.startswith("MemAvailable"))
-        free = min(int(available.split()[1]) * 1024, container_memory())
-    except OSError:  # macOS: all memory is the closest bound that the standard library knows
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(free) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def container_memory(root: Path = Path("/sys/fs/cgroup")) -> float:
-    """Bytes left under the limit that a container sets (cgroup v2), its page cache counted as free; inf without one."""
-    try:
-        limit, used = (int((root / name).read_text()) for name in ("memory.max", "memory.current"))
-        stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # no such files, or "max" for no limit
-        return math.inf
-    return max(limit - used + int(stat["file"]), 0)
-
-
-def return_freed_memory() -> None:
-    """Have glibc hand large freed memory back to the system at once, so that what loading frees does not add up."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**23)
-
-
-def keep_freed_memory() -> None:
-    """Have glibc hand back what it holds now, and from here on keep freed memory for the next allocation.
-
-    By default it hands every large temporary back to the system, which then clears its pages anew in each layer: that
-    took a third of the time of a 512-token prompt. Other C libraries are left as they are.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.malloc_trim(0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
-
-
-def model_parallel_size() -> int:
-    """The number of ranks that share this rank's model."""
-    if not fs_init.model_parallel_is_initialized():
-        return 1
-    size = fs_init.get_model_parallel_world_size()
-    _groups.setdefault(size, fs_init.get_model_parallel_group())
-    return size
+def model_ranks() -> Ranks:
+    """The ranks that share what this one builds."""
+    if not fs_init.model_parallel_is_initialized() or fs_init.get_model_parallel_world_size() == 1:
+        return Ranks()
+    group = fs_init.get_model_parallel_group()
+    for ranks in _joined:
+        if ranks.group is group:
+            return ranks
+    _joined.append(Ranks(fs_init.get_model_parallel_world_size(), fs_init.get_model_parallel_rank(), group))
+    return _joined[-1]
 
 
 def divisors(n: int) -> list[int]:
@@ -160,62 +203,36 @@ def either(numbers: list[int]) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
-def split(size: int, world_size: int) -> int:
-    """One rank's part of a dimension. The checkpoint was checked to divide before any layer is built."""
-    assert size % world_size == 0, f"{size} does not divide over {world_size} ranks"
-    return size // world_size
-
-
-def share(x: Tensor, world_size: int) -> Tensor:
-    """The values that the first of the model's `world_size` ranks has in `x`, on all of them."""
-    if world_size > 1:
-        group = _groups[world_size]
-        dist.broadcast(x, src=dist.get_global_rank(group, 0), group=group)
-    return x
-
-
-def share_object(value: Any, world_size: int) -> Any:
-    """The picklable value that the first of the model's `world_size` ranks has, on all of them."""
-    if world_size == 1:
-        return value
-    values, group = [value], _groups[world_size]
-    dist.broadcast_object_list(values, src=dist.get_global_rank(group, 0), group=group)
-    return values[0]
-
-
-def gather_last_dim(x: Tensor, world_size: int) -> Tensor:
-    """(..., n / world_size) on each rank -> (..., n) on all."""
-    if world_size == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(world_size)]
-    dist.all_gather(parts, x.contiguous(), group=_groups[world_size])
-    return torch.cat(parts, dim=-1)
-
-
 class ShardedLinear(nn.Module):
-    """What the two linear layers share: this rank's weight, as a parameter or in one of quantize.py's stores."""
+    """What the two linear layers share: this rank's weight, a parameter or in one of the stores of stores.py."""
 
     weight: nn.Parameter
-    store: nn.Module | None
+
+    def __init__(self, rows: int, columns: int, ranks: Ranks):
+        nn.Module.__init__(self)
+        self.ranks = ranks
+        self.weight = new_weight(rows, columns)
+        self.store: Any = Plain(self)
 
     def hold(self, store: nn.Module) -> None:
         """Multiply by `store` in place of the weight."""
         self.store = store
         del self.weight
 
-    def multiply(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight) if self.store is None else self.store(x)
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if "weight" not in self._parameters:
+            destination[prefix + "weight"] = self.store.unpack()
 
 
-class Rows(nn.Module):
-    """Rows `first` to `last` of a store that several layers share."""
-
-    def __init__(self, shared: nn.Module, first: int, last: int):
-        super().__init__()
-        self.shared, self.first, self.last = shared, first, last
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.shared(x)[..., self.first : self.last]
+def multiply_together(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
+    """Each layer's product with x; a single product where one store holds their weights, and no hook looks on."""
+    stores = [getattr(layer, "store", None) for layer in layers]
+    hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+    if hooked or not all(isinstance(store, Rows) for store in stores):
+        return [layer(x) for layer in layers]
+    y: Tensor = stores[0].shared(x)
+    return y.split([store.last - store.first for store in stores], dim=-1)
 
 
 def hold_together(layers: Sequence[ShardedLinear], store: nn.Module) -> None:
@@ -228,55 +245,40 @@ def hold_together(layers: Sequence[ShardedLinear], store: nn.Module) -> None:
         layer.hold(Rows(store, first, last))
 
 
-def multiply_together(x: Tensor, *layers: ColumnParallelLinear) -> Sequence[Tensor]:
-    """Each layer's product with x; a single product where their weights are held together."""
-    if not isinstance(layers[0].store, Rows):
-        return [layer(x) for layer in layers]
-    stores = [cast(Rows, layer.store) for layer in layers]
-    return stores[0].shared(x).split([rows.last - rows.first for rows in stores], dim=-1)
-
-
 class ColumnParallelLinear(ShardedLinear, fs_layers.ColumnParallelLinear):
-    """y = x Wᵀ with W split by rows: weight (out_features / world_size, in_features); each rank has its part of y."""
+    """y = x Wᵀ with W split by rows: weight (out_features / ranks, in_features); each rank has its part of y."""
 
     def __init__(self, in_features: int, out_features: int, *, gather_output: bool = False):
-        nn.Module.__init__(self)
-        self.world_size = model_parallel_size()
+        ranks = model_ranks()
+        super().__init__(ranks.split(out_features), in_features, ranks)
         self.gather_output = gather_output
-        self.weight = new_weight(split(out_features, self.world_size), in_features)
-        self.store = None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.multiply(x)
-        return gather_last_dim(y, self.world_size) if self.gather_output else y
+        y: Tensor = self.store(x)
+        return self.ranks.gather(y) if self.gather_output else y
 
 
 class RowParallelLinear(ShardedLinear, fs_layers.RowParallelLinear):
-    """y = x Wᵀ with W split by columns: weight (out_features, in_features / world_size); x comes split, y is whole."""
+    """y = x Wᵀ with W split by columns: weight (out_features, in_features / ranks); x comes split, y is whole."""
 
     def __init__(self, in_features: int, out_features: int):
-        nn.Module.__init__(self)
-        self.world_size = model_parallel_size()
-        self.weight = new_weight(out_features, split(in_features, self.world_size))
-        self.store = None
+        ranks = model_ranks()
+        super().__init__(out_features, ranks.split(in_features), ranks)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.multiply(x)
-        if self.world_size > 1:
-            dist.all_reduce(y, group=_groups[self.world_size])
-        return y
+        return self.ranks.sum(self.store(x))
 
 
 class ParallelEmbedding(fs_layers.ParallelEmbedding):
-    """Token embeddings split along the model dimension: weight (num_embeddings, embedding_dim / world_size)."""
+    """Token embeddings split along the model dimension: weight (num_embeddings, embedding_dim / ranks)."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int):
         nn.Module.__init__(self)
-        self.world_size = model_parallel_size()
-        self.weight = new_weight(num_embeddings, split(embedding_dim, self.world_size))
+        self.ranks = model_ranks()
+        self.weight = new_weight(num_embeddings, self.ranks.split(embedding_dim))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return gather_last_dim(F.embedding(tokens, self.weight), self.world_size)
+        return self.ranks.gather(F.embedding(tokens, self.weight))
 
 
 def new_weight(rows: int, columns: int) -> nn.Parameter:

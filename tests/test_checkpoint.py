@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama import Llama, ModelArgs
-from llama.checkpoint import Checkpoint, check_world_size, memory_needs, select_dtype, shard_dim
+from llama.checkpoints.names import Checkpoint, check_world_size, memory_needs, select_dtype, shard_dim
 from llama.files import release
 from llama.parallel import container_memory, free_memory
 

@@ -13,7 +13,7 @@ import torch
 from conftest import GOLDEN, TINY, random_state, run_python, write_release
 
 from llama import Llama, ModelArgs
-from llama.checkpoint import Checkpoint
+from llama.checkpoints.names import Checkpoint
 from llama.convert import convert, info, reshard, verify
 
 TOKENS = torch.randint(512, (2, 12), generator=torch.Generator().manual_seed(0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama import Llama, encode_dialog
-from llama.generation import SCORE_CHUNK
+from llama.arguments import Settings, make_requests
+from llama.cache import Batch, Runs
+from llama.engine import CHUNK, SCORE_CHUNK, Engine
+from llama.request import Request
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +34,12 @@ class Passes:
         self.decodes = 0
         inner = llm.model.hidden_states
 
-        def counted(tokens: torch.Tensor, cache: Any = None, start: torch.Tensor | None = None) -> torch.Tensor:
-            if start is None or tokens.shape[1] > 1:
-                self.shapes.append(tuple(tokens.shape))
-            else:
+        def counted(tokens: torch.Tensor, context: Any = None) -> torch.Tensor:
+            if isinstance(context, Batch):
                 self.decodes += 1
-            return inner(tokens, cache, start)
+            else:
+                self.shapes.append(tuple(tokens.shape))
+            return inner(tokens, context)
 
         patch.setattr(llm.model, "hidden_states", counted)
 
@@ -63,6 +67,196 @@ def test_64_prompts_through_4_rows_equal_each_alone_in_any_order(long_llm: Llama
         assert long_llm.generate([prompts[i] for i in order], 30, **own)[0] == picked(alone, order)
 
 
+@pytest.fixture(scope="module")
+def alone(long_llm: Llama) -> dict[float, list[list[int]]]:
+    """What 64 ragged prompts are answered, greedily and sampled, each by itself and without guesses."""
+    prompts = prompts_of(64, 60, seed=1)
+    return {
+        warm: [long_llm.generate([p], 20, warm, seed=[i])[0][0] for i, p in enumerate(prompts)] for warm in (0, 0.8)
+    }
+
+
+@pytest.mark.parametrize("guesses", [0, 3])
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+@pytest.mark.parametrize("warm", [0, 0.8])
+def test_neither_chunks_nor_guesses_nor_cancelled_neighbours_change_an_answer(
+    long_llm: Llama, alone: dict[float, list[list[int]]], chunk: int, guesses: int, warm: float
+) -> None:
+    prompts = prompts_of(64, 60, seed=1)
+    engine = Engine(long_llm.model, long_llm.tokenizer, guess_tokens=guesses)
+    engine.chunk = engine.long_chunk = chunk
+    rng = random.Random(chunk + guesses)
+    others = [rng.choice(prompts)[: rng.randint(1, 40)] + [7, 8, 9] * 5 for _ in range(64)]
+
+    def requests(prompts: list[list[int]], limit: int) -> list[Request]:
+        settings = Settings(limit, warm, 0.9, list(range(64)))
+        return make_requests(long_llm.tokenizer, prompts, settings, 256)
+
+    with engine.answering(requests(others, 5)) as earlier:  # leave prefixes behind
+        for _ in engine.progress(earlier):
+            pass
+    ours, theirs = requests(prompts, 20), requests(others, 60)
+    order = rng.sample([*enumerate(ours), *((None, request) for request in theirs)], 128)
+    answers: list[Any] = [None] * 64
+    doomed = []
+    for i, request in order:
+        answer = engine.submit(request)
+        if i is None:
+            doomed.append(answer)
+        else:
+            answers[i] = answer
+    steps = 0
+    for _ in engine.progress(answers):
+        steps += 1
+        if steps % 3 == 0 and len(doomed) > 32:  # while they wait, are half fed, or answer
+            engine.cancel(doomed.pop(rng.randrange(len(doomed))))
+    assert [answer.tokens for answer in answers] == alone[warm]
+    for answer in doomed:
+        engine.cancel(answer)
+    engine.step()
+    assert list(engine.schedule.unfinished()) == [] and engine.schedule.answers == [None] * 4
+
+
+@pytest.mark.parametrize("state", ["waiting", "half fed", "answering"])
+def test_a_cancelled_answer_frees_its_row_at_the_next_step(long_llm: Llama, state: str) -> None:
+    engine = Engine(long_llm.model, long_llm.tokenizer)
+    engine.chunk = engine.long_chunk = 10
+    settings = Settings(50, 0.0)
+    begin = {"waiting": 20, "half fed": 70, "answering": 120}[state]  # nothing that another case left in a row
+    wanted = make_requests(long_llm.tokenizer, [[1, *range(begin, begin + 40)]], settings, 256)
+    answers = [engine.submit(request) for request in wanted * (5 if state == "waiting" else 4)]
+    while state == "answering" and not answers[-1].pieces:
+        engine.step()
+    engine.step()
+    assert [bool(answers[-1].pieces), answers[-1] in engine.schedule.waiting] == [state == "answering", state == "waiting"]
+    engine.cancel(answers[-1])
+    last = engine.submit(make_requests(long_llm.tokenizer, [[1, 30]], settings, 256)[0])
+    engine.step()
+    running = [answer for answer in engine.schedule.answers if answer]
+    assert answers[-1] not in running and (last in running) == (state != "waiting")
+    for _ in engine.progress([last, *answers[:-1]]):
+        pass
+    assert last.tokens == long_llm.generate([[1, 30]], 50, 0)[0][0]
+
+
+def test_rows_that_answer_wait_for_no_more_than_a_chunk_of_a_new_prompt(
+    long_llm: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(long_llm.model, long_llm.tokenizer)
+    first, second = make_requests(long_llm.tokenizer, [[1, 30], [1, *range(20, 220)]], Settings(40, 0.9), 256)
+    answers = [engine.submit(first)]
+    engine.step()
+    shapes = Passes(long_llm, monkeypatch).shapes
+    answers.append(engine.submit(second))
+    while not answers[1].pieces:
+        before = len(answers[0].pieces)
+        engine.step()
+        assert len(answers[0].pieces) == before + 1 and shapes.pop()[1] <= CHUNK and not shapes
+    for _ in engine.progress(answers):
+        pass
+
+
+def test_threads_share_passes_and_each_gets_its_own_answers(long_llm: Llama) -> None:
+    prompts = prompts_of(24, 200, seed=2)
+    want = [long_llm.generate([prompt], 30, 0.7, seed=[i])[0][0] for i, prompt in enumerate(prompts)]
+    before = long_llm.engine.passes.count
+    got: dict[int, list[int]] = {}
+
+    def ask(i: int) -> None:
+        got[i] = long_llm.generate([prompts[i]], 30, 0.7, seed=[i])[0][0]
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [got[i] for i in range(24)] == want
+    assert long_llm.engine.passes.count - before < sum(map(len, want)) * 0.8, "they did not share"
+
+
+def test_an_output_check_may_ask_the_same_llama_amid_a_stream(llm: Llama) -> None:
+    def check(text: str) -> str | None:
+        return llm.text_completion([text[:9]], 0, max_gen_len=3)[0]["generation"]
+
+    dialogs = [chat(text) for text in ("one", "two two", "three", "four", "five", "six")]
+    want = [r["generation"]["content"] for r in llm.chat_completion(dialogs, 0, max_gen_len=9, output_check=check)]
+    stream = llm.stream_chat_completion(dialogs, 0, max_gen_len=9, output_check=check)
+    assert joined(stream, len(dialogs))[0] == want
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_a_check_that_raises_leaves_other_streams_running(llm: Llama, error: type[BaseException]) -> None:
+    want = llm.text_completion(TEXTS, 0, max_gen_len=20)
+    stream = llm.stream_text_completion(TEXTS, 0, max_gen_len=20)
+    begun = [next(stream), next(stream)]
+
+    def check(text: str) -> str | None:
+        raise error
+
+    for checks in ({"input_check": check}, {"output_check": check}):
+        with pytest.raises(error):
+            llm.chat_completion([chat("hi")], 0, max_gen_len=5, **checks)
+        with pytest.raises(error):
+            list(llm.stream_chat_completion([chat("hi")], 0, max_gen_len=5, **checks))
+    assert joined(iter([*begun, *stream]), len(TEXTS))[0] == [result["generation"] for result in want]
+
+
+def test_a_failed_pass_ends_the_answers_that_were_in_it(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = llm.text_completion(TEXTS, 0, max_gen_len=20)
+    stream = llm.stream_text_completion(TEXTS[:2], 0, max_gen_len=20)
+    begun = [next(stream), next(stream)]
+    inner = llm.model.hidden_states
+
+    def fail(tokens: torch.Tensor, context: Any = None) -> torch.Tensor:
+        if isinstance(context, Runs):
+            raise torch.OutOfMemoryError("no room")
+        return inner(tokens, context)
+
+    monkeypatch.setattr(llm.model, "hidden_states", fail)
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        llm.generate([[1] * 30], 5)
+    monkeypatch.undo()
+    assert joined(iter([*begun, *stream]), 2)[0] == [result["generation"] for result in want[:2]]
+
+
+def test_a_request_whose_logits_are_not_finite_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = build_golden()
+    prompts = [[1, 30, 31], [1, 40, 41], [1, 50, 51]]
+    want = llm.generate(prompts, 12, 0)[0]
+    inner = llm.model.tok_embeddings.forward
+    bad = torch.tensor(40)
+    monkeypatch.setattr(
+        llm.model.tok_embeddings, "forward", lambda t: inner(t).masked_fill((t == bad)[..., None], torch.nan)
+    )
+    llm.engine.cache.held = [[] for _ in range(4)]
+    answers = [llm.engine.submit(r) for r in make_requests(llm.tokenizer, prompts, Settings(12, 0.0), 64)]
+    while not all(answer.over for answer in answers):
+        llm.engine.step()
+    assert [answers[0].tokens, answers[2].tokens] == [want[0], want[2]]
+    assert str(answers[1].error).startswith("logits are not finite (row 1, position 2, float32)")
+    monkeypatch.undo()
+    assert all(cached.isfinite().all() for cached in (llm.engine.cache.k, llm.engine.cache.v))
+    assert llm.generate(prompts, 12, 0)[0] == want
+
+
+def test_guesses_need_fewer_passes_where_an_answer_is_in_the_prompt() -> None:
+    llm = Llama.build(TINY, max_seq_len=512, max_batch_size=1, device="cpu", dtype="float32")
+    known = {
+        "Where does the bear live?": "The bear lives in the cave.",
+        "What does the cow eat?": "The cow eats grass.",
+        "What does the rabbit eat?": "The rabbit eats carrots.",
+    }
+    text = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in known.items())
+    prompts = [f"{text}{text}Question: {question}\nAnswer:" for question in known]
+    passes = []
+    for guesses in (0, 3):
+        llm.engine.guess_tokens, before = guesses, llm.engine.passes.count
+        results = llm.text_completion(prompts, 0, stop="\n")
+        assert [result["generation"] for result in results] == list(known.values())
+        passes.append(llm.engine.passes.count - before)
+    assert passes[1] < 0.7 * passes[0], passes
+
+
 def test_no_row_waits_for_another(long_llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = Passes(long_llm, monkeypatch)
     rng = random.Random(0)
@@ -74,12 +268,11 @@ def test_no_row_waits_for_another(long_llm: Llama, monkeypatch: pytest.MonkeyPat
     assert passes.decodes >= total / 4 - 64  # the first token of each row comes from its prefill
 
 
-def test_prompts_of_similar_length_share_a_pass_and_others_are_not_padded_to_it(
-    long_llm: Llama, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    passes = Passes(long_llm, monkeypatch)
-    long_llm.generate([[1] * n for n in (3, 200, 7, 150)], 5, temperature=0)
-    assert (passes.shapes, passes.decodes) == ([(2, 200), (2, 7)], 4)
+def test_prompts_of_all_lengths_share_a_pass_without_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = build_golden(max_seq_len=256)
+    passes = Passes(llm, monkeypatch)
+    llm.generate([[i] * n for i, n in enumerate((3, 200, 7, 150), 10)], 5, temperature=0)
+    assert (passes.shapes, passes.decodes) == ([(1, 360)], 4)
 
 
 def joined(stream: Iterator[Any], n: int) -> tuple[list[str], list[str | None]]:
@@ -111,10 +304,10 @@ class Script:
     def __init__(self, llm: Llama, patch: pytest.MonkeyPatch, texts: list[str]):
         ids = [llm.tokenizer.encode(text, bos=False, eos=True) for text in texts]
 
-        def choose(requests: list[Any], logits: torch.Tensor) -> list[tuple[int, float]]:
-            return [(ids[r.index][len(r.tokens)], 0.0) for r in requests]
+        def choose(answers: list[Any], logits: torch.Tensor) -> list[tuple[int, float]]:
+            return [(ids[a.request.index][len(a.tokens)], 0.0) for a in answers]
 
-        patch.setattr(llm, "_choose", choose)
+        patch.setattr(llm.engine.passes, "choose", choose)
 
 
 def test_pieces_are_whole_characters_as_soon_as_they_are_whole(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,20 +393,19 @@ def test_a_dropped_stream_leaves_the_llama_usable(llm: Llama) -> None:
     assert not torch.is_inference_mode_enabled()
     stream.close()
     assert llm.text_completion(TEXTS, temperature=0) == want
-    stale = llm.stream_text_completion(TEXTS, temperature=1.0)
-    next(stale)
-    assert llm.text_completion(TEXTS, temperature=0) == want
-    with pytest.raises(RuntimeError, match="another call has used this Llama since"):
-        list(stale)
-    assert llm.text_completion(TEXTS, temperature=0) == want
 
 
-def test_a_forward_pass_during_a_stream_is_noticed(llm: Llama) -> None:
-    stream = llm.stream_text_completion(TEXTS, temperature=1.0)
-    next(stream)
-    llm.model(torch.tensor([[1, 2, 3]]), 0)
-    with pytest.raises(RuntimeError, match="another call has used this Llama since"):
-        list(stream)
+def test_streams_and_calls_in_between_share_one_llama(llm: Llama) -> None:
+    options: dict[str, Any] = {"temperature": 1.0, "max_gen_len": 30}
+    want = llm.text_completion(TEXTS, **options), llm.text_completion(["b"], **options)
+    streams = [llm.stream_text_completion(texts, **options) for texts in (TEXTS, ["b"])]
+    begun = [[next(stream), next(stream)] for stream in streams]
+    assert llm.text_completion(TEXTS, **options) == want[0]
+    llm.model(torch.tensor([[1, 2, 3]] * 4), 0)  # overwrites what the streams had cached
+    for pieces, stream, results in zip(begun, streams, want, strict=True):
+        texts, reasons = joined(iter([*pieces, *stream]), len(results))
+        assert texts == [result["generation"] for result in results]
+        assert reasons == [result["finish_reason"] for result in results]
 
 
 def test_the_last_piece_carries_what_logprobs_asks_for(llm: Llama) -> None:
@@ -243,43 +435,49 @@ def chat(*contents: str) -> list[Any]:
     return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
 
 
-def reply(llm: Llama, dialog: list[Any], reuse_prefix: bool) -> str:
-    stream = llm.stream_chat_completion([dialog], 0, max_gen_len=10, reuse_prefix=reuse_prefix)
-    return joined(stream, 1)[0][0]
+def reply(llm: Llama, dialog: list[Any]) -> str:
+    return joined(llm.stream_chat_completion([dialog], 0, max_gen_len=10), 1)[0][0]
 
 
-def test_of_several_dialogs_none_is_taken_to_begin_as_the_one_before() -> None:
-    llm = Llama.build(TINY, max_seq_len=512, max_batch_size=2, device="cpu", dtype="float32")
-    asked = [{"role": "user", "content": "Where does the owl live?"}]
-    told = [{"role": "system", "content": "Be polite: begin every answer with Of course."}]
-    long = [*asked, {"role": "assistant", "content": "The owl lives in the tower. " * 12}, *asked]
-    dialogs = [told + long, asked]
-    wanted = [r["generation"]["content"] for r in llm.chat_completion(dialogs, 0)]
-    llm.cache.clear()
-    list(llm.stream_chat_completion([asked], 0, reuse_prefix=True))
-    assert joined(llm.stream_chat_completion(dialogs, 0, reuse_prefix=True), 2)[0] == wanted
-
-
-def test_a_second_turn_prefills_only_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_turn_computes_only_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = build_golden(max_seq_len=512)
     turns = ["Tell me a long story about a llama, please, with many words in it.", "", "And then?"]
-    turns[1] = reply(llm, chat(turns[0]), False)
-    fresh = reply(llm, chat(*turns), False)
-    reply(llm, chat(turns[0]), True)
+    turns[1] = reply(llm, chat(turns[0]))
+    fresh = reply(build_golden(max_seq_len=512), chat(*turns))
     passes = Passes(llm, monkeypatch)
-    assert reply(llm, chat(*turns), True) == fresh
+    assert reply(llm, chat(*turns)) == fresh
     ((_, computed),) = passes.shapes
     first = len(llm.tokenizer.encode(f"[INST] {turns[0]} [/INST]", bos=True, eos=False))
     whole = len(encode_dialog(chat(*turns), llm.tokenizer))
     assert computed <= whole - first
 
 
+def test_eight_conversations_in_turn_compute_only_what_is_new() -> None:
+    llm, fresh = (Llama.build(TINY, max_seq_len=512, max_batch_size=8, device="cpu", dtype="float32") for _ in range(2))
+    system = [{"role": "system", "content": "Answer like a pirate."}]
+    asked = [f"Where does the {animal} live?" for animal in ("owl", "bear", "fox", "cow", "rabbit", "horse", "hen", "cat")]
+    dialogs: list[list[Any]] = [[*system] for _ in asked]
+    new = 0
+    for turn in ("{}", "And what does it eat? {}", "Who is its friend? {}", "Thank you. {}"):
+        for number, question in enumerate(asked):
+            dialog = dialogs[number]
+            before = len(encode_dialog(dialog[:-1], llm.tokenizer)) if len(dialog) > 1 else 0
+            answered = len(llm.tokenizer.encode(dialog[-1]["content"], bos=False, eos=False)) if before else 0
+            dialog.append({"role": "user", "content": turn.format(question)})
+            (result,) = llm.chat_completion([dialog], 0, max_gen_len=30, logprobs=True)
+            fresh.engine.cache.held = [[] for _ in range(8)]
+            assert fresh.chat_completion([dialog], 0, max_gen_len=30)[0]["generation"] == result["generation"]
+            new += len(encode_dialog(dialog, llm.tokenizer)) - before - answered + len(result["tokens"])
+            dialog.append(result["generation"])
+    assert llm.engine.passes.tokens <= 1.2 * new, (llm.engine.passes.tokens, new)
+
+
 @pytest.mark.parametrize("between", ["forward", "batch", "error", "dropped stream", "interrupt", "nothing"])
 def test_a_prefix_is_reused_only_while_it_is_cached(between: str) -> None:
     llm = build_golden(max_seq_len=512)
     dialog = chat("Tell me a story about a llama.", "No.", "Why not?")
-    want = reply(llm, dialog, False)
-    reply(llm, dialog[:1], True)
+    want = reply(build_golden(max_seq_len=512), dialog)
+    reply(llm, dialog[:1])
     if between == "forward":
         llm.model(torch.randint(3, 500, (2, 40)), 0)
     elif between == "batch":
@@ -289,7 +487,7 @@ def test_a_prefix_is_reused_only_while_it_is_cached(between: str) -> None:
         kept = weight.clone()
         weight.fill_(float("nan"))
         with pytest.raises(ValueError, match="not finite"):
-            reply(llm, chat("Tell me a story about a llama that is long"), True)
+            reply(llm, chat("Tell me a story about a llama that is long"))
         weight.copy_(kept)
     elif between == "interrupt":
 
@@ -301,9 +499,9 @@ def test_a_prefix_is_reused_only_while_it_is_cached(between: str) -> None:
             with pytest.raises(KeyboardInterrupt):
                 llm.generate([[1] * 30], 1)
     elif between == "dropped stream":
-        next(llm.stream_chat_completion([chat("Tell me a story.")], 1.0, reuse_prefix=True))
-    assert reply(llm, dialog, True) == want
-    assert reply(llm, dialog, True) == want
+        next(llm.stream_chat_completion([chat("Tell me a story.")], 1.0))
+    assert reply(llm, dialog) == want
+    assert reply(llm, dialog) == want
 
 
 def test_checks_refuse_inputs_before_they_cost_anything_and_answers_after(

@@ -17,7 +17,7 @@ import torch
 from conftest import GOLDEN, ROOT, TINY, build_golden, clean_environment, run_python, torchrun
 
 from llama import Llama
-from llama.checkpoint import Checkpoint
+from llama.checkpoints.names import Checkpoint
 
 TOKENS = torch.tensor([[1, 5, 9, 7, 12]])
 

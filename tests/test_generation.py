@@ -58,15 +58,6 @@ def test_a_prompt_alone_and_in_any_batch_gives_the_same_tokens(llm: Llama) -> No
         assert llm.generate([prompts[i] for i in mixed], 20, **reordered)[0] == [alone[i] for i in mixed]
 
 
-def test_one_pass_prefills_prompts_of_all_lengths(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = []
-    inner = llm.model.hidden_states
-    monkeypatch.setattr(llm.model, "hidden_states", lambda t, *rest: shapes.append(tuple(t.shape)) or inner(t, *rest))
-    prompts = [[1] * n for n in (3, 30, 7)]
-    llm.generate(prompts, 5, temperature=0)
-    assert shapes == [(3, 30)] + [(3, 1)] * 4
-
-
 def test_step_by_step_logprobs_equal_those_of_one_pass(llm: Llama) -> None:
     prompts = [*random_prompts(5, 30), [1]]
     tokens, logprobs = llm.generate(prompts, 25, temperature=0.8, logprobs=True, echo=True)

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama import Llama, ModelArgs
-from llama.checkpoint import Checkpoint
+from llama.checkpoints.names import Checkpoint
 from llama.convert import convert, reshard
 from llama.hf import feed_forward_params
 

@@ -8,8 +8,8 @@ from conftest import huggingface_config, random_state
 from torch import Tensor
 
 from llama import Llama, ModelArgs, Transformer
-from llama.hf import huggingface_name, is_rotated, split_halves
-from llama.model import KVCache
+from llama.checkpoints.names import huggingface_name, is_rotary, split_halves
+from llama.cache import Batch
 
 
 def random_model(args: ModelArgs) -> Transformer:
@@ -30,7 +30,7 @@ def test_logits_equal_those_of_transformers(args: ModelArgs, n_kv_heads: int | N
     state = random_state(args)
     judge = transformers.LlamaForCausalLM(transformers.LlamaConfig(**huggingface_config(args))).eval()
     renamed = {
-        huggingface_name(name): split_halves(tensor, args.head_dim) if is_rotated(name) else tensor
+        huggingface_name(name): split_halves(tensor, args.head_dim) if is_rotary(name) else tensor
         for name, tensor in state.items()
     }
     judge.load_state_dict(renamed, strict=True)
@@ -49,7 +49,7 @@ def test_the_feed_forward_widths_are_the_releases() -> None:
 def test_state_dict_holds_the_checkpoints_keys_and_no_request(args: ModelArgs) -> None:
     model = random_model(args)
     names = set(model.state_dict())
-    model.cache = KVCache.allocate(args, torch.float32, torch.device("cpu"))
+    model.allocate_cache()
     model(tokens_of(2, 8), 0)
     assert set(model.state_dict()) == names
     assert "layers.1.attention.wq.weight" in names and len(names) == 3 + 2 * 9
@@ -59,7 +59,7 @@ def test_state_dict_holds_the_checkpoints_keys_and_no_request(args: ModelArgs) -
 def test_cached_passes_equal_one_pass(args: ModelArgs, cuts: tuple[int, ...]) -> None:
     model, tokens = random_model(args), tokens_of(3, 20)
     whole = model(tokens)
-    model.cache = KVCache.allocate(args, torch.float32, torch.device("cpu"))
+    model.allocate_cache()
     parts = [model(tokens[:, a:b], a) for a, b in itertools.pairwise(cuts)]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-4, rtol=0)
 
@@ -67,11 +67,11 @@ def test_cached_passes_equal_one_pass(args: ModelArgs, cuts: tuple[int, ...]) ->
 def test_rows_at_their_own_positions_equal_the_rows_alone(args: ModelArgs) -> None:
     model, tokens = random_model(args), tokens_of(3, 20)
     whole = model.hidden_states(tokens)
-    cache = KVCache.allocate(args, torch.float32, torch.device("cpu")).window(slice(3), 20)
-    model.hidden_states(tokens[:, :10], cache)  # longer than what rows 0 and 1 keep: the rest is overwritten
-    start = torch.tensor([2, 9, 10])
-    step = model.hidden_states(tokens[torch.arange(3), start][:, None], cache, start)
-    torch.testing.assert_close(step[:, 0], whole[torch.arange(3), start], atol=1e-4, rtol=0)
+    cache = model.allocate_cache()
+    model(tokens[:, :10], 0)  # longer than what rows 0 and 1 keep: the rest is overwritten
+    positions = torch.tensor([2, 9, 10])
+    step = model.hidden_states(tokens[torch.arange(3), positions][:, None], Batch(cache, positions[:, None], 11, 2))
+    torch.testing.assert_close(step[:, 0], whole[torch.arange(3), positions], atol=1e-4, rtol=0)
 
 
 def test_without_a_cache_the_model_is_differentiable(args: ModelArgs) -> None:

@@ -1,14 +1,15 @@
-"""Other ways to store a linear weight: packed in 16 bits, int8, int4. The model does not know.
+"""Ways to hold a linear weight: plain, packed in 16 bits, int8, int4. The model does not know which it is.
 
-Each class is made from one rank's weight (out_features, in_features) and multiplies (..., in_features) activations by
-it. Activations are never quantised: Llama's outlier channels do not survive it.
+Each class is made from one rank's weight (out_features, in_features), multiplies (..., in_features) activations by it,
+and gives back the weight that it multiplies by. Activations are never quantised: Llama's outlier channels do not
+survive it.
 """
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 # int8 is expanded so many rows at a time: temporaries stay in the processor's cache.
 BLOCK_ROWS = 512
 
-# Weights are quantised so many rows at a time: temporaries are small beside the weight.
+# Weights are quantised so many rows at a time, and int4 given back by so many columns: temporaries are small beside it.
 QUANTISED_ROWS = 128
 
 
@@ -26,7 +27,55 @@ def has_bfloat16_products() -> bool:
     return "AVX512" in torch.backends.cpu.get_cpu_capability() and torch.cpu._is_avx512_bf16_supported()
 
 
-class PackedBFloat16(nn.Module):
+class Plain:
+    """The layer's own parameter, whatever it is at the time."""
+
+    def __init__(self, layer: nn.Module):
+        self.layer = layer
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.layer.weight)  # type: ignore[arg-type]
+
+
+class Held(nn.Module):
+    """What the stores in other forms have in common: they move between devices, and keep their own types."""
+
+    def unpack(self) -> Tensor:
+        """The weight, (out_features, in_features)."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Held:
+        for name, buffer in self.named_buffers(recurse=False):
+            setattr(self, name, buffer.to(fn(buffer).device))
+        return self
+
+
+class Rows(nn.Module):
+    """Rows `first` to `last` of a store that several layers share."""
+
+    def __init__(self, shared: Any, first: int, last: int):
+        super().__init__()
+        self.shared, self.first, self.last = shared, first, last
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.shared(x)
+        return y[..., self.first : self.last]
+
+    def unpack(self) -> Tensor:
+        weight: Tensor = self.shared.unpack()
+        return weight[self.first : self.last]
+
+
+class Packed(Held):
+    """A weight in a form that PyTorch neither copies nor pickles: it is packed anew where a copy of it comes to."""
+
+    packed: Any
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.unpack(),)
+
+
+class PackedBFloat16(Packed):
     """bfloat16 in oneDNN's blocks: x is rounded to bfloat16 and so is the product; sums are float32."""
 
     def __init__(self, weight: Tensor):
@@ -34,11 +83,15 @@ class PackedBFloat16(nn.Module):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16())
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.packed, None, "none", [], "")
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.packed, None, "none", [], "")
         return y.to(x.dtype)
 
+    def unpack(self) -> Tensor:
+        weight: Tensor = self.packed.to_dense()
+        return weight
 
-class PackedFloat16(nn.Module):
+
+class PackedFloat16(Packed):
     """float16 in FBGEMM's panels, float32 in and out: at the limit of memory for one row, of arithmetic for many."""
 
     def __init__(self, weight: Tensor):
@@ -46,17 +99,23 @@ class PackedFloat16(nn.Module):
         self.packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+        y: Tensor = torch.ops.quantized.linear_dynamic_fp16(x.float(), self.packed)
+        return y.to(x.dtype)
+
+    def unpack(self) -> Tensor:
+        weight: Tensor = torch.ops.quantized.linear_unpack_fp16(self.packed)[0]
+        return weight.half()
 
 
-class Int8(nn.Module):
+class Int8(Held):
     """weight ≈ q × scale, q in [-127, 127], one scale per output row: |error| <= scale / 2, scale = max |row| / 127.
 
     Scales are rounded to bfloat16, which the kernel wants, before q is computed, so that this rounding costs nothing.
     """
 
-    # From this many rows on, expanding the weight for a matrix product takes less time than the kernel for few rows.
-    expand_rows = 32 if has_bfloat16_products() else 64
+    # From so many tokens of a row on, expanding the weight for a matrix product takes less time than the kernel for few.
+    # Rows do not count: the next token of a row is rounded in one way, however many others are decoded beside it.
+    expand_tokens = 32 if has_bfloat16_products() else 64
     expand_dtype = torch.bfloat16 if has_bfloat16_products() else torch.float32
 
     def __init__(self, weight: Tensor):
@@ -73,15 +132,18 @@ class Int8(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_cpu:  # the kernel is the CPU's; elsewhere the expansion is left to a compiler to fuse
             return F.linear(x, self.q.to(x.dtype)) * self.scales.to(x.dtype)
-        if x.shape[:-1].numel() < self.expand_rows:
+        if x.shape[-2] < self.expand_tokens:
             y = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), self.q, self.scales)
             return y.to(x.dtype).unflatten(0, x.shape[:-1])
         near = x.to(self.expand_dtype)
         y = torch.cat([F.linear(near, q.to(near.dtype)) for q in self.q.split(BLOCK_ROWS)], dim=-1)
         return y.to(x.dtype) * self.scales.to(x.dtype)
 
+    def unpack(self) -> Tensor:
+        return self.q.float() * self.scales.float()[:, None]
 
-class Int4(nn.Module):
+
+class Int4(Held):
     """weight ≈ (q - 8) × scale + zero, q in [0, 15], a scale and a zero for every `group_size` inputs of a row.
 
     |error| <= scale / 2, scale = (max - min of the group) / 15.
@@ -94,7 +156,7 @@ class Int4(nn.Module):
                 f"int4 stores groups of {group_size} inputs, and this rank's weight has {weight.shape[1]}: "
                 "use fewer ranks or int8"
             )
-        self.group_size = group_size
+        self.group_size, self.in_features = group_size, weight.shape[1]
         packed, scales_and_zeros = zip(*map(self._quantise, weight.split(QUANTISED_ROWS)), strict=True)
         self.q = nn.Buffer(torch.cat(packed), persistent=False)
         self.scales_and_zeros = nn.Buffer(torch.cat(scales_and_zeros, dim=1), persistent=False)
@@ -118,6 +180,11 @@ class Int4(nn.Module):
         y = multiply(x.flatten(0, -2).bfloat16(), self.q, self.group_size, self.scales_and_zeros)
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
+    def unpack(self) -> Tensor:
+        # The layout of q is each kernel's own, so that it is the kernel that is asked, for some columns at a time.
+        eye = torch.eye(self.in_features, device=self.q.device)
+        return torch.cat([self(columns) for columns in eye.split(QUANTISED_ROWS)]).T.contiguous()
+
 
 def packed_float16_or_plain(weight: Tensor) -> nn.Module | None:
     """Packed float16, or None for a weight with values beyond float16's range, which has to stay as it is."""
@@ -135,7 +202,26 @@ class Store(NamedTuple):
 STORES = {"int8": Store(Int8, 1), "int4": Store(Int4, 0.5 + 4 / 32)}
 
 
-def select_store(quantize: str | None, dtype: str, device: torch.device, compile: bool = False) -> Store | None:
+def select_dtype(dtype: str | torch.dtype, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type to compute in. "auto" is the checkpoint's own 16-bit type on a GPU, and float32 on a CPU, where 16-bit
+    matrix products of many rows are several times slower unless the processor has instructions for them.
+
+    Raises ValueError for any but float32, bfloat16 and float16, by name or as PyTorch's.
+    """
+    if isinstance(dtype, str) and dtype == "auto":
+        if device.type == "cpu":
+            return torch.float32
+        return stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    for name, kind in kinds.items():
+        if dtype in (name, kind):
+            return kind
+    raise ValueError(f"dtype is {dtype!r}: use 'auto', {', '.join(map(repr, kinds))}")
+
+
+def select_store(
+    quantize: str | None, dtype: str | torch.dtype, device: torch.device, compile: bool = False
+) -> Store | None:
     """How linear weights are held; None: as plain tensors of the model's type, as for the compiler, which cannot see
     into packed ones."""
     if quantize is None:

@@ -1,4 +1,4 @@
-"""The decode step of static shapes: compiled on the CPU, as it is on a GPU."""
+"""Decode passes of static shapes: compiled on the CPU, as it is on a GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from conftest import build_golden, expected, torchrun
 
 from llama import Llama
-from llama.decode import SHORTEST_WINDOW, DecodeStep
+from llama import runner
+from llama.runner import SHORTEST_WINDOW
 
 
 def as_the_original(llm: Llama) -> None:
@@ -24,10 +25,10 @@ def as_the_original(llm: Llama) -> None:
 
 def test_a_static_window_gives_the_same_tokens_as_the_exact_one(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = build_golden(max_seq_len=1024)
-    llm.step.static = True
+    monkeypatch.setattr(type(llm.engine.passes.runner), "static", True)
     lengths = []
-    inner = llm.step.run
-    monkeypatch.setattr(llm.step, "run", lambda t, window, s: lengths.append(window.k.shape[3]) or inner(t, window, s))
+    inner = runner.decode
+    monkeypatch.setattr(runner, "decode", lambda *args: lengths.append(args[-1]) or inner(*args))
     as_the_original(llm)
     assert set(lengths) == {SHORTEST_WINDOW}
     llm.generate([[1] * 255], 40, temperature=0)
@@ -51,7 +52,7 @@ def test_the_compiled_step_is_one_graph_on_two_ranks(tmp_path: Path) -> None:
     script = tmp_path / "compiled.py"
     script.write_text("""
 from conftest import build_golden
-from test_decode import as_the_original
+from test_runner import as_the_original
 as_the_original(build_golden("gqa-mp4", compile=True))
 """)
     job = torchrun(2, script)
@@ -62,14 +63,14 @@ def test_where_capture_is_impossible_decoding_goes_on_and_says_why(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     llm = build_golden()
-    llm.step = DecodeStep(llm.model, cuda_graph=True)
+    llm.engine.passes.runner.cuda_graph = True
 
     def refuse(*_: object) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(llm.step, "_capture", refuse)
+    monkeypatch.setattr(llm.engine.passes.runner, "_capture", refuse)
     as_the_original(llm)
-    messages = [record.message for record in caplog.records if record.name == "llama.decode"]
+    messages = [record.message for record in caplog.records if record.name == "llama.runner"]
     assert messages == ["decoding without CUDA graphs: operation not permitted when stream is capturing"]
 
 
@@ -78,4 +79,4 @@ def test_where_capture_is_impossible_decoding_goes_on_and_says_why(
 def test_a_captured_graph_equals_the_original(compile: bool) -> None:
     llm = build_golden(device="cuda", compile=compile)
     as_the_original(llm)
-    assert llm.step.captured
+    assert llm.engine.passes.runner.cuda_graph

@@ -9,9 +9,9 @@ import torch
 from conftest import GOLDEN, TINY, build_golden, expected
 from torch import Tensor, nn
 
-from llama import Llama, quantize
+from llama import Llama, stores
 from llama.parallel import ShardedLinear
-from llama.quantize import (
+from llama.stores import (
     Int4,
     Int8,
     PackedBFloat16,
@@ -101,7 +101,7 @@ def options(name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What a build takes to hold its linear weights as `name`."""
     if name in ("int8", "int4"):
         return {"quantize": name}
-    monkeypatch.setattr(quantize, "has_bfloat16_products", lambda: name == "bfloat16")
+    monkeypatch.setattr(stores, "has_bfloat16_products", lambda: name == "bfloat16")
     return {"dtype": "auto"}
 
 
@@ -123,8 +123,8 @@ def test_every_linear_weight_is_stored_and_nothing_else(name: str, options: dict
     model = build_golden(**options).model
     linears = [module for module in model.modules() if isinstance(module, ShardedLinear)]
     assert len(linears) == 2 * 7 + 1
-    assert all(linear.store is not None and "weight" not in linear._parameters for linear in linears)
-    assert {n.split(".")[-2] for n in model.state_dict()} == {
+    assert not any("weight" in linear._parameters for linear in linears)
+    assert {n.split(".")[-2] for n, _ in model.named_parameters()} == {
         "tok_embeddings",
         "attention_norm",
         "ffn_norm",
@@ -143,7 +143,7 @@ def test_layers_that_share_a_store_still_work_alone(name: str, options: dict[str
 
 @packs
 def test_weights_beyond_float16_stay_apart_and_exact(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(quantize, "has_bfloat16_products", lambda: False)
+    monkeypatch.setattr(stores, "has_bfloat16_products", lambda: False)
     shutil.copytree(GOLDEN / "mha-mp1", tmp_path, dirs_exist_ok=True)
     shard = torch.load(tmp_path / "consolidated.00.pth", weights_only=True)
     shard["layers.1.attention.wk.weight"][0, 0] = 1e6
@@ -153,7 +153,7 @@ def test_weights_beyond_float16_stay_apart_and_exact(monkeypatch: pytest.MonkeyP
         assert torch.equal(
             model.layers[1].get_submodule(f"attention.{name}").weight, shard[f"layers.1.attention.{name}.weight"]
         )
-    assert model.layers[0].attention.wk.store is not None
+    assert "weight" not in model.layers[0].attention.wk._parameters
 
 
 @pytest.mark.parametrize("name", ["int8", float16, bfloat16])

@@ -1,0 +1,150 @@
+"""Keys and values of tokens that were run before, the ids whose they are, and what a pass attends to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class KVCache:
+    """Keys and values, each (n_layers, rows, n_local_kv_heads, length, head_dim).
+
+    Row i holds those of the ids held[i], at their positions from 0 on, and nothing that counts beyond them. This is the
+    one truth about what was computed: whoever writes to a row says so here, and only once it is written.
+    """
+
+    k: Tensor
+    v: Tensor
+    held: list[list[int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.held = [[] for _ in range(self.rows)]
+
+    @property
+    def rows(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def length(self) -> int:
+        return self.k.shape[3]
+
+    def known(self, row: int, ids: list[int]) -> int:
+        """How many of `ids`, from the first on, the row holds."""
+        held = self.held[row]
+        if len(held) <= len(ids) and ids[: len(held)] == held:
+            return len(held)
+        same, different = 0, min(len(held), len(ids)) + 1
+        while different - same > 1:  # by halves, so that lists are compared in C
+            middle = (same + different) // 2
+            same, different = (middle, different) if held[:middle] == ids[:middle] else (same, middle)
+        return same
+
+    def forget(self, row: int, length: int) -> None:
+        """Keep no more than the first `length` ids of a row."""
+        del self.held[row][length:]
+
+    def swap(self, a: int, b: int) -> None:
+        """Let two rows change places. Until it is done they hold nothing: an interrupt costs no more than time."""
+        if a == b:
+            return
+        ids_a, ids_b = self.held[a], self.held[b]
+        self.held[a], self.held[b] = [], []
+        for layer in (*self.k, *self.v):
+            of_a, of_b = layer[a, :, : len(ids_a)].clone(), layer[b, :, : len(ids_b)]
+            layer[a, :, : len(ids_b)] = of_b
+            layer[b, :, : len(ids_a)] = of_a
+        self.held[a], self.held[b] = ids_b, ids_a
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Let `target` hold the first `length` ids of `source`."""
+        ids, self.held[target] = self.held[source][:length], []
+        for cached in (self.k, self.v):
+            cached[:, target, :, :length] = cached[:, source, :, :length]
+        self.held[target] = ids
+
+    def wipe(self) -> None:
+        """Put zeros wherever nothing is held: of a NaN that was left there, even a masked position is multiplied."""
+        for cached in (self.k, self.v):
+            for row, ids in enumerate(self.held):
+                cached[:, row, :, len(ids) :] = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
+
+
+class Attended(NamedTuple):
+    """What some of a pass' tokens attend to."""
+
+    tokens: slice  # which of them, along the sequence
+    keys: Tensor  # (bsz, n_local_kv_heads, length, head_dim)
+    values: Tensor
+    mask: Tensor | None  # added to scores, (bsz, 1, groups × seqlen, length); None: each token to itself and before
+
+
+class Batch:
+    """A pass over tokens (n, seqlen) of the first n rows, at positions (n, seqlen) of their own.
+
+    Each attends to what its row has up to it, of the row's first `length` positions. `groups` query heads share a key.
+    """
+
+    def __init__(self, cache: KVCache, positions: Tensor, length: int, groups: int):
+        n, seqlen = positions.shape
+        self.positions = positions
+        self.rows = torch.arange(n, device=positions.device)[:, None]
+        self.k, self.v = (t[:, :n, :, :length] for t in (cache.k, cache.v))
+        self.mask = None
+        if seqlen < length:  # else all rows begin at 0
+            unseen = torch.arange(length, device=positions.device) > positions[:, None, :, None]
+            mask = torch.zeros(unseen.shape, dtype=cache.k.dtype, device=positions.device)
+            self.mask = mask.masked_fill(unseen, -torch.inf).repeat(1, 1, groups, 1)
+
+    def update(self, layer_id: int, xk: Tensor, xv: Tensor) -> list[Attended]:
+        """Cache a layer's keys and values (n, seqlen, n_local_kv_heads, head_dim)."""
+        keys, values = self.k[layer_id], self.v[layer_id]
+        keys[self.rows, :, self.positions] = xk
+        values[self.rows, :, self.positions] = xv
+        return [Attended(slice(None), keys, values, self.mask)]
+
+
+class Run(NamedTuple):
+    """Ids that follow each other in a row, the first of them at position `start`."""
+
+    row: int
+    start: int
+    ids: list[int]
+
+
+class Runs:
+    """A pass over runs of several rows, put one after another as tokens (1, total), without padding."""
+
+    def __init__(self, cache: KVCache, runs: Sequence[Run], groups: int):
+        self.cache = cache
+        self.parts: list[tuple[Run, slice, Tensor | None]] = []
+        positions, device, at = [], cache.k.device, 0
+        for run in runs:
+            n, end = len(run.ids), run.start + len(run.ids)
+            positions.append(torch.arange(run.start, end, device=device))
+            mask = None
+            if run.start:
+                mask = torch.full((n, end), -torch.inf, dtype=cache.k.dtype, device=device).triu(run.start + 1)
+                mask = mask.repeat(groups, 1)[None, None]
+            self.parts.append((run, slice(at, at + n), mask))
+            at += n
+        self.positions = torch.cat(positions)[None]
+
+    def update(self, layer_id: int, xk: Tensor, xv: Tensor) -> list[Attended]:
+        """Cache a layer's keys and values (1, total, n_local_kv_heads, head_dim)."""
+        attended = []
+        for run, tokens, mask in self.parts:
+            end = run.start + len(run.ids)
+            keys, values = (t[layer_id, run.row, None, :, :end] for t in (self.cache.k, self.cache.v))
+            keys[0, :, run.start :] = xk[0, tokens].transpose(0, 1)
+            values[0, :, run.start :] = xv[0, tokens].transpose(0, 1)
+            attended.append(Attended(tokens, keys, values, mask))
+        return attended

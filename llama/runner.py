@@ -1,0 +1,124 @@
+"""Ids at positions -> logits and hidden states: the shapes of a pass, compiled or captured as a CUDA graph, its threads."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from types import FunctionType
+
+import torch
+from torch import Tensor
+
+from .cache import Batch, KVCache, Run, Runs
+from .model import Transformer
+
+logger = logging.getLogger(__name__)
+
+SHORTEST_WINDOW = 256
+
+Program = Callable[
+    [Tensor, Tensor], Tensor
+]  # tokens (n, seqlen), positions (n, seqlen) -> logits (n, seqlen, vocab_size)
+
+
+class Runner:
+    """Runs passes over a model's cache. What the rows then hold is for the caller to say.
+
+    Eagerly, a decode pass attends to exactly the positions in use. Compiled or captured, its rows and the window that
+    it attends to are rounded up to powers of two, so that few shapes occur; each is made at its first use.
+    """
+
+    def __init__(self, model: Transformer, *, compile: bool = False, cuda_graph: bool = False):
+        assert model.cache is not None, "allocate_cache first"
+        self.model, self.cache = model, model.cache
+        self.compile, self.cuda_graph = compile, cuda_graph
+        self.programs: dict[tuple[int, int, int], Program] = {}
+        self.graph_pool: object = None
+
+    @property
+    def static(self) -> bool:
+        return self.compile or self.cuda_graph
+
+    @property
+    def device(self) -> torch.device:
+        return self.cache.k.device
+
+    def rows(self, n: int) -> int:
+        """How many rows a decode pass over the first `n` takes."""
+        return min(1 << (n - 1).bit_length(), self.cache.rows) if self.static else n
+
+    def decode(self, tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor:
+        """The logits (n, seqlen, vocab_size) after tokens (n, seqlen) of the first n rows, from positions `starts` on."""
+        n, seqlen = len(tokens), len(tokens[0])
+        length = max(starts) + seqlen
+        if self.static:
+            length = min(max(SHORTEST_WINDOW, 1 << (length - 1).bit_length()), self.cache.length)
+        ids = torch.tensor(tokens, device=self.device)
+        positions = torch.tensor(starts, device=self.device)[:, None] + torch.arange(seqlen, device=self.device)
+        with self._threads(n * seqlen):
+            if not self.static:
+                return decode(self.model, self.cache, ids, positions, length)
+            key = (n, seqlen, length)
+            if key not in self.programs:
+                self.programs[key] = self._program(ids, positions, length)
+            return self.programs[key](ids, positions)
+
+    def feed(self, runs: Sequence[Run]) -> Tensor:
+        """The hidden states (total, dim) of runs, one after another."""
+        tokens = torch.tensor([[token for run in runs for token in run.ids]], device=self.device)
+        with self._threads(tokens.numel()):
+            return self.model.hidden_states(tokens, Runs(self.cache, runs, self.model.groups))[0]
+
+    def logits(self, h: Tensor) -> Tensor:
+        """(n, vocab_size) for hidden states (n, dim), each rounded as if it were alone."""
+        with self._threads(len(h)):
+            return self.model.logits(h[:, None])[:, 0]
+
+    def _program(self, tokens: Tensor, positions: Tensor, length: int) -> Program:
+        run = decode
+        if self.compile:
+            # dynamo counts the compilations of each code object, and stops at the eighth: every shape has its own.
+            own = decode.__code__.replace(co_name=f"decode_{tokens.shape[0]}_{tokens.shape[1]}_{length}")
+            run = torch.compile(FunctionType(own, decode.__globals__), fullgraph=True, dynamic=False)
+        program: Program = lambda ids, at: run(self.model, self.cache, ids, at, length)  # noqa: E731
+        if not self.cuda_graph:
+            return program
+        try:
+            return self._capture(program, tokens.clone(), positions.clone())
+        except RuntimeError as error:
+            logger.warning("decoding without CUDA graphs: %s", error)
+            self.cuda_graph = False
+            return program
+
+    def _capture(self, program: Program, tokens: Tensor, positions: Tensor) -> Program:
+        with torch.cuda.device(self.device):
+            # Kernels choose their algorithms and allocate at first use, which a capture may not. These runs write what
+            # the replay is about to write at the same positions, so they leave no trace.
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    program(tokens, positions)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            # One pool for all graphs: no two run at once, and so they share the memory of one.
+            self.graph_pool = self.graph_pool or torch.cuda.graph_pool_handle()
+            with torch.cuda.graph(graph, pool=self.graph_pool):
+                logits = program(tokens, positions)
+
+        def replay(ids: Tensor, at: Tensor) -> Tensor:
+            tokens.copy_(ids)
+            positions.copy_(at)
+            graph.replay()
+            return logits
+
+        return replay
+
+    @contextlib.contextmanager
+    def _threads(self, tokens: int) -> Iterator[None]:
+        yield
+
+
+def decode(model: Transformer, cache: KVCache, tokens: Tensor, positions: Tensor, length: int) -> Tensor:
+    return model.logits(model.hidden_states(tokens, Batch(cache, positions, length, model.groups)))

@@ -1,0 +1,95 @@
+"""Which answer has which row of the cache: who is admitted, and what it finds there."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+from .cache import KVCache
+from .request import Answer
+
+
+class Schedule:
+    """Answers in rows, and those that wait for one.
+
+    Running answers have the first rows, so that a pass works on a slice of the cache. The rows behind keep what they
+    held, for prompts that begin alike, until the room is needed: the one that was used longest ago goes first.
+    """
+
+    def __init__(self, cache: KVCache):
+        self.cache = cache
+        self.waiting: deque[Answer] = deque()
+        self.answers: list[Answer | None] = [None] * cache.rows
+        self.admitted = [0] * cache.rows  # the step at which each row's answer was
+        self.used = [0] * cache.rows  # the step at which each row was let go
+        self.steps = 0
+
+    def __getitem__(self, row: int) -> Answer:
+        answer = self.answers[row]
+        assert answer is not None
+        return answer
+
+    def unfinished(self) -> Iterator[Answer]:
+        return (answer for answer in (*self.answers, *self.waiting) if answer is not None and not answer.over)
+
+    def advance(self) -> tuple[list[int], list[int]]:
+        """Let go what is over and admit what waits; returns the rows that lack no more than the one token whose logits
+        decide the next, and those that lack more, as what a row holds says."""
+        self.steps += 1
+        self._let_go()
+        self._admit()
+        self._close_ranks()
+        answering: list[int] = []
+        feeding: list[int] = []
+        for row, answer in enumerate(self.answers):
+            if answer is not None:
+                self.cache.forget(row, min(self.cache.known(row, answer.ids), len(answer.ids) - 1))
+                lacks_one = len(answer.ids) - len(self.cache.held[row]) == 1
+                (answering if lacks_one and not answer.wants_states else feeding).append(row)
+        return answering, feeding
+
+    def _let_go(self) -> None:
+        for row, answer in enumerate(self.answers):
+            if answer is not None and answer.over:
+                self.answers[row], self.used[row] = None, self.steps
+
+    def _admit(self) -> None:
+        while self.waiting and None in self.answers:
+            answer = self.waiting[0]  # leaves the queue last: an interrupt loses none
+            if not answer.over and answer not in self.answers:
+                row = self._place(answer)
+                self.answers[row], self.admitted[row] = answer, self.steps
+            self.waiting.popleft()
+
+    def _place(self, answer: Answer) -> int:
+        """A free row for an answer, holding what some row has of the beginning of its ids."""
+        free = [row for row, other in enumerate(self.answers) if other is None]
+        row, oldest = free[0], min(free, key=lambda row: self.used[row])
+        source, known, whole = oldest, 0, False
+        if not answer.wants_states:
+            common = [min(self.cache.known(r, answer.ids), len(answer.ids) - 1) for r in range(self.cache.rows)]
+            source = max(range(self.cache.rows), key=lambda r: (common[r], r in free, -self.used[r]))
+            known = common[source]
+            # A conversation that goes on takes its row over; of one that only begins alike, the beginning is copied.
+            whole = source in free and len(self.cache.held[source]) - known <= known // 8
+        given = source if whole else oldest
+        if given != source:
+            self.cache.forget(given, 0)
+        self._swap(row, given)
+        source = {row: given, given: row}.get(source, source)
+        if known and source != row:
+            self.cache.copy(source, row, known)
+        self.cache.forget(row, known)
+        return row
+
+    def _close_ranks(self) -> None:
+        """Let the last running rows move up into free ones, so that they are the first rows."""
+        free = [row for row, answer in enumerate(self.answers) if answer is None]
+        running = [row for row, answer in enumerate(self.answers) if answer is not None]
+        while free and running and free[0] < running[-1]:
+            self._swap(free.pop(0), running.pop())
+
+    def _swap(self, a: int, b: int) -> None:
+        self.cache.swap(a, b)
+        for per_row in (self.answers, self.admitted, self.used):
+            per_row[a], per_row[b] = per_row[b], per_row[a]  # type: ignore[index]
