@@ -16,19 +16,25 @@ from fairscale.nn.model_parallel.initialize import get_model_parallel_rank, get_
 from torch import Tensor
 
 from .chat import UNSAFE_ERROR, Dialog, Message, check_dialog, encode_dialog, has_special_tags
-from .checkpoint import Checkpoint, allocating, check_memory, check_world_size, memory_needs, select_dtype
+from .checkpoints import (
+    Checkpoint,
+    allocating,
+    check_memory,
+    check_world_size,
+    keep_freed_memory,
+    memory_needs,
+    return_freed_memory,
+)
 from .decode import DecodeStep
 from .infilling import check_infilling, encode_infilling
 from .model import KVCache, Transformer
 from .parallel import (
     init_model_parallel,
-    keep_freed_memory,
     model_parallel_size,
-    return_freed_memory,
     share,
     share_object,
 )
-from .quantize import select_store
+from .quantize import select_dtype, select_store
 from .request import FinishReason, Request, Settings, check_positive, integer, make_requests
 from .sampling import sample
 from .tokenizer import Tokenizer

@@ -8,12 +8,8 @@ rank's shard only, and reduce with plain collectives. On one rank they are ordin
 from __future__ import annotations
 
 import atexit
-import ctypes
-import math
 import os
-import platform
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -27,8 +23,6 @@ from torch import Tensor, nn
 # This rank's model-parallel group of each size. Whoever communicates keeps the size and looks the group up here, so
 # that at exit no other reference keeps a group alive (leave_process_group).
 _groups: dict[int, dist.ProcessGroup] = {}
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 
 
 def init_model_parallel(device: str | torch.device = "auto", model_parallel_size: int | None = None) -> torch.device:
@@ -96,49 +90,6 @@ def select_device(device: str | torch.device) -> torch.device:
     if processes > 1:
         torch.cuda.set_device(device)  # the other ranks' contexts would cost this rank's GPU memory otherwise
     return device
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that this rank may still use on its device; the ranks of a node share its main memory evenly."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept for the next tensor
-        return torch.cuda.mem_get_info(device)[0] + unused
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            available = next(line for line in file if line.startswith("MemAvailable"))
-        free = min(int(available.split()[1]) * 1024, container_memory())
-    except OSError:  # macOS: all memory is the closest bound that the standard library knows
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(free) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def container_memory(root: Path = Path("/sys/fs/cgroup")) -> float:
-    """Bytes left under the limit that a container sets (cgroup v2), its page cache counted as free; inf without one."""
-    try:
-        limit, used = (int((root / name).read_text()) for name in ("memory.max", "memory.current"))
-        stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # no such files, or "max" for no limit
-        return math.inf
-    return max(limit - used + int(stat["file"]), 0)
-
-
-def return_freed_memory() -> None:
-    """Have glibc hand large freed memory back to the system at once, so that what loading frees does not add up."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**23)
-
-
-def keep_freed_memory() -> None:
-    """Have glibc hand back what it holds now, and from here on keep freed memory for the next allocation.
-
-    By default it hands every large temporary back to the system, which then clears its pages anew in each layer: that
-    took a third of the time of a 512-token prompt. Other C libraries are left as they are.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.malloc_trim(0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
 
 
 def model_parallel_size() -> int:

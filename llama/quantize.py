@@ -135,6 +135,23 @@ class Store(NamedTuple):
 STORES = {"int8": Store(Int8, 1), "int4": Store(Int4, 0.5 + 4 / 32)}
 
 
+def select_dtype(dtype: str | torch.dtype, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type to compute in. "auto" is the checkpoint's own 16-bit type on a GPU, and float32 on a CPU, where 16-bit
+    matrix products of many rows are several times slower unless the processor has instructions for them.
+
+    Raises ValueError for any but float32, bfloat16 and float16, by name or as PyTorch's.
+    """
+    if isinstance(dtype, str) and dtype == "auto":
+        if device.type == "cpu":
+            return torch.float32
+        return stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    for name, kind in kinds.items():
+        if dtype in (name, kind):
+            return kind
+    raise ValueError(f"dtype is {dtype!r}: use 'auto', {', '.join(map(repr, kinds))}")
+
+
 def select_store(quantize: str | None, dtype: str, device: torch.device, compile: bool = False) -> Store | None:
     """How linear weights are held; None: as plain tensors of the model's type, as for the compiler, which cannot see
     into packed ones."""

@@ -15,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama import Llama, ModelArgs
-from llama.checkpoint import Checkpoint, check_world_size, memory_needs, select_dtype, shard_dim
-from llama.files import release
-from llama.parallel import container_memory, free_memory
+from llama.checkpoints import Checkpoint, check_world_size, memory_needs
+from llama.checkpoints.files import give_back
+from llama.checkpoints.memory import container_memory, free_memory
+from llama.checkpoints.names import shard_dim
+from llama.quantize import select_dtype
 
 COUNTS = [1, 2, 4, 8]
 
@@ -68,7 +70,7 @@ def test_pages_given_back_are_the_tensors_own(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("ctypes.CDLL", lambda name: Recorder())
     whole = torch.zeros(64, 5000, dtype=torch.float16)
     for part in (whole, whole.narrow(1, 4000, 1000), whole.narrow(0, 60, 4)):
-        release(part)
+        give_back(part)
         first, end = calls.pop()
         assert end == part[-1, -1:].data_ptr() + 2
         assert part.data_ptr() - 2**16 < first <= part.data_ptr()
@@ -316,22 +318,22 @@ def test_a_tokenizer_of_another_model_is_refused(golden_copy: Path) -> None:
 
 
 def test_too_little_memory_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    # A row's cache: 2 layers × 4 heads × 8 channels × 64 positions × k and v × 4 bytes. A row's pass: 64 positions ×
-    # (4 × 64 model channels and 6 × 224 feed-forward channels) × 4 bytes.
-    row = 32_768 + 409_600
+    # A row's cache: 2 layers × 4 heads × 8 channels × 64 positions × k and v × 4 bytes. A pass: the 4 × 64 positions
+    # there are × (4 × 64 model channels, 6 × 224 feed-forward channels and 2 × 512 logits) × 4 bytes.
+    row, one_pass = 32_768, 2_686_976
     monkeypatch.setattr(Checkpoint, "load", lambda *_: pytest.fail("loaded"))
     weights = sum(tensor.numel() for tensor in torch.load(GOLDEN / "gqa-mp1/consolidated.00.pth").values()) * 4
-    monkeypatch.setattr("llama.checkpoint.free_memory", lambda device: weights + 3 * row)
+    monkeypatch.setattr("llama.checkpoints.memory.free_memory", lambda device: weights + one_pass + 3 * row)
     with pytest.raises(ValueError) as error:
         build_golden()
     assert str(error.value) == (
-        "gqa-mp1 needs 0.7 MB for its weights, 0.1 MB for a cache of max_batch_size 4 × max_seq_len 64 and 1.6 MB for "
-        "a pass over it per rank, and cpu has 2.0 MB free for it: build with max_batch_size 3 or a smaller max_seq_len"
+        "gqa-mp1 needs 0.7 MB for its weights, 0.1 MB for a cache of max_batch_size 4 × max_seq_len 64 and 2.7 MB for "
+        "a pass per rank, and cpu has 3.5 MB free for it: build with max_batch_size 3 or a smaller max_seq_len"
     )
-    monkeypatch.setattr("llama.checkpoint.free_memory", lambda device: weights - 1)
+    monkeypatch.setattr("llama.checkpoints.memory.free_memory", lambda device: weights - 1)
     with pytest.raises(ValueError, match="use fewer bits for each weight, more ranks or a smaller model"):
         build_golden()
-    monkeypatch.setattr("llama.checkpoint.free_memory", lambda device: weights * 6 // 10 + 4 * row)
+    monkeypatch.setattr("llama.checkpoints.memory.free_memory", lambda device: weights * 6 // 10 + one_pass + 4 * row)
     for options in ({"quantize": "int8", "dtype": "auto"}, {"dtype": "bfloat16"}):
         with pytest.raises(pytest.fail.Exception, match="loaded"):
             build_golden(**options)
@@ -344,7 +346,7 @@ def test_a_containers_limit_counts_as_what_is_free(tmp_path: Path, monkeypatch: 
     assert container_memory(tmp_path) == math.inf
     (tmp_path / "memory.max").write_text("1000\n")
     assert container_memory(tmp_path) == 500
-    monkeypatch.setattr("llama.parallel.container_memory", lambda: 4e6)
+    monkeypatch.setattr("llama.checkpoints.memory.container_memory", lambda: 4e6)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert free_memory(torch.device("cpu")) == 2_000_000
 

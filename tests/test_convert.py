@@ -13,8 +13,8 @@ import torch
 from conftest import GOLDEN, TINY, random_state, run_python, write_release
 
 from llama import Llama, ModelArgs
-from llama.checkpoint import Checkpoint
-from llama.convert import convert, info, reshard, verify
+from llama.checkpoints import Checkpoint
+from llama.checkpoints.folders import convert, info, reshard, verify
 
 TOKENS = torch.randint(512, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -63,7 +63,7 @@ def test_a_disk_known_to_be_too_small_is_refused_before_writing(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 100_000, 100_000))
     monkeypatch.setattr(torch, "save", lambda *_: pytest.fail("written"))
     with pytest.raises(OSError, match=r"could not write to .* \(too little space\): 0\.4 GB are needed, and 0\.1 MB"):
-        monkeypatch.setattr("llama.convert.size_of", lambda *_: 400_000_000)
+        monkeypatch.setattr("llama.checkpoints.folders.size_of", lambda *_: 400_000_000)
         convert(str(GOLDEN / "gqa-mp1"), str(tmp_path / "out"), to)
     assert not list(tmp_path.iterdir())
 
@@ -149,7 +149,7 @@ import sys, threading, time
 from pathlib import Path
 import torch
 from llama import Llama
-from llama.convert import reshard
+from llama.checkpoints.folders import reshard
 sys.path.insert(0, {tests!r})
 from conftest import build_golden
 torch.set_num_threads(2)

@@ -8,7 +8,7 @@ from conftest import huggingface_config, random_state
 from torch import Tensor
 
 from llama import Llama, ModelArgs, Transformer
-from llama.hf import huggingface_name, is_rotated, split_halves
+from llama.checkpoints.names import huggingface_name, is_rotary, split_halves
 from llama.model import KVCache
 
 
@@ -30,7 +30,7 @@ def test_logits_equal_those_of_transformers(args: ModelArgs, n_kv_heads: int | N
     state = random_state(args)
     judge = transformers.LlamaForCausalLM(transformers.LlamaConfig(**huggingface_config(args))).eval()
     renamed = {
-        huggingface_name(name): split_halves(tensor, args.head_dim) if is_rotated(name) else tensor
+        huggingface_name(name): split_halves(tensor, args.head_dim) if is_rotary(name) else tensor
         for name, tensor in state.items()
     }
     judge.load_state_dict(renamed, strict=True)

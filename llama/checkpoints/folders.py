@@ -14,12 +14,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .checkpoint import Checkpoint, check_world_size, memory_needs, shard_dim, whole_shapes, world_sizes
-from .files import check_readable, new_folder, save_safetensors, size_text, writing
-from .hf import config_of, huggingface_name, is_rotated, split_halves
-from .model import ModelArgs, Transformer
-from .quantize import STORES
-from .request import check_positive
+from ..model import ModelArgs, Transformer
+from ..quantize import STORES
+from ..request import check_positive
+from .files import check_readable, folder_of, new_folder, path_of, save_safetensors, size_text, writing
+from .folder import Checkpoint, check_world_size, whole_shapes, world_sizes
+from .huggingface import config_of
+from .memory import memory_needs
+from .names import huggingface_name, is_rotary, shard_dim, split_halves
 
 PART_BYTES = 2 * 10**9  # of a safetensors file; one at a time is in memory
 
@@ -44,20 +46,19 @@ def info(ckpt_dir: str, max_seq_len: int = 512, max_batch_size: int = 8) -> str:
     for ranks in world_sizes(args):
         needs = [memory_needs(args, ranks, dtype, bytes_per_weight) for dtype, bytes_per_weight in kinds]
         weights = [need.weights for need in needs]
-        rows = [max_batch_size * needs[1].cache_row, max_batch_size * needs[1].pass_row]
-        lines.append(f"{ranks:>5}" + "".join(f"{size_text(n):>12}" for n in weights + rows))
+        others = [max_batch_size * needs[1].cache_row, needs[1].pass_bytes]
+        lines.append(f"{ranks:>5}" + "".join(f"{size_text(n):>12}" for n in weights + others))
     return "\n".join(lines)
 
 
 def verify(ckpt_dir: str) -> str:
     """Compare each file that checklist.chk names with its MD5 sum there. Raises ValueError naming those that differ."""
-    folder = Path(ckpt_dir)
-    check_readable(folder / "checklist.chk")
-    sums = [
-        line.split() for line in (folder / "checklist.chk").read_text(errors="replace").splitlines() if line.strip()
-    ]
+    folder = folder_of("ckpt_dir", ckpt_dir, "checklist.chk")
+    checklist = folder / "checklist.chk"
+    check_readable(checklist)
+    sums = [line.split() for line in checklist.read_text(errors="replace").splitlines() if line.strip()]
     if not sums or any(len(words) != 2 or len(words[0]) != 32 for words in sums):
-        raise ValueError(f"{folder / 'checklist.chk'} has lines that are no MD5 sum and file name: download it again")
+        raise ValueError(f"{checklist} has lines that are no MD5 sum and file name: download it again")
     files = [(folder / Path(name.removeprefix("*")).name, digest) for digest, name in sums]
     for file, _ in files:
         check_readable(file)
@@ -86,7 +87,7 @@ def reshard(ckpt_dir: str, out: str, model_parallel_size: int) -> str:
     check_world_size(checkpoint.name, args, model_parallel_size)
     shapes = shapes_of(checkpoint, args)
     size = size_of(checkpoint, shapes)
-    with new_folder(Path(out), size) as folder:
+    with new_folder(path_of("out", out), size) as folder:
         for rank in range(model_parallel_size):
             shard = {}
             for name, shape in progress(shapes, f"shard {rank}"):
@@ -112,12 +113,12 @@ def convert(ckpt_dir: str, out: str, to: str) -> str:
     files = [f"model-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
     files = files if len(parts) > 1 else ["model.safetensors"]
     size = size_of(checkpoint, shapes)
-    with new_folder(Path(out), size) as folder:
+    with new_folder(path_of("out", out), size) as folder:
         for file, names in zip(files, parts, strict=True):
             tensors = {}
             for name, shape in progress({name: shapes[name] for name in names}, file):
                 tensor = read(checkpoint, name, shape)
-                tensors[huggingface_name(name)] = split_halves(tensor, args.head_dim) if is_rotated(name) else tensor
+                tensors[huggingface_name(name)] = split_halves(tensor, args.head_dim) if is_rotary(name) else tensor
             with writing(folder, size):
                 save_safetensors(tensors, folder / file)
             del tensors
@@ -125,7 +126,8 @@ def convert(ckpt_dir: str, out: str, to: str) -> str:
             weight_map = {huggingface_name(n): f for f, names in zip(files, parts, strict=True) for n in names}
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-        config = config_of(asdict(args) | {"n_kv_heads": args.kv_heads}, args.hidden_dim, checkpoint.dtype)
+        params = asdict(args) | {"n_kv_heads": args.kv_heads}
+        config = config_of(params, args.hidden_dim, checkpoint.dtype, checkpoint.source.max_positions)
         (folder / "config.json").write_text(json.dumps(config, indent=2))
         copy_tokenizer(checkpoint, folder)
     return f"{out}: {len(files)} file(s) of weights"
@@ -179,7 +181,7 @@ def params_of_release(args: ModelArgs) -> dict[str, object]:
 
 def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     with contextlib.suppress(FileNotFoundError):  # the weights are whole without it
-        shutil.copy(checkpoint.tokenizer_path, folder)
+        shutil.copyfile(checkpoint.tokenizer_path, folder / "tokenizer.model")
 
 
 def progress(shapes: dict[str, tuple[int, ...]], what: str) -> Iterator[tuple[str, tuple[int, ...]]]:
