@@ -158,6 +158,8 @@ def new_folder(out: Path, needed: int) -> Iterator[Path]:
     scratch.mkdir()  # not mkdtemp's: its permissions are not the umask's
     try:
         yield scratch
+        for file in scratch.iterdir():
+            file.chmod(scratch.stat().st_mode & 0o666)  # safetensors' are for their owner alone
         scratch.rename(out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

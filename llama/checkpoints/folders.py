@@ -38,7 +38,7 @@ def info(ckpt_dir: str, max_seq_len: int = 512, max_batch_size: int = 8) -> str:
         f"dim {args.dim}, {args.n_layers} layers, {args.n_heads} heads, {args.kv_heads} key/value heads, "
         f"{args.hidden_dim} feed-forward channels, {args.vocab_size} pieces",
         "",
-        f"Per rank; cache and pass for max_batch_size {max_batch_size} and max_seq_len {max_seq_len}, in 16 bits:",
+        f"Per rank; cache for max_batch_size {max_batch_size} and max_seq_len {max_seq_len}, and one pass, in 16 bits:",
         f"{'ranks':>5}{'float32':>12}{'16 bits':>12}{'int8':>12}{'int4':>12}{'cache':>12}{'pass':>12}",
     ]
     quantised = [(torch.bfloat16, store.bytes_per_weight) for store in STORES.values()]

@@ -106,7 +106,7 @@ def container_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/pro
     `own` names the group, in each version's lines; inside a container the name may be the host's, and the root its own.
     """
     left = math.inf
-    for line in own.read_text().splitlines():
+    for line in own.read_text().splitlines() if own.exists() else ():
         _, controllers, name = line.split(":", 2)
         if controllers == "":
             base, names = root, ("memory.max", "memory.current", "file", "shmem")
