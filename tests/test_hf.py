@@ -251,7 +251,7 @@ def test_a_length_beyond_what_the_model_was_made_for_is_warned_of_once(
     assert caplog.messages == []
     Llama.build(judged[0], max_seq_len=64, max_batch_size=1, device="cpu")
     assert caplog.messages == [
-        "max_seq_len is 64, and judged was made for 40 tokens (config.json): its text beyond them may make no sense"
+        "max_seq_len is 64, and judged was made for 40 tokens (config.json): text beyond them may make no sense"
     ] * bool(longest)
 
 

@@ -24,8 +24,7 @@ from .files import folder_of
 from .huggingface import HuggingFace
 from .lora import Adapter
 from .names import first_joined, shard_dim
-from .release import Release
-from .source import Source
+from .release import Release, Source
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +129,7 @@ class Checkpoint:
         groups: dict[str, list[str]] = {}
         for name in wanted:
             groups.setdefault(first_joined(name) if hold else name, []).append(name)
-        loader = Loader(self, model, wanted, rank, device, dtype, hold)
+        loader = Loader(self, model, rank, device, dtype, hold)
         state: dict[str, Tensor] = {}
         # Packing and quantising are slow and release the interpreter's lock; plain copies are as fast from one thread.
         with ThreadPoolExecutor(min(torch.get_num_threads(), MAX_LOADERS) if hold else 1) as pool:
@@ -145,13 +144,8 @@ class Checkpoint:
         # Whether the config's length is that before or after linear scaling, folders do not agree: the longer counts.
         known = (self.source.max_positions or math.inf) * args.rope_scaling_factor
         if args.max_seq_len > known:
-            logger.warning(
-                "max_seq_len is %d, and %s was made for %d tokens (%s): its text beyond them may make no sense",
-                args.max_seq_len,
-                self.name,
-                known,
-                self.source.params_file,
-            )
+            made_for = f"{self.name} was made for {known:.0f} tokens ({self.source.params_file})"
+            logger.warning("max_seq_len is %d, and %s: text beyond them may make no sense", args.max_seq_len, made_for)
 
 
 class Loader(NamedTuple):
@@ -159,7 +153,6 @@ class Loader(NamedTuple):
 
     checkpoint: Checkpoint
     model: Transformer
-    wanted: dict[str, Tensor]  # of this rank's shapes, on the meta device
     rank: int
     device: torch.device
     dtype: torch.dtype
@@ -168,10 +161,11 @@ class Loader(NamedTuple):
     def load(self, names: list[str]) -> dict[str, Tensor]:
         """Copy tensors, joined along their rows, into a store of their layers; returns those that stay tensors."""
         modules = [self.model.get_submodule(name.removesuffix(".weight")) for name in names]
+        weights = [self.model.get_parameter(name) for name in names]  # of this rank's shapes, on the meta device
         layers = [module for module in modules if isinstance(module, ShardedLinear)] if self.hold else []
         stored = reduce(torch.promote_types, map(self.checkpoint.dtype_of, names)) if layers else self.dtype
-        rows = [self.wanted[name].shape[0] for name in names]
-        joined = torch.empty(sum(rows), *self.wanted[names[0]].shape[1:], dtype=stored, device=self.device)
+        rows = [len(weight) for weight in weights]
+        joined = torch.empty(sum(rows), *weights[0].shape[1:], dtype=stored, device=self.device)
         for name, target in zip(names, joined.split(rows), strict=True):
             self.checkpoint.copy(name, self.rank, target)
             if not all(bound.isfinite() for bound in torch.aminmax(target)):

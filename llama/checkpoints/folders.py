@@ -7,11 +7,11 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from ..model import ModelArgs, Transformer
@@ -21,7 +21,9 @@ from .files import check_readable, folder_of, new_folder, path_of, save_safetens
 from .folder import Checkpoint, check_world_size, whole_shapes, world_sizes
 from .huggingface import config_of
 from .memory import memory_needs
-from .names import huggingface_name, is_rotary, shard_dim, split_halves
+from .names import huggingface_name, is_rotary, part_shape, split_halves
+
+Shapes = dict[str, tuple[int, ...]]  # of whole tensors, by their names
 
 PART_BYTES = 2 * 10**9  # of a safetensors file; one at a time is in memory
 
@@ -62,10 +64,8 @@ def verify(ckpt_dir: str) -> str:
     files = [(folder / Path(name.removeprefix("*")).name, digest) for digest, name in sums]
     for file, _ in files:
         check_readable(file)
-    wrong = []
-    with tqdm(
-        total=sum(f.stat().st_size for f, _ in files), unit="B", unit_scale=True, leave=False, disable=None
-    ) as bar:
+    wrong, size = [], sum(file.stat().st_size for file, _ in files)
+    with tqdm(total=size, unit="B", unit_scale=True, leave=False, disable=None) as bar:
         for file, digest in files:
             md5 = hashlib.md5(usedforsecurity=False)
             with file.open("rb") as stream:
@@ -89,9 +89,7 @@ def reshard(ckpt_dir: str, out: str, model_parallel_size: int) -> str:
     size = size_of(checkpoint, shapes)
     with new_folder(path_of("out", out), size) as folder:
         for rank in range(model_parallel_size):
-            shard = {}
-            for name, shape in progress(shapes, f"shard {rank}"):
-                shard[name] = read(checkpoint, name, shape, rank, model_parallel_size)
+            shard = read(checkpoint, shapes, f"shard {rank}", rank, model_parallel_size)
             with writing(folder, size):
                 torch.save(shard, folder / f"consolidated.{rank:02}.pth")
             del shard
@@ -114,16 +112,18 @@ def convert(ckpt_dir: str, out: str, to: str) -> str:
     files = files if len(parts) > 1 else ["model.safetensors"]
     size = size_of(checkpoint, shapes)
     with new_folder(path_of("out", out), size) as folder:
-        for file, names in zip(files, parts, strict=True):
-            tensors = {}
-            for name, shape in progress({name: shapes[name] for name in names}, file):
-                tensor = read(checkpoint, name, shape)
-                tensors[huggingface_name(name)] = split_halves(tensor, args.head_dim) if is_rotary(name) else tensor
+        for file, part in zip(files, parts, strict=True):
+            tensors = {
+                huggingface_name(name): split_halves(tensor, args.head_dim) if is_rotary(name) else tensor
+                for name, tensor in read(checkpoint, part, file).items()
+            }
             with writing(folder, size):
                 save_safetensors(tensors, folder / file)
             del tensors
         if len(files) > 1:
-            weight_map = {huggingface_name(n): f for f, names in zip(files, parts, strict=True) for n in names}
+            weight_map = {
+                huggingface_name(name): file for file, part in zip(files, parts, strict=True) for name in part
+            }
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
         params = asdict(args) | {"n_kv_heads": args.kv_heads}
@@ -133,7 +133,7 @@ def convert(ckpt_dir: str, out: str, to: str) -> str:
     return f"{out}: {len(files)} file(s) of weights"
 
 
-def shapes_of(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, tuple[int, ...]]:
+def shapes_of(checkpoint: Checkpoint, args: ModelArgs) -> Shapes:
     """The shapes of the whole model's tensors, which the files are checked to hold."""
     with torch.device("meta"):
         state = Transformer(args).state_dict()
@@ -142,31 +142,27 @@ def shapes_of(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, tuple[int, .
     return shapes
 
 
-def read(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], rank: int = 0, world_size: int = 1) -> torch.Tensor:
-    """A rank's part, in its stored type, of a tensor of this whole shape."""
-    dim = shard_dim(name)
-    local = [n // world_size if d == dim else n for d, n in enumerate(shape)]
-    tensor = torch.empty(local, dtype=checkpoint.dtype_of(name))
-    checkpoint.copy(name, rank, tensor)
-    return tensor
+def read(checkpoint: Checkpoint, shapes: Shapes, what: str, rank: int = 0, world_size: int = 1) -> dict[str, Tensor]:
+    """A rank's parts, in their stored types, of tensors of these whole shapes."""
+    tensors = {}
+    for name, shape in tqdm(shapes.items(), desc=what, unit="tensor", leave=False, disable=None):
+        tensors[name] = torch.empty(part_shape(name, shape, world_size), dtype=checkpoint.dtype_of(name))
+        checkpoint.copy(name, rank, tensors[name])
+    return tensors
 
 
-def size_of(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> int:
+def size_of(checkpoint: Checkpoint, shapes: Shapes) -> int:
     """Bytes of the tensors."""
     return sum(math.prod(shape) * checkpoint.dtype_of(name).itemsize for name, shape in shapes.items())
 
 
-def parts_of(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> list[list[str]]:
-    """Names in groups of at most PART_BYTES."""
-    parts: list[list[str]] = [[]]
-    room = PART_BYTES
+def parts_of(checkpoint: Checkpoint, shapes: Shapes) -> list[Shapes]:
+    """The tensors in groups of at most PART_BYTES."""
+    parts: list[Shapes] = [{}]
     for name, shape in shapes.items():
-        size = size_of(checkpoint, {name: shape})
-        if parts[-1] and size > room:
-            parts.append([])
-            room = PART_BYTES
-        parts[-1].append(name)
-        room -= size
+        if parts[-1] and size_of(checkpoint, parts[-1] | {name: shape}) > PART_BYTES:
+            parts.append({})
+        parts[-1][name] = shape
     return parts
 
 
@@ -182,7 +178,3 @@ def params_of_release(args: ModelArgs) -> dict[str, object]:
 def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     with contextlib.suppress(FileNotFoundError):  # the weights are whole without it
         shutil.copyfile(checkpoint.tokenizer_path, folder / "tokenizer.model")
-
-
-def progress(shapes: dict[str, tuple[int, ...]], what: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield from tqdm(shapes.items(), desc=what, unit="tensor", leave=False, disable=None)

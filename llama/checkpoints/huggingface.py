@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .files import check_numbers, map_pickle, map_safetensors, read_json
 from .names import huggingface_name, interleave, is_rotary
-from .source import Source
+from .release import Source
 
 # config.json's keys -> params.json's
 CONFIG_KEYS = {

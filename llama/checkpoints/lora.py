@@ -12,26 +12,11 @@ from .files import check_numbers, folder_of, map_safetensors, read_json
 from .names import TENSORS, huggingface_name, interleave, is_rotary
 
 # What an adapter's config may say without a change of the merged weights. Anything else has to be unset.
-HARMLESS_CONFIG = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "exclude_modules",
-    "inference_mode",
-    "layers_pattern",
-    "layers_to_transform",
-    "lora_alpha",
-    "lora_dropout",
-    "megatron_core",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "r",
-    "revision",
-    "runtime_config",
-    "target_modules",
-    "task_type",
-    "use_rslora",
-}
+HARMLESS_CONFIG = (
+    {"auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_type", "peft_version"}
+    | {"exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"}
+    | {"lora_alpha", "lora_dropout", "qalora_group_size", "r", "revision", "runtime_config", "task_type", "use_rslora"}
+)
 PREFIX = "base_model.model."
 # What can be adapted: a layer's linear weights.
 MODULES = {names.huggingface.split(".")[-1] for name, names in TENSORS.items() if "*" in name and names.dim is not None}

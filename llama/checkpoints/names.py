@@ -44,6 +44,11 @@ def shard_dim(name: str) -> int | None:
     return entry(name).dim
 
 
+def part_shape(name: str, whole: tuple[int, ...], parts: int) -> tuple[int, ...]:
+    """The shape of one of so many equal parts of a tensor of this shape."""
+    return tuple(n // parts if d == shard_dim(name) else n for d, n in enumerate(whole))
+
+
 def is_rotary(name: str) -> bool:
     return entry(name).rotary
 
