@@ -43,13 +43,10 @@ def folder_of(what: str, path: Any, holds: str) -> Path:
             raise ValueError(f"{folder} is in GGUF's layout: not supported, pass a folder that holds {holds}")
         raise ValueError(f"{folder} is a file: pass the folder that holds it, {folder.absolute().parent}")
     if not folder.is_dir():
-        advice = f"pass the folder that holds {holds}"
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not folder.parent.exists():
-            advice += (
-                f"; if it is a name on the Hugging Face hub, run hf download {path} --local-dir {folder.name} "
-                f"and pass {folder.name}"
-            )
-        raise FileNotFoundError(f"no folder {path}: {advice}")
+        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not folder.parent.exists()
+        fetch = f"run hf download {path} --local-dir {folder.name} and pass {folder.name}"
+        advice = f"; if it is a name on the Hugging Face hub, {fetch}" if hub else ""
+        raise FileNotFoundError(f"no folder {path}: pass the folder that holds {holds}{advice}")
     return folder
 
 

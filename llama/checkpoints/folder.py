@@ -56,10 +56,7 @@ class Checkpoint:
     @property
     def dtype(self) -> torch.dtype:
         """The type the weights are stored in."""
-        return self.dtype_of("tok_embeddings.weight")
-
-    def dtype_of(self, name: str) -> torch.dtype:
-        return self.source.dtype_of(name)
+        return self.source.dtype_of("tok_embeddings.weight")
 
     @property
     def tokenizer_path(self) -> Path:
@@ -163,7 +160,7 @@ class Loader(NamedTuple):
         modules = [self.model.get_submodule(name.removesuffix(".weight")) for name in names]
         weights = [self.model.get_parameter(name) for name in names]  # of this rank's shapes, on the meta device
         layers = [module for module in modules if isinstance(module, ShardedLinear)] if self.hold else []
-        stored = reduce(torch.promote_types, map(self.checkpoint.dtype_of, names)) if layers else self.dtype
+        stored = reduce(torch.promote_types, map(self.checkpoint.source.dtype_of, names)) if layers else self.dtype
         rows = [len(weight) for weight in weights]
         joined = torch.empty(sum(rows), *weights[0].shape[1:], dtype=stored, device=self.device)
         for name, target in zip(names, joined.split(rows), strict=True):

@@ -146,14 +146,14 @@ def read(checkpoint: Checkpoint, shapes: Shapes, what: str, rank: int = 0, world
     """A rank's parts, in their stored types, of tensors of these whole shapes."""
     tensors = {}
     for name, shape in tqdm(shapes.items(), desc=what, unit="tensor", leave=False, disable=None):
-        tensors[name] = torch.empty(part_shape(name, shape, world_size), dtype=checkpoint.dtype_of(name))
+        tensors[name] = torch.empty(part_shape(name, shape, world_size), dtype=checkpoint.source.dtype_of(name))
         checkpoint.copy(name, rank, tensors[name])
     return tensors
 
 
 def size_of(checkpoint: Checkpoint, shapes: Shapes) -> int:
     """Bytes of the tensors."""
-    return sum(math.prod(shape) * checkpoint.dtype_of(name).itemsize for name, shape in shapes.items())
+    return sum(math.prod(shape) * checkpoint.source.dtype_of(name).itemsize for name, shape in shapes.items())
 
 
 def parts_of(checkpoint: Checkpoint, shapes: Shapes) -> list[Shapes]:

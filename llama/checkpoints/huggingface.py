@@ -21,6 +21,7 @@ CONFIG_KEYS = {
     "rms_norm_eps": "norm_eps",
     "vocab_size": "vocab_size",
 }
+MAX_POSITIONS = "max_position_embeddings"
 # What the model must say of itself, where it says anything, for our mathematics to be its own.
 REQUIRED_CONFIG = {
     "model_type": "llama",
@@ -46,7 +47,7 @@ class HuggingFace(Source):
         tensors: dict[str, Tensor] = {}
         for file in files:
             tensors |= map_safetensors(file) if file.suffix == ".safetensors" else map_pickle(file)
-        super().__init__(files, params, {path: tensors}, max_positions_of(config))
+        super().__init__(files, params, {path: tensors}, config.get(MAX_POSITIONS))
         self.head_dim = params["dim"] // params["n_heads"]
         if config.get("tie_word_embeddings"):
             tensors[huggingface_name("output.weight")] = tensors[huggingface_name("tok_embeddings.weight")]
@@ -95,7 +96,8 @@ def params_of(config: dict[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         if value is None:
             raise ValueError(f"config.json lacks key '{key}': download it again")
-    check_numbers("config.json", values, real=("rms_norm_eps",))
+    optional = {key: given[key] for key in given.keys() & {MAX_POSITIONS}}
+    check_numbers("config.json", values | optional, real=("rms_norm_eps",))
     dim, heads = values["hidden_size"], values["num_attention_heads"]
     if config.get("head_dim") not in (None, dim // heads):
         raise ValueError(f"config.json has head_dim {config['head_dim']}: not supported, only {dim // heads} is")
@@ -129,14 +131,6 @@ def rope_params(config: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def max_positions_of(config: dict[str, Any]) -> int | None:
-    """The positions that a model was made for, where its config says so: before linear scaling, if it has any."""
-    key = "max_position_embeddings"
-    given = {key: config[key]} if config.get(key) is not None else {}
-    check_numbers("config.json", given)
-    return given.get(key)
-
-
 def config_of(
     params: dict[str, Any], hidden_dim: int, dtype: torch.dtype, max_positions: int | None = None
 ) -> dict[str, Any]:
@@ -151,7 +145,7 @@ def config_of(
         "rope_scaling": None if factor == 1 else {"type": "linear", "factor": factor},
         "hidden_act": "silu",
         # A release does not say it: Code Llama, which alone has this theta, was made for 16,384, Llama 2 for 4,096.
-        "max_position_embeddings": max_positions or (16384 if theta == 1e6 else 4096),
+        MAX_POSITIONS: max_positions or (16384 if theta == 1e6 else 4096),
         "tie_word_embeddings": False,
         "bos_token_id": 1,
         "eos_token_id": 2,

@@ -93,12 +93,11 @@ def check_config(config: dict[str, object]) -> float:
         raise ValueError(
             f"adapter_config.json has peft_type {config.get('peft_type')!r}: not supported, only 'LORA' is"
         )
-    if config.get("bias") == "none":
-        config = {key: value for key, value in config.items() if key != "bias"}
+    harmless = HARMLESS_CONFIG | {"bias"} if config.get("bias") == "none" else HARMLESS_CONFIG
     if config.get("init_lora_weights") in (True, False, "gaussian"):  # others change W as well
-        config = {key: value for key, value in config.items() if key != "init_lora_weights"}
+        harmless = harmless | {"init_lora_weights"}
     for key, value in config.items():
-        if value and key not in HARMLESS_CONFIG:
+        if value and key not in harmless:
             raise ValueError(f"adapter_config.json has {key} {value!r}, which would change the result: not supported")
     r, alpha = config.get("r"), config.get("lora_alpha")
     check_numbers("adapter_config.json", {"r": r, "lora_alpha": alpha}, real=("lora_alpha",))

@@ -77,7 +77,8 @@ class Source:
                 self._check_tensor(path, name, shape)
 
     def _check_tensor(self, path: Path, name: str, whole: tuple[int, ...]) -> None:
-        held, dim, parts = self.shards[path][self.name_of(name)], shard_dim(name), len(self.shards)
+        held, first = self.shards[path][self.name_of(name)], self.first[self.name_of(name)]
+        dim, parts = shard_dim(name), len(self.shards)
         shape = part_shape(name, whole, parts)
         uneven = dim is not None and whole[dim] % parts
         if uneven or tuple(held.shape) != shape:
@@ -86,7 +87,7 @@ class Source:
                 + f" in each of {parts} shards" * (parts > 1)
                 + ": a shard is missing or of another model"
             )
-        if dim is None and not torch.equal(held, self.first[self.name_of(name)]):
+        if dim is None and held is not first and not torch.equal(held, first):
             logger.warning("%s: %s is not that of shard 00: the shards may be of two models", path, name)
 
     def copy(self, name: str, dim: int, start: int, out: Tensor) -> None:
