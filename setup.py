@@ -7,7 +7,7 @@ setup(
     version="0.1.0",
     description="Reference inference for Llama 2",
     license="MIT",
-    packages=["llama"],
+    packages=["llama", "llama.checkpoints"],
     python_requires=">=3.10",
     install_requires=Path(__file__).with_name("requirements.txt").read_text().split(),
     extras_require={

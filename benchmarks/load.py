@@ -16,7 +16,7 @@ import weights
 from contender import seconds
 
 from llama import Llama
-from llama.convert import reshard
+from llama.checkpoints.folders import reshard
 
 
 def files_of(folder: Path) -> list[Path]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from llama import ModelArgs, Transformer
-from llama.convert import convert
+from llama.checkpoints.folders import convert
 
 SHAPES = {
     "tiny": ModelArgs(dim=256, n_layers=4, n_heads=8, n_kv_heads=4, multiple_of=32),

@@ -16,8 +16,8 @@ from typing import Any
 import torch.distributed as dist
 
 from .chat import SPECIAL_TAGS, UNSAFE_ERROR, Message, encode_dialog, has_special_tags
+from .checkpoints.folders import convert, info, reshard, verify
 from .command_line import run
-from .convert import convert, info, reshard, verify
 from .generation import Llama
 
 HELP = "Ctrl-C stops an answer, /reset begins anew, /exit or Ctrl-D ends."

@@ -21,10 +21,11 @@ class Tokenizer:
     """
 
     def __init__(self, model_path: str | os.PathLike[str]):
+        model_path = os.path.expanduser(str(model_path))
         if not os.path.isfile(model_path):
             raise FileNotFoundError(f"no tokenizer at {model_path}: pass the path of tokenizer.model")
         try:
-            self.sp_model = SentencePieceProcessor(model_file=os.fspath(model_path))
+            self.sp_model = SentencePieceProcessor(model_file=model_path)
         except RuntimeError as error:
             raise ValueError(f"{model_path} is not a SentencePiece model: download tokenizer.model again") from error
         self.n_words: int = self.sp_model.vocab_size()

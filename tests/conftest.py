@@ -16,7 +16,7 @@ import torch
 from release_server import Release
 
 from llama import Llama, ModelArgs, Tokenizer, Transformer
-from llama.checkpoint import shard_dim
+from llama.checkpoints.names import shard_dim
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"

@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama import Llama, ModelArgs
-from llama.checkpoints.names import Checkpoint, check_world_size, memory_needs, select_dtype, shard_dim
-from llama.files import release
-from llama.parallel import container_memory, free_memory
+from llama.checkpoints import Checkpoint, check_world_size, memory_needs
+from llama.checkpoints.files import give_back
+from llama.checkpoints.memory import (
+    CHUNK_TOKENS,
+    Memory,
+    container_memory,
+    free_memory,
+    keep_freed_memory,
+    return_freed_memory,
+)
+from llama.checkpoints.names import TENSORS, gguf_name, huggingface_name, shard_dim
+from llama.quantize import select_dtype
 
 COUNTS = [1, 2, 4, 8]
 
@@ -41,6 +53,20 @@ def test_any_shard_count_is_read_onto_any_world_size(
             out = torch.full_like(part, torch.nan)
             checkpoint.copy(name, rank, out)
             assert torch.equal(out, part)
+
+
+def test_the_table_names_every_tensor_of_a_model_in_every_layout(args: ModelArgs) -> None:
+    args.n_layers = 12
+    names = random_state(args).keys()
+    assert {re.sub(r"\.\d+\.", ".*.", name) for name in names} == {f"{stem}.weight" for stem in TENSORS}
+    for other in (huggingface_name, gguf_name):
+        assert len(set(map(other, names))) == len(names)
+    name = "layers.11.feed_forward.w2.weight"
+    assert (huggingface_name(name), gguf_name(name)) == (
+        "model.layers.11.mlp.down_proj.weight",
+        "blk.11.ffn_down.weight",
+    )
+    assert gguf_name("norm.weight") == "output_norm.weight"
 
 
 def test_the_golden_shards_are_one_model() -> None:
@@ -68,7 +94,7 @@ def test_pages_given_back_are_the_tensors_own(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("ctypes.CDLL", lambda name: Recorder())
     whole = torch.zeros(64, 5000, dtype=torch.float16)
     for part in (whole, whole.narrow(1, 4000, 1000), whole.narrow(0, 60, 4)):
-        release(part)
+        give_back(part)
         first, end = calls.pop()
         assert end == part[-1, -1:].data_ptr() + 2
         assert part.data_ptr() - 2**16 < first <= part.data_ptr()
@@ -131,6 +157,20 @@ def test_dtype_auto_is_the_stored_16_bit_type_on_a_gpu_and_float32_on_a_cpu() ->
     assert select_dtype("auto", torch.float16, cpu) == torch.float32
     with pytest.raises(ValueError, match="dtype is 'int3': use 'auto', 'float32', 'bfloat16', 'float16'"):
         select_dtype("int3", torch.float16, cpu)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtype_may_be_pytorchs_own(dtype: torch.dtype) -> None:
+    assert select_dtype(dtype, torch.float32, torch.device("cpu")) is dtype
+    assert select_dtype(str(dtype).removeprefix("torch."), torch.float32, torch.device("cpu")) is dtype
+    assert build_golden(dtype=dtype).model.norm.weight.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, None, 16, ["float32"]])
+def test_what_is_no_dtype_is_refused(dtype: Any) -> None:
+    sentence = f"dtype is {dtype!r}: use 'auto', 'float32', 'bfloat16', 'float16'"
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        build_golden(dtype=dtype)
 
 
 # The releases' shapes and the rank counts that can share them.
@@ -245,6 +285,67 @@ def test_missing_files_are_named(golden_copy: Path, tmp_path: Path) -> None:
         build(golden_copy)
 
 
+@pytest.mark.parametrize("option", ["ckpt_dir", "adapter_dir"])
+def test_a_name_on_the_hub_is_told_how_to_get_the_folder(option: str, tmp_path: Path) -> None:
+    folders = {"ckpt_dir": GOLDEN / "gqa-mp1"} | {option: "meta-llama/Llama-2-7b-hf"}
+    with pytest.raises(FileNotFoundError) as error:
+        Checkpoint(**folders)
+    assert str(error.value).startswith("no folder meta-llama/Llama-2-7b-hf: pass the folder that holds ")
+    assert str(error.value).endswith(
+        "; if it is a name on the Hugging Face hub, run hf download meta-llama/Llama-2-7b-hf --local-dir "
+        "Llama-2-7b-hf and pass Llama-2-7b-hf"
+    )
+    for path in ("tests/Llama-2-7b-hf", "./Llama-2-7b-hf", "Llama-2-7b-hf", tmp_path / "Llama-2-7b-hf"):
+        with pytest.raises(FileNotFoundError, match="no folder .*Llama-2-7b-hf: pass the folder that holds [^;]*$"):
+            Checkpoint(**folders | {option: path})
+
+
+def test_a_file_in_place_of_its_folder_is_told_what_to_pass(golden_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("consolidated.00.pth", "model.safetensors", "params.json"):
+        (golden_copy / name).touch()
+        with pytest.raises(ValueError, match=f"{name} is a file: pass the folder that holds it, {golden_copy}$"):
+            build(golden_copy / name)
+    monkeypatch.chdir(golden_copy)
+    with pytest.raises(ValueError, match=rf"^params\.json is a file: pass the folder that holds it, {golden_copy}$"):
+        build(Path("params.json"))
+    (golden_copy / "llama-2-7b.Q4_K_M.gguf").touch()
+    with pytest.raises(ValueError, match=r"Q4_K_M\.gguf is in GGUF's layout: not supported, pass a folder that holds"):
+        build(golden_copy / "llama-2-7b.Q4_K_M.gguf")
+
+
+def test_paths_are_as_users_write_them(golden_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = golden_copy.parent
+    monkeypatch.setenv("HOME", str(home))
+    shutil.copy(GOLDEN / "tokenizer.model", home)
+    golden_copy.rename(home / "7")
+    build(Path("~/7"), Path("~/tokenizer.model"))
+    Llama.build("~/7", "~/tokenizer.model", 64, 4, device="cpu")
+    monkeypatch.chdir(home)
+    Llama.build(7, None, 64, 4, device="cpu")  # what a command line may make of --ckpt_dir 7
+    shutil.copy(GOLDEN / "tokenizer.model", home / "8")
+    Llama.build(7, 8, 64, 4, device="cpu")
+    with pytest.raises(FileNotFoundError, match="no folder ~/elsewhere: pass the folder"):
+        Checkpoint("~/elsewhere")
+    for path in (None, 7.5, True, [home / "7"], b"7"):
+        with pytest.raises(TypeError, match=re.escape(f"ckpt_dir is {path!r}: use a path")):
+            Checkpoint(path)
+    with pytest.raises(TypeError, match="adapter_dir is 0.5: use a path"):
+        Checkpoint(7, 0.5)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs symbolic links")
+def test_a_tokenizer_beside_a_link_to_the_folder_or_beside_the_folder_is_found(golden_copy: Path) -> None:
+    links = golden_copy.parent / "links"
+    links.mkdir()
+    (links / "model").symlink_to(golden_copy)
+    for beside in (links, golden_copy.parent):
+        shutil.copy(GOLDEN / "tokenizer.model", beside)
+        assert Checkpoint(links / "model").tokenizer_path == beside / "tokenizer.model"
+        (beside / "tokenizer.model").unlink()
+    with pytest.raises(FileNotFoundError, match="or beside it: pass tokenizer_path"):
+        _ = Checkpoint(links / "model").tokenizer_path
+
+
 def test_a_missing_last_shard_shows_in_the_shapes(golden_copy: Path) -> None:
     (golden_copy / "consolidated.03.pth").unlink()
     with pytest.raises(ValueError, match="a shard is missing or of another model"):
@@ -316,37 +417,103 @@ def test_a_tokenizer_of_another_model_is_refused(golden_copy: Path) -> None:
 
 
 def test_too_little_memory_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    # A row's cache: 2 layers × 4 heads × 8 channels × 64 positions × k and v × 4 bytes. A row's pass: 64 positions ×
-    # (4 × 64 model channels and 6 × 224 feed-forward channels) × 4 bytes.
-    row = 32_768 + 409_600
+    # A row's cache: 2 layers × 4 heads × 8 channels × 64 positions × k and v × 4 bytes. A pass: the 4 × 64 positions
+    # there are × (4 × 64 model channels, 6 × 224 feed-forward channels and 2 × 512 logits) × 4 bytes.
+    row, one_pass = 32_768, 2_686_976
     monkeypatch.setattr(Checkpoint, "load", lambda *_: pytest.fail("loaded"))
     weights = sum(tensor.numel() for tensor in torch.load(GOLDEN / "gqa-mp1/consolidated.00.pth").values()) * 4
-    monkeypatch.setattr("llama.checkpoint.free_memory", lambda device: weights + 3 * row)
+    monkeypatch.setattr("llama.checkpoints.memory.free_memory", lambda device: weights + one_pass + 3 * row)
     with pytest.raises(ValueError) as error:
         build_golden()
     assert str(error.value) == (
-        "gqa-mp1 needs 0.7 MB for its weights, 0.1 MB for a cache of max_batch_size 4 × max_seq_len 64 and 1.6 MB for "
-        "a pass over it per rank, and cpu has 2.0 MB free for it: build with max_batch_size 3 or a smaller max_seq_len"
+        "gqa-mp1 needs 0.7 MB for its weights, 0.1 MB for a cache of max_batch_size 4 × max_seq_len 64 and 2.7 MB for "
+        "a pass per rank, and cpu has 3.5 MB free for it: build with max_batch_size 3 or a smaller max_seq_len"
     )
-    monkeypatch.setattr("llama.checkpoint.free_memory", lambda device: weights - 1)
+    monkeypatch.setattr("llama.checkpoints.memory.free_memory", lambda device: weights - 1)
     with pytest.raises(ValueError, match="use fewer bits for each weight, more ranks or a smaller model"):
         build_golden()
-    monkeypatch.setattr("llama.checkpoint.free_memory", lambda device: weights * 6 // 10 + 4 * row)
+    monkeypatch.setattr("llama.checkpoints.memory.free_memory", lambda device: weights * 6 // 10 + one_pass + 4 * row)
     for options in ({"quantize": "int8", "dtype": "auto"}, {"dtype": "bfloat16"}):
         with pytest.raises(pytest.fail.Exception, match="loaded"):
             build_golden(**options)
 
 
+def control_group(folder: Path, **files: object) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(f"{text}\n")
+
+
 def test_a_containers_limit_counts_as_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert container_memory(tmp_path) == math.inf
-    for name, text in (("memory.max", "max\n"), ("memory.current", "700\n"), ("memory.stat", "anon 400\nfile 200\n")):
-        (tmp_path / name).write_text(text)
-    assert container_memory(tmp_path) == math.inf
-    (tmp_path / "memory.max").write_text("1000\n")
-    assert container_memory(tmp_path) == 500
-    monkeypatch.setattr("llama.parallel.container_memory", lambda: 4e6)
+    own = tmp_path / "own"
+    own.write_text("0::/\n")
+    assert container_memory(tmp_path, own) == math.inf
+    assert container_memory(tmp_path, tmp_path / "none") == math.inf
+    control_group(tmp_path, memory__max="max", memory__current=700, memory__stat="anon 400\nfile 200\nshmem 0")
+    assert container_memory(tmp_path, own) == math.inf
+    control_group(tmp_path, memory__max=1000)
+    assert container_memory(tmp_path, own) == 500
+    monkeypatch.setattr("llama.checkpoints.memory.container_memory", lambda: 4e6)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert free_memory(torch.device("cpu")) == 2_000_000
+
+
+def test_shared_memory_is_not_free(tmp_path: Path) -> None:
+    (tmp_path / "own").write_text("0::/\n")
+    control_group(tmp_path, memory__max=1000, memory__current=700, memory__stat="anon 400\nfile 200\nshmem 150")
+    assert container_memory(tmp_path, tmp_path / "own") == 350
+
+
+def test_the_tightest_limit_of_nested_control_groups_counts_in_both_versions(tmp_path: Path) -> None:
+    root, own = tmp_path / "cgroup", tmp_path / "own"
+    own.write_text("12:cpu,cpuacct:/a/b\n4:memory:/a/b\n0::/c/d\n")
+    control_group(root / "c", memory__max=900, memory__current=100, memory__stat="file 10\nshmem 0")
+    control_group(root / "c" / "d", memory__max="max", memory__current=50, memory__stat="file 5\nshmem 0")
+    assert container_memory(root, own) == 810
+    stat = "cache 1\ntotal_cache 60\ntotal_shmem 20"
+    control_group(root / "memory", memory__limit_in_bytes=2**63 - 4096, memory__usage_in_bytes=1, memory__stat=stat)
+    assert container_memory(root, own) == 810
+    control_group(root / "memory/a/b", memory__limit_in_bytes=500, memory__usage_in_bytes=300, memory__stat=stat)
+    assert container_memory(root, own) == 240
+    # Inside a container the name may be the host's: the root is then the container's own.
+    shutil.rmtree(root / "memory" / "a")
+    control_group(root / "memory", memory__limit_in_bytes=400)
+    assert container_memory(root, own) == 439
+
+
+@pytest.mark.parametrize(("largest", "set_to"), [(2**25, 2**25), (2**31, 2**30)], ids=["older glibc", "newer"])
+def test_freed_memory_is_kept_as_far_as_the_c_library_lets(
+    monkeypatch: pytest.MonkeyPatch, largest: int, set_to: int
+) -> None:
+    values = {}
+
+    class Library:
+        def malloc_trim(self, pad: int) -> int:
+            return 1
+
+        def mallopt(self, parameter: int, value: int) -> int:
+            if parameter == -3 and value > largest:
+                return 0
+            values[parameter] = value
+            return 1
+
+    monkeypatch.setattr("ctypes.CDLL", lambda name: Library())
+    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.31"))
+    return_freed_memory()
+    keep_freed_memory()
+    assert values == {-1: 2**31 - 1, -3: set_to}
+
+
+def test_the_room_for_a_pass_does_not_grow_with_the_longest_prompt() -> None:
+    def needs(**sizes: int) -> Memory:
+        return memory_needs(replace(LLAMA_7B, **sizes), 1, torch.bfloat16, 2)
+
+    short, long = needs(max_seq_len=1024), needs(max_seq_len=100_000)
+    assert short.pass_bytes == long.pass_bytes
+    assert long.total(3) - long.total(2) == long.cache_row
+    assert needs(max_seq_len=16, max_batch_size=2).pass_bytes * (CHUNK_TOKENS + 32) == short.pass_bytes * 32
+    given = memory_needs(LLAMA_7B, 1, torch.bfloat16, 2, pass_tokens=2 * (CHUNK_TOKENS + 32))
+    assert given.pass_bytes == 2 * short.pass_bytes
 
 
 def test_what_is_counted_as_weights_is_what_each_rank_loads() -> None:

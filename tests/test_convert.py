@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import sys
 from collections import namedtuple
@@ -13,8 +14,8 @@ import torch
 from conftest import GOLDEN, TINY, random_state, run_python, write_release
 
 from llama import Llama, ModelArgs
-from llama.checkpoints.names import Checkpoint
-from llama.convert import convert, info, reshard, verify
+from llama.checkpoints import Checkpoint
+from llama.checkpoints.folders import convert, info, reshard, verify
 
 TOKENS = torch.randint(512, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -55,6 +56,35 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no umask there")
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_what_is_written_has_the_permissions_of_the_umask(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        convert(str(GOLDEN / "gqa-mp1"), str(tmp_path / "hf"), "hf")
+        reshard(str(GOLDEN / "gqa-mp1"), str(tmp_path / "two"), 2)
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "hf", tmp_path / "two"):
+        assert path.stat().st_mode & 0o777 == 0o777 & ~umask
+        assert all(file.stat().st_mode & 0o777 == 0o666 & ~umask for file in path.iterdir())
+
+
+def test_paths_to_read_and_to_write_are_as_users_write_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    reshard(GOLDEN / "gqa-mp1", "~/two", 2)
+    convert("~/two", 7, "hf")  # what a command line may make of a folder named 7
+    assert info(7).startswith("7: Hugging Face layout")
+    assert {path.name for path in tmp_path.iterdir()} == {"two", "7"}
+    with pytest.raises(TypeError, match="out is None: use a path"):
+        reshard("~/two", None, 2)
+    with pytest.raises(FileNotFoundError, match=r"7/checklist\.chk cannot be read"):
+        verify("~/7")
+    with pytest.raises(FileNotFoundError, match="no folder nowhere: pass the folder that holds checklist.chk"):
+        verify("nowhere")
+
+
 @pytest.mark.parametrize("to", ["hf", "meta"])
 def test_a_disk_known_to_be_too_small_is_refused_before_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
@@ -63,7 +93,7 @@ def test_a_disk_known_to_be_too_small_is_refused_before_writing(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 100_000, 100_000))
     monkeypatch.setattr(torch, "save", lambda *_: pytest.fail("written"))
     with pytest.raises(OSError, match=r"could not write to .* \(too little space\): 0\.4 GB are needed, and 0\.1 MB"):
-        monkeypatch.setattr("llama.convert.size_of", lambda *_: 400_000_000)
+        monkeypatch.setattr("llama.checkpoints.folders.size_of", lambda *_: 400_000_000)
         convert(str(GOLDEN / "gqa-mp1"), str(tmp_path / "out"), to)
     assert not list(tmp_path.iterdir())
 
@@ -126,7 +156,10 @@ def test_info_describes_a_folder(tmp_path: Path) -> None:
     lines = info(str(tmp_path / "llama-2-70b")).splitlines()
     assert lines[0] == "llama-2-70b: release layout, 4 file(s) of weights, 172,352 parameters, float16"
     assert lines[1] == "dim 64, 2 layers, 8 heads, 8 key/value heads, 192 feed-forward channels, 512 pieces"
+    assert lines[3] == "Per rank; cache for max_batch_size 8 and max_seq_len 512, and one pass, in 16 bits:"
     assert [line.split()[0] for line in lines[5:]] == ["1", "2", "4", "8"]
+    # In all 4,096 positions, of which a pass has 520: 4 × 64 + 6 × 192 / ranks channels in 2 bytes, 512 logits in 6.
+    assert [line.split()[-4:] for line in lines[5:7]] == [["2.1", "MB", "3.1", "MB"], ["1.0", "MB", "2.5", "MB"]]
     convert(str(tmp_path / "llama-2-70b"), str(tmp_path / "other"), "hf")
     assert info(str(tmp_path / "other")).startswith("other: Hugging Face layout, 1 file(s) of weights, 172,352 param")
 
@@ -149,7 +182,7 @@ import sys, threading, time
 from pathlib import Path
 import torch
 from llama import Llama
-from llama.convert import reshard
+from llama.checkpoints.folders import reshard
 sys.path.insert(0, {tests!r})
 from conftest import build_golden
 torch.set_num_threads(2)

@@ -17,7 +17,7 @@ import torch
 from conftest import GOLDEN, ROOT, TINY, build_golden, clean_environment, run_python, torchrun
 
 from llama import Llama
-from llama.checkpoints.names import Checkpoint
+from llama.checkpoints import Checkpoint
 
 TOKENS = torch.tensor([[1, 5, 9, 7, 12]])
 
@@ -145,7 +145,7 @@ import os, signal, sys, time
 from pathlib import Path
 from conftest import GOLDEN, ROOT, TINY
 sys.path.insert(0, str(ROOT))
-import llama.checkpoint, llama.generation
+import llama.checkpoints.release, llama.generation
 from llama.command_line import run
 import example_text_completion as example
 rank = int(os.environ["RANK"])
@@ -157,7 +157,7 @@ def fault():
 @pytest.mark.parametrize("when", ["loading", "generation"])
 def test_a_killed_rank_ends_the_job(tmp_path: Path, when: str) -> None:
     where = {
-        "loading": ("llama.checkpoint.Checkpoint", "copy", "rank == 1"),
+        "loading": ("llama.checkpoints.Checkpoint", "copy", "rank == 1"),
         "generation": ("llama.generation.Llama", "_decode", "rank == 1 and len(args[1][0].tokens) == 9"),
     }[when]
     script = tmp_path / "killed.py"
@@ -185,13 +185,13 @@ def test_a_rank_that_fails_in_loading_ends_the_job_with_its_sentence(tmp_path: P
     script.write_text(
         FAULT
         + """
-inner = llama.checkpoint.map_shard
+inner = llama.checkpoints.release.map_pickle
 def failing(path):
     if rank == 1:
         fault()
         path = path.with_name("consolidated.07.pth")
     return inner(path)
-llama.checkpoint.map_shard = failing
+llama.checkpoints.release.map_pickle = failing
 run(example.main)
 """
     )

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama import Llama, ModelArgs
-from llama.checkpoints.names import Checkpoint
-from llama.convert import convert, reshard
-from llama.hf import feed_forward_params
+from llama.checkpoints import Checkpoint
+from llama.checkpoints.folders import convert, reshard
+from llama.checkpoints.huggingface import feed_forward_params
 
 transformers = pytest.importorskip("transformers")
 
@@ -166,7 +166,7 @@ def test_to_hugging_face_and_back_are_the_same_tensors(
 def test_transformers_reads_what_we_write(
     judged: tuple[Path, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llama.convert.PART_BYTES", 100_000)
+    monkeypatch.setattr("llama.checkpoints.folders.PART_BYTES", 100_000)
     convert(str(judged[0]), str(tmp_path / "written"), "hf")
     assert len(list((tmp_path / "written").glob("*.safetensors"))) > 1
     model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "written", dtype=torch.float32)
@@ -213,6 +213,7 @@ def test_the_tokenizer_is_found_in_the_folder_or_beside_it(judged: tuple[Path, t
         ({"rope_scaling": {"type": "linear"}}, "has rope_scaling_factor None: expected a positive number"),
         ({"head_dim": 16}, "config.json has head_dim 16: not supported, only 8 is"),
         ({"hidden_size": None}, "config.json lacks key 'hidden_size'"),
+        ({"max_position_embeddings": "4k"}, "config.json has max_position_embeddings '4k': expected a positive int"),
         ({"num_hidden_layers": -2}, "config.json has num_hidden_layers -2: expected a positive integer"),
         ({"num_attention_heads": "8"}, "config.json has num_attention_heads '8': expected a positive integer"),
         ({"num_hidden_layers": 3}, "lacks tensor layers.2.attention_norm.weight: config.json is of another model"),
@@ -228,6 +229,49 @@ def test_configs_that_mean_another_model_are_refused(
     edit_config(judged[0], **changes)
     with pytest.raises(ValueError, match=sentence):
         build(judged[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "longest"),
+    [
+        ({"max_position_embeddings": 40}, 40),
+        ({"max_position_embeddings": 20, "rope_scaling": {"type": "linear", "factor": 2.0}}, 40),
+        ({"max_position_embeddings": None}, None),
+    ],
+    ids=["plain", "scaled", "unknown"],
+)
+def test_a_length_beyond_what_the_model_was_made_for_is_warned_of_once(
+    judged: tuple[Path, torch.Tensor],
+    changes: dict[str, Any],
+    longest: int | None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    edit_config(judged[0], rope_parameters=None, **changes)
+    Llama.build(judged[0], max_seq_len=longest or 64, max_batch_size=1, device="cpu")
+    assert caplog.messages == []
+    Llama.build(judged[0], max_seq_len=64, max_batch_size=1, device="cpu")
+    assert caplog.messages == [
+        "max_seq_len is 64, and judged was made for 40 tokens (config.json): text beyond them may make no sense"
+    ] * bool(longest)
+
+
+def test_the_length_that_a_model_was_made_for_survives_conversion(
+    judged: tuple[Path, torch.Tensor], args: ModelArgs, tmp_path: Path
+) -> None:
+    def converted(folder: Path) -> int:
+        convert(str(folder), str(folder.with_name(f"{folder.name}-hf")), "hf")
+        return json.loads((folder.with_name(f"{folder.name}-hf") / "config.json").read_text())[
+            "max_position_embeddings"
+        ]
+
+    edit_config(judged[0], max_position_embeddings=2048)
+    assert converted(judged[0]) == 2048
+    release = write_release(tmp_path / "llama", args, random_state(args))
+    assert converted(release) == 4096
+    params = json.loads((release / "params.json").read_text()) | {"rope_theta": 1e6}
+    code = Path(shutil.copytree(release, tmp_path / "code-llama"))
+    (code / "params.json").write_text(json.dumps(params))
+    assert converted(code) == 16384
 
 
 def test_files_that_are_broken_are_named(judged: tuple[Path, torch.Tensor]) -> None:
@@ -302,8 +346,9 @@ ALL_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj
         {"r": 4, "lora_alpha": 8, "target_modules": ALL_PROJECTIONS},
         {"r": 8, "lora_alpha": 3, "target_modules": ["q_proj", "v_proj"], "use_rslora": True},
         {"r": 2, "lora_alpha": 2, "target_modules": ALL_PROJECTIONS, "layers_to_transform": [1]},
+        {"r": 2, "lora_alpha": 2, "target_modules": ALL_PROJECTIONS, "layers_to_transform": 0},
     ],
-    ids=["all", "rslora", "one layer"],
+    ids=["all", "rslora", "one layer", "layer 0"],
 )
 @pytest.mark.parametrize("n_kv_heads", [None, 4])
 def test_an_adapter_merged_by_us_equals_one_merged_by_peft(

@@ -1,12 +1,7 @@
-"""The Hugging Face layout of the same weights: config.json with safetensors or .bin files.
-
-Tensors have other names there, and the rows of a head's query and key another order: transformers rotates channel i
-with i + head_dim / 2, the release 2i with 2i + 1.
-"""
+"""The Hugging Face layout of the same weights: config.json with safetensors or .bin files."""
 
 from __future__ import annotations
 
-from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +9,8 @@ import torch
 from torch import Tensor
 
 from .files import check_numbers, map_pickle, map_safetensors, read_json
-
-# The release's names -> Hugging Face's: of a layer's tensors, and of the others.
-LAYER_NAMES = {
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
-OUTER_NAMES = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
-IGNORED = "rotary_emb.inv_freq"  # precomputed angles in older files
+from .names import huggingface_name, interleave, is_rotary
+from .release import Source
 
 # config.json's keys -> params.json's
 CONFIG_KEYS = {
@@ -39,6 +21,7 @@ CONFIG_KEYS = {
     "rms_norm_eps": "norm_eps",
     "vocab_size": "vocab_size",
 }
+MAX_POSITIONS = "max_position_embeddings"
 # What the model must say of itself, where it says anything, for our mathematics to be its own.
 REQUIRED_CONFIG = {
     "model_type": "llama",
@@ -50,84 +33,30 @@ REQUIRED_CONFIG = {
 }
 
 
-def huggingface_name(name: str) -> str:
-    """layers.0.attention.wq.weight -> model.layers.0.self_attn.q_proj.weight"""
-    stem = name.removesuffix(".weight")
-    if stem in OUTER_NAMES:
-        return f"{OUTER_NAMES[stem]}.weight"
-    _, layer, part = stem.split(".", 2)
-    return f"model.layers.{layer}.{LAYER_NAMES[part]}.weight"
-
-
-def is_rotated(name: str) -> bool:
-    return name.split(".")[-2] in ("wq", "wk")
-
-
-def interleave(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows (heads × head_dim, …) of whole heads, from Hugging Face's order to the release's."""
-    return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
-
-
-def split_halves(weight: Tensor, head_dim: int) -> Tensor:
-    """The inverse of `interleave`."""
-    return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
-
-
-def difference(held: Set[str], wanted: Set[str]) -> str | None:
-    """What is wrong with the names of the tensors that a file holds, the first of it; None if nothing is."""
-    if extra := held - wanted:
-        return f"holds unknown tensor {min(extra)}"
-    if missing := wanted - held:
-        return f"lacks tensor {min(missing)}"
-    return None
-
-
-class HuggingFace:
-    """A folder in this layout, opened but not read."""
+class HuggingFace(Source):
+    """A folder in this layout. Raises FileNotFoundError and ValueError as `find_files` and `params_of` do."""
 
     layout = "Hugging Face"
     params_file = "config.json"
+    ignored = "rotary_emb.inv_freq"
 
     def __init__(self, path: Path):
-        self.path = path
-        config = read_json(path / "config.json")
-        self.params = params_of(config)
-        self.head_dim = self.params["dim"] // self.params["n_heads"]
-        self.files = find_files(path)
-        self.tensors: dict[str, Tensor] = {}
-        for file in self.files:
-            self.tensors |= map_safetensors(file) if file.suffix == ".safetensors" else map_pickle(file)
-        embedding = "model.embed_tokens.weight"
-        if embedding not in self.tensors or self.tensors[embedding].dim() != 2:
-            raise ValueError(f"{path} lacks tensor {embedding}: is it a language model of the Llama family?")
+        config = read_json(path / self.params_file)
+        params = params_of(config)
+        files = find_files(path)
+        tensors: dict[str, Tensor] = {}
+        for file in files:
+            tensors |= map_safetensors(file) if file.suffix == ".safetensors" else map_pickle(file)
+        super().__init__(files, params, {path: tensors}, config.get(MAX_POSITIONS))
+        self.head_dim = params["dim"] // params["n_heads"]
         if config.get("tie_word_embeddings"):
-            self.tensors["lm_head.weight"] = self.tensors[embedding]
+            tensors[huggingface_name("output.weight")] = tensors[huggingface_name("tok_embeddings.weight")]
 
-    def __contains__(self, name: str) -> bool:
-        return huggingface_name(name) in self.tensors
+    def name_of(self, name: str) -> str:
+        return huggingface_name(name)
 
-    def dtype_of(self, name: str) -> torch.dtype:
-        return self.tensors[huggingface_name(name)].dtype
-
-    @property
-    def vocab_size(self) -> int:
-        return self.tensors["model.embed_tokens.weight"].shape[0]
-
-    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Raise ValueError unless the files hold exactly the tensors of these names, the release's, and shapes."""
-        wanted = {huggingface_name(name): shape for name, shape in shapes.items()}
-        if what := difference({name for name in self.tensors if not name.endswith(IGNORED)}, wanted.keys()):
-            raise ValueError(f"{self.path} {what}: config.json is of another model, or the files are not of a Llama 2")
-        for name, shape in wanted.items():
-            if tuple(self.tensors[name].shape) != shape:
-                raise ValueError(
-                    f"{self.path}: {name} has shape {tuple(self.tensors[name].shape)}, and config.json asks for {shape}"
-                )
-
-    def copy(self, name: str, dim: int, start: int, out: Tensor) -> None:
-        """Fill `out` with the part of a tensor of the release's name that begins at `start` along `dim`."""
-        part = self.tensors[huggingface_name(name)].narrow(dim, start, out.shape[dim])
-        out.copy_(interleave(part, self.head_dim) if is_rotated(name) else part)
+    def place(self, name: str, part: Tensor, out: Tensor) -> None:
+        out.copy_(interleave(part, self.head_dim) if is_rotary(name) else part)
 
 
 def find_files(path: Path) -> list[Path]:
@@ -167,7 +96,8 @@ def params_of(config: dict[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         if value is None:
             raise ValueError(f"config.json lacks key '{key}': download it again")
-    check_numbers("config.json", values, real=("rms_norm_eps",))
+    optional = {key: given[key] for key in given.keys() & {MAX_POSITIONS}}
+    check_numbers("config.json", values | optional, real=("rms_norm_eps",))
     dim, heads = values["hidden_size"], values["num_attention_heads"]
     if config.get("head_dim") not in (None, dim // heads):
         raise ValueError(f"config.json has head_dim {config['head_dim']}: not supported, only {dim // heads} is")
@@ -201,18 +131,21 @@ def rope_params(config: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def config_of(params: dict[str, Any], hidden_dim: int, dtype: torch.dtype) -> dict[str, Any]:
+def config_of(
+    params: dict[str, Any], hidden_dim: int, dtype: torch.dtype, max_positions: int | None = None
+) -> dict[str, Any]:
     """config.json's values for a model of these params.json values, `vocab_size` and all."""
     config = {theirs: params[ours] for theirs, ours in CONFIG_KEYS.items()}
-    factor = params["rope_scaling_factor"]
+    factor, theta = params["rope_scaling_factor"], params["rope_theta"]
     return config | {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "intermediate_size": hidden_dim,
-        "rope_theta": params["rope_theta"],
+        "rope_theta": theta,
         "rope_scaling": None if factor == 1 else {"type": "linear", "factor": factor},
         "hidden_act": "silu",
-        "max_position_embeddings": 4096,
+        # A release does not say it: Code Llama, which alone has this theta, was made for 16,384, Llama 2 for 4,096.
+        MAX_POSITIONS: max_positions or (16384 if theta == 1e6 else 4096),
         "tie_word_embeddings": False,
         "bos_token_id": 1,
         "eos_token_id": 2,

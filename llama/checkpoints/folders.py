@@ -7,19 +7,23 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from .checkpoint import Checkpoint, check_world_size, memory_needs, shard_dim, whole_shapes, world_sizes
-from .files import check_readable, new_folder, save_safetensors, size_text, writing
-from .hf import config_of, huggingface_name, is_rotated, split_halves
-from .model import ModelArgs, Transformer
-from .quantize import STORES
-from .request import check_positive
+from ..model import ModelArgs, Transformer
+from ..quantize import STORES
+from ..request import check_positive
+from .files import check_readable, folder_of, new_folder, path_of, save_safetensors, size_text, writing
+from .folder import Checkpoint, check_world_size, whole_shapes, world_sizes
+from .huggingface import config_of
+from .memory import memory_needs
+from .names import huggingface_name, is_rotary, part_shape, split_halves
+
+Shapes = dict[str, tuple[int, ...]]  # of whole tensors, by their names
 
 PART_BYTES = 2 * 10**9  # of a safetensors file; one at a time is in memory
 
@@ -36,7 +40,7 @@ def info(ckpt_dir: str, max_seq_len: int = 512, max_batch_size: int = 8) -> str:
         f"dim {args.dim}, {args.n_layers} layers, {args.n_heads} heads, {args.kv_heads} key/value heads, "
         f"{args.hidden_dim} feed-forward channels, {args.vocab_size} pieces",
         "",
-        f"Per rank; cache and pass for max_batch_size {max_batch_size} and max_seq_len {max_seq_len}, in 16 bits:",
+        f"Per rank; cache for max_batch_size {max_batch_size} and max_seq_len {max_seq_len}, and one pass, in 16 bits:",
         f"{'ranks':>5}{'float32':>12}{'16 bits':>12}{'int8':>12}{'int4':>12}{'cache':>12}{'pass':>12}",
     ]
     quantised = [(torch.bfloat16, store.bytes_per_weight) for store in STORES.values()]
@@ -44,27 +48,24 @@ def info(ckpt_dir: str, max_seq_len: int = 512, max_batch_size: int = 8) -> str:
     for ranks in world_sizes(args):
         needs = [memory_needs(args, ranks, dtype, bytes_per_weight) for dtype, bytes_per_weight in kinds]
         weights = [need.weights for need in needs]
-        rows = [max_batch_size * needs[1].cache_row, max_batch_size * needs[1].pass_row]
-        lines.append(f"{ranks:>5}" + "".join(f"{size_text(n):>12}" for n in weights + rows))
+        others = [max_batch_size * needs[1].cache_row, needs[1].pass_bytes]
+        lines.append(f"{ranks:>5}" + "".join(f"{size_text(n):>12}" for n in weights + others))
     return "\n".join(lines)
 
 
 def verify(ckpt_dir: str) -> str:
     """Compare each file that checklist.chk names with its MD5 sum there. Raises ValueError naming those that differ."""
-    folder = Path(ckpt_dir)
-    check_readable(folder / "checklist.chk")
-    sums = [
-        line.split() for line in (folder / "checklist.chk").read_text(errors="replace").splitlines() if line.strip()
-    ]
+    folder = folder_of("ckpt_dir", ckpt_dir, "checklist.chk")
+    checklist = folder / "checklist.chk"
+    check_readable(checklist)
+    sums = [line.split() for line in checklist.read_text(errors="replace").splitlines() if line.strip()]
     if not sums or any(len(words) != 2 or len(words[0]) != 32 for words in sums):
-        raise ValueError(f"{folder / 'checklist.chk'} has lines that are no MD5 sum and file name: download it again")
+        raise ValueError(f"{checklist} has lines that are no MD5 sum and file name: download it again")
     files = [(folder / Path(name.removeprefix("*")).name, digest) for digest, name in sums]
     for file, _ in files:
         check_readable(file)
-    wrong = []
-    with tqdm(
-        total=sum(f.stat().st_size for f, _ in files), unit="B", unit_scale=True, leave=False, disable=None
-    ) as bar:
+    wrong, size = [], sum(file.stat().st_size for file, _ in files)
+    with tqdm(total=size, unit="B", unit_scale=True, leave=False, disable=None) as bar:
         for file, digest in files:
             md5 = hashlib.md5(usedforsecurity=False)
             with file.open("rb") as stream:
@@ -86,11 +87,9 @@ def reshard(ckpt_dir: str, out: str, model_parallel_size: int) -> str:
     check_world_size(checkpoint.name, args, model_parallel_size)
     shapes = shapes_of(checkpoint, args)
     size = size_of(checkpoint, shapes)
-    with new_folder(Path(out), size) as folder:
+    with new_folder(path_of("out", out), size) as folder:
         for rank in range(model_parallel_size):
-            shard = {}
-            for name, shape in progress(shapes, f"shard {rank}"):
-                shard[name] = read(checkpoint, name, shape, rank, model_parallel_size)
+            shard = read(checkpoint, shapes, f"shard {rank}", rank, model_parallel_size)
             with writing(folder, size):
                 torch.save(shard, folder / f"consolidated.{rank:02}.pth")
             del shard
@@ -112,26 +111,29 @@ def convert(ckpt_dir: str, out: str, to: str) -> str:
     files = [f"model-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
     files = files if len(parts) > 1 else ["model.safetensors"]
     size = size_of(checkpoint, shapes)
-    with new_folder(Path(out), size) as folder:
-        for file, names in zip(files, parts, strict=True):
-            tensors = {}
-            for name, shape in progress({name: shapes[name] for name in names}, file):
-                tensor = read(checkpoint, name, shape)
-                tensors[huggingface_name(name)] = split_halves(tensor, args.head_dim) if is_rotated(name) else tensor
+    with new_folder(path_of("out", out), size) as folder:
+        for file, part in zip(files, parts, strict=True):
+            tensors = {
+                huggingface_name(name): split_halves(tensor, args.head_dim) if is_rotary(name) else tensor
+                for name, tensor in read(checkpoint, part, file).items()
+            }
             with writing(folder, size):
                 save_safetensors(tensors, folder / file)
             del tensors
         if len(files) > 1:
-            weight_map = {huggingface_name(n): f for f, names in zip(files, parts, strict=True) for n in names}
+            weight_map = {
+                huggingface_name(name): file for file, part in zip(files, parts, strict=True) for name in part
+            }
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-        config = config_of(asdict(args) | {"n_kv_heads": args.kv_heads}, args.hidden_dim, checkpoint.dtype)
+        params = asdict(args) | {"n_kv_heads": args.kv_heads}
+        config = config_of(params, args.hidden_dim, checkpoint.dtype, checkpoint.source.max_positions)
         (folder / "config.json").write_text(json.dumps(config, indent=2))
         copy_tokenizer(checkpoint, folder)
     return f"{out}: {len(files)} file(s) of weights"
 
 
-def shapes_of(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, tuple[int, ...]]:
+def shapes_of(checkpoint: Checkpoint, args: ModelArgs) -> Shapes:
     """The shapes of the whole model's tensors, which the files are checked to hold."""
     with torch.device("meta"):
         state = Transformer(args).state_dict()
@@ -140,31 +142,27 @@ def shapes_of(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, tuple[int, .
     return shapes
 
 
-def read(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], rank: int = 0, world_size: int = 1) -> torch.Tensor:
-    """A rank's part, in its stored type, of a tensor of this whole shape."""
-    dim = shard_dim(name)
-    local = [n // world_size if d == dim else n for d, n in enumerate(shape)]
-    tensor = torch.empty(local, dtype=checkpoint.dtype_of(name))
-    checkpoint.copy(name, rank, tensor)
-    return tensor
+def read(checkpoint: Checkpoint, shapes: Shapes, what: str, rank: int = 0, world_size: int = 1) -> dict[str, Tensor]:
+    """A rank's parts, in their stored types, of tensors of these whole shapes."""
+    tensors = {}
+    for name, shape in tqdm(shapes.items(), desc=what, unit="tensor", leave=False, disable=None):
+        tensors[name] = torch.empty(part_shape(name, shape, world_size), dtype=checkpoint.source.dtype_of(name))
+        checkpoint.copy(name, rank, tensors[name])
+    return tensors
 
 
-def size_of(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> int:
+def size_of(checkpoint: Checkpoint, shapes: Shapes) -> int:
     """Bytes of the tensors."""
-    return sum(math.prod(shape) * checkpoint.dtype_of(name).itemsize for name, shape in shapes.items())
+    return sum(math.prod(shape) * checkpoint.source.dtype_of(name).itemsize for name, shape in shapes.items())
 
 
-def parts_of(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> list[list[str]]:
-    """Names in groups of at most PART_BYTES."""
-    parts: list[list[str]] = [[]]
-    room = PART_BYTES
+def parts_of(checkpoint: Checkpoint, shapes: Shapes) -> list[Shapes]:
+    """The tensors in groups of at most PART_BYTES."""
+    parts: list[Shapes] = [{}]
     for name, shape in shapes.items():
-        size = size_of(checkpoint, {name: shape})
-        if parts[-1] and size > room:
-            parts.append([])
-            room = PART_BYTES
-        parts[-1].append(name)
-        room -= size
+        if parts[-1] and size_of(checkpoint, parts[-1] | {name: shape}) > PART_BYTES:
+            parts.append({})
+        parts[-1][name] = shape
     return parts
 
 
@@ -179,8 +177,4 @@ def params_of_release(args: ModelArgs) -> dict[str, object]:
 
 def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     with contextlib.suppress(FileNotFoundError):  # the weights are whole without it
-        shutil.copy(checkpoint.tokenizer_path, folder)
-
-
-def progress(shapes: dict[str, tuple[int, ...]], what: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield from tqdm(shapes.items(), desc=what, unit="tensor", leave=False, disable=None)
+        shutil.copyfile(checkpoint.tokenizer_path, folder / "tokenizer.model")

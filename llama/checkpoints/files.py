@@ -6,8 +6,10 @@ import contextlib
 import ctypes
 import json
 import mmap
+import os
+import re
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,32 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def size_text(n: int) -> str:
     return f"{n / 1e9:.1f} GB" if n >= 1e8 else f"{n / 1e6:.1f} MB"
+
+
+def path_of(what: str, path: Any) -> Path:
+    """A path as users give it: with ~ for their home, or 7, which a command line makes of the folder named so.
+
+    Raises TypeError for what is no path.
+    """
+    try:
+        return Path(os.path.expanduser(str(path) if type(path) is int else path))
+    except TypeError:
+        raise TypeError(f"{what} is {path!r}: use a path") from None
+
+
+def folder_of(what: str, path: Any, holds: str) -> Path:
+    """A folder that holds what `holds` says. Raises FileNotFoundError or, for a file, ValueError, saying what to do."""
+    folder = path_of(what, path)
+    if folder.is_file():
+        if folder.suffix == ".gguf":
+            raise ValueError(f"{folder} is in GGUF's layout: not supported, pass a folder that holds {holds}")
+        raise ValueError(f"{folder} is a file: pass the folder that holds it, {folder.absolute().parent}")
+    if not folder.is_dir():
+        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not folder.parent.exists()
+        fetch = f"run hf download {path} --local-dir {folder.name} and pass {folder.name}"
+        advice = f"; if it is a name on the Hugging Face hub, {fetch}" if hub else ""
+        raise FileNotFoundError(f"no folder {path}: pass the folder that holds {holds}{advice}")
+    return folder
 
 
 def check_readable(path: Path) -> None:
@@ -42,7 +70,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def check_numbers(file: str, values: dict[str, Any], real: tuple[str, ...]) -> None:
+def check_numbers(file: str, values: dict[str, Any], real: tuple[str, ...] = ()) -> None:
     """Raise ValueError unless all are positive integers, or positive numbers where they are named in `real`."""
     for key, value in values.items():
         fits = isinstance(value, (int, float) if key in real else int) and not isinstance(value, bool)
@@ -100,7 +128,7 @@ def save_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
         raise OSError(str(error)) from error
 
 
-def release(mapped: Tensor) -> None:
+def give_back(mapped: Tensor) -> None:
     """Take the pages of a mapped file that a tensor lies on out of this process; they could be read in again."""
     if not hasattr(mmap, "MADV_DONTNEED") or mapped.numel() == 0:
         return
@@ -123,10 +151,12 @@ def new_folder(out: Path, needed: int) -> Iterator[Path]:
         raise FileNotFoundError(f"no folder {out.parent} to write {out.name} into: make it first")
     if shutil.disk_usage(out.parent).free < needed:
         raise no_space(out.parent, "too little space", needed)
-    scratch = Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".part", dir=out.parent))
+    scratch = out.with_name(f"{out.name}.{uuid.uuid4().hex}.part")
+    scratch.mkdir()  # not mkdtemp's: its permissions are not the umask's
     try:
         yield scratch
-        scratch.chmod(0o755)  # mkdtemp's is for its owner alone
+        for file in scratch.iterdir():
+            file.chmod(scratch.stat().st_mode & 0o666)  # safetensors' are for their owner alone
         scratch.rename(out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -4,36 +4,22 @@ from __future__ import annotations
 
 import math
 import os
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .files import check_numbers, map_safetensors, read_json
-from .hf import LAYER_NAMES, huggingface_name, interleave, is_rotated
+from .files import check_numbers, folder_of, map_safetensors, read_json
+from .names import TENSORS, huggingface_name, interleave, is_rotary
 
 # What an adapter's config may say without a change of the merged weights. Anything else has to be unset.
-HARMLESS_CONFIG = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "exclude_modules",
-    "inference_mode",
-    "layers_pattern",
-    "layers_to_transform",
-    "lora_alpha",
-    "lora_dropout",
-    "megatron_core",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "r",
-    "revision",
-    "runtime_config",
-    "target_modules",
-    "task_type",
-    "use_rslora",
-}
+HARMLESS_CONFIG = (
+    {"auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_type", "peft_version"}
+    | {"exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"}
+    | {"lora_alpha", "lora_dropout", "qalora_group_size", "r", "revision", "runtime_config", "task_type", "use_rslora"}
+)
 PREFIX = "base_model.model."
+# What can be adapted: a layer's linear weights.
+MODULES = {names.huggingface.split(".")[-1] for name, names in TENSORS.items() if "*" in name and names.dim is not None}
 
 
 class Adapter:
@@ -43,18 +29,21 @@ class Adapter:
     """
 
     def __init__(self, adapter_dir: str | os.PathLike[str]):
-        self.path = Path(adapter_dir)
+        self.path = folder_of("adapter_dir", adapter_dir, "adapter_config.json")
         config = read_json(self.path / "adapter_config.json")
         self.scale = check_config(config)
-        partial = config.get("layers_to_transform") or config.get("exclude_modules")
+        partial = config.get("layers_to_transform") is not None or config.get("exclude_modules")  # 0 is a layer
         targets = config.get("target_modules")
         self.whole_targets = targets if isinstance(targets, list) and not partial else []
         self.tensors = map_safetensors(self.path / "adapter_model.safetensors")
         self.rank = config["r"]
 
+    def stem_of(self, name: str) -> str:
+        return PREFIX + huggingface_name(name).removesuffix(".weight")
+
     def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
         """B (out_features, r) and A (r, in_features) of a weight of the release's name; None if it is not adapted."""
-        stem = PREFIX + huggingface_name(name).removesuffix(".weight")
+        stem = self.stem_of(name)
         if f"{stem}.lora_B.weight" not in self.tensors:
             return None
         return self.tensors[f"{stem}.lora_B.weight"], self.tensors[f"{stem}.lora_A.weight"]
@@ -66,7 +55,7 @@ class Adapter:
         wanted = {}
         for name, shape in shapes.items():
             if len(shape) == 2 and name.startswith("layers."):
-                stem = PREFIX + huggingface_name(name).removesuffix(".weight")
+                stem = self.stem_of(name)
                 wanted[f"{stem}.lora_A.weight"] = (self.rank, shape[1])
                 wanted[f"{stem}.lora_B.weight"] = (shape[0], self.rank)
         for name in wanted:
@@ -74,7 +63,7 @@ class Adapter:
                 raise ValueError(f"adapter {self.path} lacks tensor {name}: download it again")
         for name, tensor in self.tensors.items():
             if name not in wanted:
-                modules = ", ".join(sorted(n.split(".")[1] for n in LAYER_NAMES.values() if "proj" in n))
+                modules = ", ".join(sorted(MODULES))
                 raise ValueError(f"adapter {self.path} has tensor {name}: only {modules} of the model can be adapted")
             if tuple(tensor.shape) != wanted[name]:
                 raise ValueError(
@@ -91,7 +80,7 @@ class Adapter:
         if factors is None:
             return
         b, a = (factor.to(out.device, torch.float32) for factor in factors)
-        if is_rotated(name):
+        if is_rotary(name):
             b = interleave(b, head_dim)
         length = out.shape[dim]
         b, a = (b.narrow(0, start, length), a) if dim == 0 else (b, a.narrow(1, start, length))
@@ -104,12 +93,11 @@ def check_config(config: dict[str, object]) -> float:
         raise ValueError(
             f"adapter_config.json has peft_type {config.get('peft_type')!r}: not supported, only 'LORA' is"
         )
-    if config.get("bias") == "none":
-        config = {key: value for key, value in config.items() if key != "bias"}
+    harmless = HARMLESS_CONFIG | {"bias"} if config.get("bias") == "none" else HARMLESS_CONFIG
     if config.get("init_lora_weights") in (True, False, "gaussian"):  # others change W as well
-        config = {key: value for key, value in config.items() if key != "init_lora_weights"}
+        harmless = harmless | {"init_lora_weights"}
     for key, value in config.items():
-        if value and key not in HARMLESS_CONFIG:
+        if value and key not in harmless:
             raise ValueError(f"adapter_config.json has {key} {value!r}, which would change the result: not supported")
     r, alpha = config.get("r"), config.get("lora_alpha")
     check_numbers("adapter_config.json", {"r": r, "lora_alpha": alpha}, real=("lora_alpha",))

@@ -1,0 +1,154 @@
+"""What a rank needs of its device's memory and what is free there, asked before anything is loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ..model import ModelArgs
+from .files import size_text
+
+# Tokens of a pass beside one of each row: the most that are fed of prompts at once.
+CHUNK_TOKENS = 512
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
+
+
+class Memory(NamedTuple):
+    """What one rank needs, in bytes."""
+
+    weights: int
+    cache_row: int  # for each row of the batch
+    pass_bytes: int  # of the largest temporaries of a pass, whatever the rows
+
+    def total(self, rows: int) -> int:
+        return self.weights + rows * self.cache_row + self.pass_bytes
+
+
+def memory_needs(
+    args: ModelArgs, world_size: int, dtype: torch.dtype, bytes_per_weight: float, pass_tokens: int | None = None
+) -> Memory:
+    """`bytes_per_weight` is of the linear layers; everything else is of `dtype`. `pass_tokens` is the most that one
+    pass is fed: by default CHUNK_TOKENS and a token of each row."""
+    attention = 2 * args.dim * args.head_dim * (args.n_heads + args.kv_heads)
+    linear = args.n_layers * (attention + 3 * args.dim * args.hidden_dim) + args.dim * args.vocab_size
+    embedding, norms = args.dim * args.vocab_size, (2 * args.n_layers + 1) * args.dim
+    weights = (linear * bytes_per_weight + embedding * dtype.itemsize) / world_size + norms * dtype.itemsize
+    cache_row = 2 * args.n_layers * args.kv_heads * args.head_dim * args.max_seq_len * dtype.itemsize // world_size
+    if pass_tokens is None:
+        pass_tokens = min(CHUNK_TOKENS + args.max_batch_size, args.max_batch_size * args.max_seq_len)
+    # x, its norm and what is added to it; the feed-forward's gate and up, as computed and as split off, and their
+    # product: what was seen at the peak of a pass. Then, where all are asked for, logits, computed and in float32.
+    layer = (4 * args.dim + 6 * args.hidden_dim // world_size) * dtype.itemsize
+    logits = args.vocab_size * (dtype.itemsize + 4)
+    return Memory(int(weights), cache_row, pass_tokens * (layer + logits))
+
+
+def needed(name: str, args: ModelArgs, needs: Memory) -> str:
+    rows = args.max_batch_size
+    return (
+        f"{name} needs {size_text(needs.weights)} for its weights, {size_text(rows * needs.cache_row)} for a cache of "
+        f"max_batch_size {rows} × max_seq_len {args.max_seq_len} and {size_text(needs.pass_bytes)} for a pass per rank"
+    )
+
+
+def check_memory(name: str, args: ModelArgs, needs: Memory, device: torch.device) -> None:
+    """Raise ValueError, before anything is loaded, if what this rank needs does not fit into its device."""
+    free = free_memory(device)
+    if needs.total(args.max_batch_size) <= free:
+        return
+    fitting = (free - needs.total(0)) // needs.cache_row
+    advice = (
+        f"build with max_batch_size {fitting} or a smaller max_seq_len"
+        if fitting > 0
+        else "use fewer bits for each weight, more ranks or a smaller model"
+    )
+    raise ValueError(f"{needed(name, args, needs)}, and {device} has {size_text(free)} free for it: {advice}")
+
+
+@contextlib.contextmanager
+def allocating(name: str, args: ModelArgs, needs: Memory, device: torch.device) -> Iterator[None]:
+    """Turn the device's refusal of memory, where it gives less than it had free, into a ValueError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        advice = "build with a smaller max_batch_size or max_seq_len, or use fewer bits for each weight or more ranks"
+        raise ValueError(f"{needed(name, args, needs)}, and {device} refused memory: {advice}") from error
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this rank may still use on its device; the ranks of a node share its main memory evenly."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept for the next tensor
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            available = next(line for line in file if line.startswith("MemAvailable"))
+        free = min(int(available.split()[1]) * 1024, container_memory())
+    except OSError:  # macOS: all memory is the closest bound that the standard library knows
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(free) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def container_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """Bytes left to this process under the tightest limit on its control group or on those around it; inf without one.
+
+    `own` names the group, in each version's lines; inside a container the name may be the host's, and the root its own.
+    """
+    left = math.inf
+    for line in own.read_text().splitlines() if own.exists() else ():
+        _, controllers, name = line.split(":", 2)
+        if controllers == "":
+            base, names = root, ("memory.max", "memory.current", "file", "shmem")
+        elif controllers == "memory":
+            base, names = (
+                root / "memory",
+                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache", "total_shmem"),
+            )
+        else:
+            continue
+        group = base / name.lstrip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(base):
+                left = min(left, group_memory(folder, *names))
+    return left
+
+
+def group_memory(folder: Path, limit: str, used: str, cached: str, shared: str) -> float:
+    """Bytes left in one control group. Its page cache counts as free, but not what of it is shared memory or tmpfs."""
+    try:
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        left = int((folder / limit).read_text()) - int((folder / used).read_text())
+        return max(left + int(stat[cached]) - int(stat.get(shared, 0)), 0)
+    except (OSError, KeyError, ValueError):  # no such files, or "max" for no limit
+        return math.inf
+
+
+def return_freed_memory() -> None:
+    """Have glibc hand large freed memory back to the system at once, so that what loading frees does not add up."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**23)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc hand back what it holds now, and from here on keep freed memory for the next allocation.
+
+    By default it hands every large temporary back to the system, which then clears its pages anew in each layer: that
+    took a third of the time of a 512-token prompt. Other C libraries are left as they are.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.malloc_trim(0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        if not libc.mallopt(M_MMAP_THRESHOLD, 2**30):
+            libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that an older glibc takes; a smaller one would stay

@@ -1,0 +1,86 @@
+"""The tensors of a Llama 2: their names in every layout, how a release splits them, and how their rows are ordered."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Entry(NamedTuple):
+    dim: int | None  # along which a release splits it over its shards; None: whole in every shard
+    huggingface: str
+    gguf: str
+    rotary: bool = False  # its rows are channels of heads, rotated in pairs: Hugging Face has other rows for a pair
+
+
+# By their names in the release, with * for a layer's number; ".weight" follows in every layout.
+TENSORS = {
+    "tok_embeddings": Entry(1, "model.embed_tokens", "token_embd"),
+    "layers.*.attention_norm": Entry(None, "model.layers.*.input_layernorm", "blk.*.attn_norm"),
+    "layers.*.attention.wq": Entry(0, "model.layers.*.self_attn.q_proj", "blk.*.attn_q", rotary=True),
+    "layers.*.attention.wk": Entry(0, "model.layers.*.self_attn.k_proj", "blk.*.attn_k", rotary=True),
+    "layers.*.attention.wv": Entry(0, "model.layers.*.self_attn.v_proj", "blk.*.attn_v"),
+    "layers.*.attention.wo": Entry(1, "model.layers.*.self_attn.o_proj", "blk.*.attn_output"),
+    "layers.*.ffn_norm": Entry(None, "model.layers.*.post_attention_layernorm", "blk.*.ffn_norm"),
+    "layers.*.feed_forward.w1": Entry(0, "model.layers.*.mlp.gate_proj", "blk.*.ffn_gate"),
+    "layers.*.feed_forward.w2": Entry(1, "model.layers.*.mlp.down_proj", "blk.*.ffn_down"),
+    "layers.*.feed_forward.w3": Entry(0, "model.layers.*.mlp.up_proj", "blk.*.ffn_up"),
+    "norm": Entry(None, "model.norm", "output_norm"),
+    "output": Entry(0, "lm_head", "output"),
+}
+
+# Weights that multiply the same input, and so can be held as one matrix: each named with the first of them.
+JOINED = {"wk": "wq", "wv": "wq", "w3": "w1"}
+
+
+def entry(name: str) -> Entry:
+    """What the table says of `layers.0.attention.wq.weight` and the like."""
+    return TENSORS[re.sub(r"\.\d+\.", ".*.", name.removesuffix(".weight"))]
+
+
+def shard_dim(name: str) -> int | None:
+    return entry(name).dim
+
+
+def part_shape(name: str, whole: tuple[int, ...], parts: int) -> tuple[int, ...]:
+    """The shape of one of so many equal parts of a tensor of this shape."""
+    return tuple(n // parts if d == shard_dim(name) else n for d, n in enumerate(whole))
+
+
+def is_rotary(name: str) -> bool:
+    return entry(name).rotary
+
+
+def huggingface_name(name: str) -> str:
+    """layers.0.attention.wq.weight -> model.layers.0.self_attn.q_proj.weight"""
+    return with_number(entry(name).huggingface, name)
+
+
+def gguf_name(name: str) -> str:
+    """layers.0.attention.wq.weight -> blk.0.attn_q.weight"""
+    return with_number(entry(name).gguf, name)
+
+
+def with_number(stem: str, name: str) -> str:
+    return stem.replace("*", name.split(".")[1]) + ".weight"
+
+
+def first_joined(name: str) -> str:
+    """The first of the weights that `name` can be held together with: layers.0.attention.wq.weight for its wk."""
+    stem = name.split(".")[-2]
+    return name.replace(stem, JOINED.get(stem, stem))
+
+
+def interleave(weight: Tensor, head_dim: int) -> Tensor:
+    """Rotary rows (heads × head_dim, …) of whole heads, from Hugging Face's order to the release's and GGUF's.
+
+    transformers rotates channel i with i + head_dim / 2, the release 2i with 2i + 1.
+    """
+    return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+
+def split_halves(weight: Tensor, head_dim: int) -> Tensor:
+    """The inverse of `interleave`."""
+    return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
