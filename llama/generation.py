@@ -12,7 +12,22 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import Tensor
 
-from .chat import UNSAFE_ERROR, Dialog, Message, check_dialog, encode_dialog, has_special_tags
+from .arguments import Settings, check_positive, integer, listed, make_requests
+from .chat import (
+    B_INST,
+    B_SYS,
+    E_INST,
+    E_SYS,
+    SPECIAL_TAGS,
+    UNSAFE_ERROR,
+    Dialog,
+    Message,
+    Role,
+    chat_end_ids,
+    check_dialogs,
+    encode_dialog,
+    has_special_tags,
+)
 from .checkpoints import (
     Checkpoint,
     allocating,
@@ -22,18 +37,14 @@ from .checkpoints import (
     memory_needs,
     return_freed_memory,
 )
-from .decode import DecodeStep
+from .engine import Engine
 from .infilling import check_infilling, encode_infilling
-from .model import KVCache, Transformer
-from .parallel import (
-    init_model_parallel,
-    model_parallel_size,
-    share,
-    share_object,
-)
-from .quantize import select_dtype, select_store
-from .request import FinishReason, Request, Settings, check_positive, integer, make_requests
-from .sampling import sample
+from .model import ModelArgs, Transformer
+from .original import sample_top_p
+from .parallel import init_model_parallel, model_ranks
+from .request import Answer, FinishReason, Pooling, Request
+from .runner import Runner
+from .stores import select_dtype, select_store
 from .tokenizer import Tokenizer
 
 __all__ = [  # where scripts written for the original look for them
@@ -107,7 +118,7 @@ def load_model(
         model = Transformer(args)
     return_freed_memory()
     with allocating(checkpoint.name, args, needs, device):
-        checkpoint.load(model, ranks.rank, ranks.size, device, torch_dtype, store.hold if store else None)
+        checkpoint.load(model, device, torch_dtype, store.hold if store else None)
         model.allocate_cache()
     if device.type == "cpu":
         keep_freed_memory()

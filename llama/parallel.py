@@ -8,9 +8,12 @@ rank's shard only, and reduce with plain collectives. On one rank they are ordin
 from __future__ import annotations
 
 import atexit
+import contextlib
+import io
 import os
-from collections.abc import Sequence
-from typing import Any, cast
+import pickle
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +24,92 @@ from fairscale.nn.model_parallel import layers as fs_layers
 from torch import Tensor, nn
 
 from .stores import Plain, Rows
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """The `size` ranks that share a model, seen from one of them: its number `rank`, and what they do together."""
+
+    def __init__(self, size: int = 1, rank: int = 0, group: dist.ProcessGroup | None = None):
+        self.size, self.rank, self.group = size, rank, group  # one rank has no group, and nothing to say to it
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return model_ranks, ()  # a copy of a model, or one read from a pickle, is of the ranks it comes to
+
+    def __deepcopy__(self, memo: object) -> Ranks:
+        return self
+
+    def split(self, n: int) -> int:
+        """One rank's part of a dimension. The checkpoint was checked to divide before any layer is built."""
+        assert n % self.size == 0, f"{n} does not divide over {self.size} ranks"
+        return n // self.size
+
+    def sum(self, x: Tensor) -> Tensor:
+        if self.size > 1:
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(..., n / size) on each rank -> (..., n) on all."""
+        if self.size == 1:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous(), group=self.group)
+        return torch.cat(parts, dim=-1)
+
+    def share(self, x: Tensor) -> Tensor:
+        """The values that the first rank has in `x`, on all of them."""
+        if self.group is not None:
+            dist.broadcast(x, src=dist.get_global_rank(self.group, 0), group=self.group)
+        return x
+
+    def ask_first(self, question: Callable[[], T]) -> T:
+        """What `question` returns or raises on the first rank, the only one that is asked, on all of them."""
+        if self.group is None:
+            return question()
+        told: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                told[0] = pickle.dumps(question())
+            except BaseException as error:  # of whatever kind: the other ranks wait
+                told[1] = error if can_pickle(error) else RuntimeError(f"{type(error).__name__}: {error}")
+        dist.broadcast_object_list(told, src=dist.get_global_rank(self.group, 0), group=self.group)
+        if told[1] is not None:
+            raise told[1]
+        answer: T = pickle.loads(told[0])
+        return answer
+
+    def alike(self, make: Callable[[], T]) -> T:
+        """What `make` returns, once all ranks have seen that each of them made the same. Raises ValueError on all where
+        they did not; what `make` raises comes through on every rank where it raised."""
+        if self.group is None:
+            return make()
+        made, error = None, None
+        try:
+            made = make()
+        except Exception as caught:
+            error = caught
+        ours = repr(made if error is None else error)
+        all_ranks = [""] * self.size
+        dist.all_gather_object(all_ranks, ours, group=self.group)
+        if error is not None:
+            raise error
+        if len(set(all_ranks)) > 1:
+            raise ValueError(f"{self.size} ranks were given different requests: pass the same to each of them")
+        return made  # type: ignore[return-value]
+
+
+# Whose groups are to be let go at exit (leave_process_group).
+_joined: list[Ranks] = []
+
+
+def can_pickle(value: object) -> bool:
+    try:
+        pickle.loads(pickle.dumps(value))
+    except Exception:
+        return False
+    return True
 
 
 def init_model_parallel(device: str | torch.device = "auto", model_parallel_size: int | None = None) -> torch.device:
@@ -92,13 +181,16 @@ def select_device(device: str | torch.device) -> torch.device:
     return device
 
 
-def model_parallel_size() -> int:
-    """The number of ranks that share this rank's model."""
-    if not fs_init.model_parallel_is_initialized():
-        return 1
-    size = fs_init.get_model_parallel_world_size()
-    _groups.setdefault(size, fs_init.get_model_parallel_group())
-    return size
+def model_ranks() -> Ranks:
+    """The ranks that share what this one builds."""
+    if not fs_init.model_parallel_is_initialized() or fs_init.get_model_parallel_world_size() == 1:
+        return Ranks()
+    group = fs_init.get_model_parallel_group()
+    for ranks in _joined:
+        if ranks.group is group:
+            return ranks
+    _joined.append(Ranks(fs_init.get_model_parallel_world_size(), fs_init.get_model_parallel_rank(), group))
+    return _joined[-1]
 
 
 def divisors(n: int) -> list[int]:

@@ -219,7 +219,9 @@ def select_dtype(dtype: str | torch.dtype, stored: torch.dtype, device: torch.de
     raise ValueError(f"dtype is {dtype!r}: use 'auto', {', '.join(map(repr, kinds))}")
 
 
-def select_store(quantize: str | None, dtype: str, device: torch.device, compile: bool = False) -> Store | None:
+def select_store(
+    quantize: str | None, dtype: str | torch.dtype, device: torch.device, compile: bool = False
+) -> Store | None:
     """How linear weights are held; None: as plain tensors of the model's type, as for the compiler, which cannot see
     into packed ones."""
     if quantize is None:

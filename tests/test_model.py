@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llama import Llama, ModelArgs, Transformer
 from llama.checkpoints.names import huggingface_name, is_rotary, split_halves
-from llama.model import KVCache
+from llama.cache import Batch
 
 
 def random_model(args: ModelArgs) -> Transformer:

@@ -23,7 +23,7 @@ from ..parallel import ShardedLinear, divisors, either, hold_together
 from .files import folder_of
 from .huggingface import HuggingFace
 from .lora import Adapter
-from .names import first_joined, shard_dim
+from .names import shard_dim
 from .release import Release, Source
 
 logger = logging.getLogger(__name__)
@@ -106,8 +106,6 @@ class Checkpoint:
     def load(
         self,
         model: Transformer,
-        rank: int,
-        world_size: int,
         device: torch.device,
         dtype: torch.dtype,
         hold: Callable[[Tensor], nn.Module | None] | None = None,
@@ -119,13 +117,14 @@ class Checkpoint:
         do not hold exactly the model's tensors. Warns of values that are not finite, and of positions that the model
         was not made for.
         """
-        wanted = model.state_dict()
-        self.check(whole_shapes(wanted, world_size))
+        wanted, rank = model.state_dict(), model.ranks.rank
+        self.check(whole_shapes(wanted, model.ranks.size))
         if rank == 0:
             self._warn_of_length(model.params)
         groups: dict[str, list[str]] = {}
+        firsts = {f"{path}.{name}.weight": f"{path}.{names[0]}.weight" for path, names in joined(model) for name in names}
         for name in wanted:
-            groups.setdefault(first_joined(name) if hold else name, []).append(name)
+            groups.setdefault(firsts.get(name, name) if hold else name, []).append(name)
         loader = Loader(self, model, rank, device, dtype, hold)
         state: dict[str, Tensor] = {}
         # Packing and quantising are slow and release the interpreter's lock; plain copies are as fast from one thread.
@@ -143,6 +142,11 @@ class Checkpoint:
         if args.max_seq_len > known:
             made_for = f"{self.name} was made for {known:.0f} tokens ({self.source.params_file})"
             logger.warning("max_seq_len is %d, and %s: text beyond them may make no sense", args.max_seq_len, made_for)
+
+
+def joined(model: Transformer) -> list[tuple[str, tuple[str, ...]]]:
+    """The paths of the modules with layers that multiply the same input, and these layers' names."""
+    return [(path, module.joined) for path, module in model.named_modules() if hasattr(module, "joined")]
 
 
 class Loader(NamedTuple):

@@ -15,8 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..model import ModelArgs, Transformer
-from ..quantize import STORES
-from ..request import check_positive
+from ..stores import STORES
+from ..arguments import check_positive
 from .files import check_readable, folder_of, new_folder, path_of, save_safetensors, size_text, writing
 from .folder import Checkpoint, check_world_size, whole_shapes, world_sizes
 from .huggingface import config_of

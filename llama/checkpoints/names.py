@@ -31,10 +31,6 @@ TENSORS = {
     "output": Entry(0, "lm_head", "output"),
 }
 
-# Weights that multiply the same input, and so can be held as one matrix: each named with the first of them.
-JOINED = {"wk": "wq", "wv": "wq", "w3": "w1"}
-
-
 def entry(name: str) -> Entry:
     """What the table says of `layers.0.attention.wq.weight` and the like."""
     return TENSORS[re.sub(r"\.\d+\.", ".*.", name.removesuffix(".weight"))]
@@ -65,12 +61,6 @@ def gguf_name(name: str) -> str:
 
 def with_number(stem: str, name: str) -> str:
     return stem.replace("*", name.split(".")[1]) + ".weight"
-
-
-def first_joined(name: str) -> str:
-    """The first of the weights that `name` can be held together with: layers.0.attention.wq.weight for its wk."""
-    stem = name.split(".")[-2]
-    return name.replace(stem, JOINED.get(stem, stem))
 
 
 def interleave(weight: Tensor, head_dim: int) -> Tensor:
