@@ -140,7 +140,7 @@ def literals(source: str) -> list[str]:
 
 def test_every_sentence_of_troubleshooting_is_in_the_code() -> None:
     assert len(sentences()) > 10
-    texts = [text for file in (ROOT / "llama").glob("*.py") for text in literals(file.read_text())]
+    texts = [text for file in (ROOT / "llama").rglob("*.py") for text in literals(file.read_text())]
     texts.append((ROOT / "download.sh").read_text().replace("$1", "…"))
     for sentence in sentences():
         pattern = re.compile(".*".join(map(re.escape, sentence.split("…"))))
