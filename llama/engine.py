@@ -26,7 +26,7 @@ from .schedule import Schedule
 from .tokenizer import Tokenizer
 
 # Tokens of prompts in a pass: while others wait for their next token, and while none does.
-CHUNK, LONG_CHUNK = 32, 512
+CHUNK, LONG_CHUNK = 24, 512
 
 # Positions of a prompt whose logits are held at once while it is scored: 256 × 32,000 float32 are 33 MB.
 SCORE_CHUNK = 256

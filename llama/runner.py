@@ -1,4 +1,4 @@
-"""Ids at positions -> logits and hidden states: the shapes of a pass, compiled or captured as a CUDA graph, its threads."""
+"""Ids at positions -> logits and hidden states: a pass' shapes and threads, compiled or captured as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from .model import Transformer
 logger = logging.getLogger(__name__)
 
 SHORTEST_WINDOW = 256
+
+# Multiplications of a matrix product from which on a second thread gains more than it costs to wake.
+PARALLEL_WORK = 2**18
 
 Program = Callable[
     [Tensor, Tensor], Tensor
@@ -49,7 +52,7 @@ class Runner:
         return min(1 << (n - 1).bit_length(), self.cache.rows) if self.static else n
 
     def decode(self, tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor:
-        """The logits (n, seqlen, vocab_size) after tokens (n, seqlen) of the first n rows, from positions `starts` on."""
+        """Logits (n, seqlen, vocab_size) after tokens (n, seqlen) of the first n rows, from positions `starts` on."""
         n, seqlen = len(tokens), len(tokens[0])
         length = max(starts) + seqlen
         if self.static:
@@ -117,7 +120,17 @@ class Runner:
 
     @contextlib.contextmanager
     def _threads(self, tokens: int) -> Iterator[None]:
-        yield
+        """One thread for passes so small that others would only be waited for: on busy cores, many times too long."""
+        threads, args = torch.get_num_threads(), self.model.params
+        work = tokens * args.dim * args.hidden_dim // self.model.ranks.size
+        if threads == 1 or self.device.type != "cpu" or work >= PARALLEL_WORK:
+            yield
+            return
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def decode(model: Transformer, cache: KVCache, tokens: Tensor, positions: Tensor, length: int) -> Tensor:

@@ -113,7 +113,7 @@ class Int8(Held):
     Scales are rounded to bfloat16, which the kernel wants, before q is computed, so that this rounding costs nothing.
     """
 
-    # From so many tokens of a row on, expanding the weight for a matrix product takes less time than the kernel for few.
+    # From so many tokens of a row on, expanding the weight takes less time than the kernel for few rows.
     # Rows do not count: the next token of a row is rounded in one way, however many others are decoded beside it.
     expand_tokens = 32 if has_bfloat16_products() else 64
     expand_dtype = torch.bfloat16 if has_bfloat16_products() else torch.float32
