@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import SupportsIndex, cast
 
 from sentencepiece import SentencePieceProcessor
 
@@ -12,7 +14,8 @@ class Tokenizer:
     """A SentencePiece model with the original's attributes.
 
     `n_words` is the vocabulary's size; `bos_id`, `eos_id` and `pad_id` are special ids, and so are Code Llama's
-    `prefix_id`, `suffix_id`, `middle_id` and `eot_id` (-1 where the model has none).
+    `prefix_id`, `suffix_id`, `middle_id` and `eot_id`, and its 70B chat model's `step_id` (-1 where the model has
+    none).
 
     Raises FileNotFoundError if `model_path` is not a file, ValueError if it is not a SentencePiece model.
     """
@@ -28,9 +31,13 @@ class Tokenizer:
         self.bos_id: int = self.sp_model.bos_id()
         self.eos_id: int = self.sp_model.eos_id()
         self.pad_id: int = self.sp_model.pad_id()
-        infilling = [self.sp_model.piece_to_id(f"▁<{name}>") for name in ("PRE", "SUF", "MID", "EOT")]
-        unknown = self.sp_model.unk_id()  # what SentencePiece answers for a piece that it has not
-        self.prefix_id, self.suffix_id, self.middle_id, self.eot_id = (-1 if i == unknown else i for i in infilling)
+        self.prefix_id, self.suffix_id = self._piece_id("▁<PRE>"), self._piece_id("▁<SUF>")
+        self.middle_id, self.eot_id = self._piece_id("▁<MID>"), self._piece_id("▁<EOT>")
+        self.step_id = self._piece_id("<step>")
+
+    def _piece_id(self, piece: str) -> int:
+        token: int = self.sp_model.piece_to_id(piece)
+        return -1 if token == self.sp_model.unk_id() else token  # what SentencePiece answers for what it has not
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
         """The ids of `s`, with the begin- and end-of-sequence ids where asked for. Raises TypeError if not a str."""
@@ -39,9 +46,13 @@ class Tokenizer:
         ids: list[int] = self.sp_model.encode(s.encode())  # a ValueError for what is no Unicode text, a lone surrogate
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
-    def decode(self, t: Sequence[int]) -> str:
-        """The text of ids; bytes that are not UTF-8 become U+FFFD. Raises ValueError for an id out of range."""
-        ids = list(t)
+    def decode(self, t: Sequence[int] | SupportsIndex) -> str:
+        """The text of ids, or of one; bytes that are not UTF-8 become U+FFFD. Raises ValueError for an id out of range.
+
+        Lists, arrays and tensors of any kind of integer will do.
+        """
+        one = not isinstance(t, Iterable) or getattr(t, "ndim", 1) == 0  # an array of no dimension is one id
+        ids = [operator.index(token) for token in cast("Iterable[SupportsIndex]", [t] if one else t)]
         for token in ids:
             if not 0 <= token < self.n_words:
                 raise ValueError(f"token id {token} is not in the vocabulary of {self.n_words} pieces")
