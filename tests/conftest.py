@@ -100,12 +100,16 @@ def huggingface_config(args: ModelArgs) -> dict[str, Any]:
 
 
 def real_tokenizer() -> Tokenizer:
+    return Tokenizer(real_tokenizer_path())
+
+
+def real_tokenizer_path() -> Path:
     """The Llama 2 tokenizer, which the project may not ship: skips where it is not at hand."""
     beside = ROOT.parent / "shared" / "data" / "llama-2-tokenizer.model"
     path = Path(os.environ.get("LLAMA2_TOKENIZER", beside))
     if not path.is_file():
         pytest.skip("set LLAMA2_TOKENIZER to the Llama 2 tokenizer.model to run this test")
-    return Tokenizer(path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from conftest import GOLDEN, real_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,7 +24,29 @@ def test_ids_and_text_equal_the_originals() -> None:
 
 def test_special_ids_and_size() -> None:
     assert (SMALL.n_words, SMALL.bos_id, SMALL.eos_id, SMALL.pad_id) == (512, 1, 2, -1)
+    infilling = (SMALL.prefix_id, SMALL.suffix_id, SMALL.middle_id, SMALL.eot_id)
+    assert (infilling, SMALL.step_id) == ((-1, -1, -1, -1), -1)
+    assert SMALL.sp_model.vocab_size() == 512
     assert SMALL.encode("a", bos=False, eos=False) == SMALL.encode("a", bos=True, eos=True)[1:-1]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [int, np.int64, np.uint16, torch.tensor, np.array, lambda token: torch.tensor([token]), lambda token: [token]],
+)
+def test_one_id_decodes_whatever_kind_of_integer_it_is(kind: Any) -> None:
+    assert [SMALL.decode(kind(token)) for token in (300, 301)] == [SMALL.decode([300]), SMALL.decode([301])]
+    with pytest.raises(ValueError, match="token id 512 is not in the vocabulary of 512 pieces"):
+        SMALL.decode(kind(512))
+
+
+def test_many_ids_decode_from_lists_iterators_arrays_and_tensors() -> None:
+    ids = SMALL.encode("the quick brown fox", bos=False, eos=False)
+    for kind in (list, tuple, iter, np.array, torch.tensor):
+        assert SMALL.decode(kind(ids)) == "the quick brown fox"
+    assert SMALL.decode([]) == SMALL.decode(torch.tensor([], dtype=torch.long)) == ""
+    with pytest.raises(TypeError, match="'float' object cannot be interpreted as an integer"):
+        SMALL.decode([1.5])  # type: ignore[list-item]
 
 
 @given(st.text())
