@@ -298,8 +298,10 @@ class Llama(Generator):
             torch.get_num_threads(),
             model.ranks.size,
         )
-        if model.ranks.rank:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # as in the original: a script prints once
+        if "WORLD_SIZE" in os.environ:  # as in the original: ranks that draw for themselves draw alike, and print once
+            torch.manual_seed(seed)
+            if model.ranks.rank:
+                sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return Llama(model, tokenizer, seed=seed, engine=Engine(model, tokenizer, runner=runner))
 
     def generate(
@@ -400,10 +402,12 @@ class Llama(Generator):
         first. Raises ValueError for a tokenizer without the pieces that mark the three.
         """
         settings = self._settings(max_gen_len, temperature, top_p, seed, stop)
-        pairs = list(zip(listed("prefixes", prefixes), listed("suffixes", suffixes), strict=False))
+        pairs: list[tuple[str, str]] = []
 
         def encode() -> list[list[int]]:
-            check_infilling(self.tokenizer, prefixes, suffixes)
+            texts = listed("prefixes", prefixes), listed("suffixes", suffixes)
+            check_infilling(self.tokenizer, *texts)
+            pairs.extend(zip(*texts, strict=True))
             return [encode_infilling(prefix, suffix, self.tokenizer, suffix_first) for prefix, suffix in pairs]
 
         requests = self._requests(encode, settings, logprobs=logprobs, continues=True, end_ids=[self.tokenizer.eot_id])

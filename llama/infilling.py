@@ -11,7 +11,8 @@ MARK = "☺"
 
 
 def check_infilling(tokenizer: Tokenizer, prefixes: Sequence[str], suffixes: Sequence[str]) -> None:
-    """Raise ValueError unless the tokenizer has the pieces that mark prefix, suffix, middle and end, and texts pair."""
+    """Raise ValueError unless the tokenizer has the pieces that mark prefix, suffix, middle and end, and the texts are
+    as many of each."""
     ids = {
         "▁<PRE>": tokenizer.prefix_id,
         "▁<SUF>": tokenizer.suffix_id,
@@ -23,6 +24,8 @@ def check_infilling(tokenizer: Tokenizer, prefixes: Sequence[str], suffixes: Seq
             raise ValueError(
                 f"tokenizer has no piece {piece}: infilling needs the 7B or 13B Code Llama and its tokenizer"
             )
+    if len(prefixes) != len(suffixes):
+        raise ValueError(f"prefixes are {len(prefixes)} and suffixes {len(suffixes)}: pass as many of each")
 
 
 def encode_infilling(prefix: str, suffix: str, tokenizer: Tokenizer, suffix_first: bool = False) -> list[int]:

@@ -158,7 +158,7 @@ def fault():
 def test_a_killed_rank_ends_the_job(tmp_path: Path, when: str) -> None:
     where = {
         "loading": ("llama.checkpoints.Checkpoint", "copy", "rank == 1"),
-        "generation": ("llama.generation.Llama", "_decode", "rank == 1 and len(args[1][0].tokens) == 9"),
+        "generation": ("llama.engine.Passes", "decode", "rank == 1 and args[0].count == 9"),
     }[when]
     script = tmp_path / "killed.py"
     script.write_text(

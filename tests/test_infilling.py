@@ -71,7 +71,7 @@ def test_the_generation_lies_between_prefix_and_suffix_and_ends_at_eot(
         assert result["tokens"] == pieces
         assert result["generation"] == "".join(pieces)
         assert result["full_text"] == prefix + result["generation"] + suffix
-        assert result["logprobs"] == scores
+        assert result["logprobs"] == pytest.approx(scores, abs=1e-5)
         assert result["finish_reason"] == ("length" if len(row) == 12 else "stop")
     ending = tokens[0][5]
     cut = tokens[0].index(ending)
@@ -84,7 +84,7 @@ def test_the_generation_lies_between_prefix_and_suffix_and_ends_at_eot(
 def test_a_leading_space_of_the_generation_is_kept(code_llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     space = code_llm.tokenizer.sp_model.piece_to_id("▁")
     logits = torch.nn.functional.one_hot(torch.tensor([space]), code_llm.tokenizer.n_words).float()
-    monkeypatch.setattr(code_llm.model, "logits", lambda h: logits.expand(h.shape[0], -1))
+    monkeypatch.setattr(code_llm.model, "logits", lambda h: logits.expand(*h.shape[:-1], -1))
     (result,) = code_llm.text_infilling(["a"], ["b"], temperature=0, max_gen_len=3)
     assert result["full_text"] == "a   b"
 
