@@ -7,7 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from llama import Llama
-from llama.command_line import run
+from llama.launch import run
 
 TINY = Path(__file__).parent / "llama-2-tiny"
 
