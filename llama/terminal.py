@@ -200,6 +200,7 @@ class Terminal:
         self.group = dist.new_group(backend="gloo", timeout=timedelta(days=365)) if dist.get_world_size() > 1 else None
         self.tty = sys.stdin.fileno() if self.first and HAS_TTY and sys.stdin.isatty() else None
         self.mode = [] if self.tty is None else termios.tcgetattr(self.tty)  # as the shell has it
+        self.marks = self.tty is not None and os.environ.get("TERM", "dumb") != "dumb"  # where a paste begins and ends
         self.prompt = ""  # while a line is asked for
         self.typed = ""  # while none was
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -214,11 +215,12 @@ class Terminal:
                 signal.signal(signal.SIGTSTP, self._stop)
             termios.tcsetattr(self.tty, termios.TCSADRAIN, own)
             readline.parse_and_bind('"\\C-c": kill-whole-line')
-            readline.parse_and_bind("set enable-bracketed-paste on")
+            readline.parse_and_bind(f"set enable-bracketed-paste {'on' if self.marks else 'off'}")
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.tty is not None:
+            self._mark_pastes("l")
             termios.tcsetattr(self.tty, termios.TCSADRAIN, self.mode)
 
     def say(self, text: str, end: str = "\n") -> None:
@@ -245,6 +247,7 @@ class Terminal:
         """Print pieces as they come, until their end or Ctrl-C; returns what was printed."""
         shown = ""
         with self._keys():
+            self._mark_pastes("h")
             for piece in pieces:
                 self.say(piece, end="")
                 shown += piece
@@ -304,11 +307,9 @@ class Terminal:
             return
         before = termios.tcgetattr(self.tty)
         tty.setcbreak(self.tty, termios.TCSADRAIN)
-        self._mark_pastes("h")
         try:
             yield
         finally:
-            self._mark_pastes("l")
             termios.tcsetattr(self.tty, termios.TCSADRAIN, before)
 
     def _interrupted(self) -> bool:
@@ -326,8 +327,8 @@ class Terminal:
             self.typed += self.decoder.decode(keys).replace("\r", "\n")
 
     def _mark_pastes(self, switch: str) -> None:
-        """Have the terminal put marks around what is pasted, or not, as readline does while it reads."""
-        if os.environ.get("TERM", "dumb") != "dumb":
+        """Have the terminal put marks around what is pasted, or not; readline does so while it reads."""
+        if self.marks:
             self.say(f"\x1b[?2004{switch}", end="")
 
     def _stop(self, *_: object) -> None:
