@@ -186,14 +186,13 @@ def value_of(parameter: inspect.Parameter, text: str) -> Any:
         return os.fsencode(text).decode(errors="replace")  # bytes that are no text
     if NoneType in kinds and text == "None":
         return None
-    for kind, what in ((int, "a whole number"), (float, "a number")):
-        if kind in kinds:
-            try:
-                return kind(text)
-            except ValueError:
-                raise UsageError(f"--{name} is {text!r}: use {what}") from None
     if bool in kinds and text not in ("True", "False"):
         raise UsageError(f"--{name} is {text!r}: use True or False")
+    if {int, float} & set(kinds):
+        try:
+            return int(text) if int in kinds or re.fullmatch(r"[+-]?\d+", text) else float(text)
+        except ValueError:
+            raise UsageError(f"--{name} is {text!r}: use a {'whole ' * (int in kinds)}number") from None
     return fire.parser.DefaultParseValue(text)
 
 
