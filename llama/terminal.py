@@ -62,11 +62,12 @@ def chat(
 
     When the conversation leaves less than a quarter of `max_seq_len` for an answer, its oldest exchanges are dropped.
     """
+    opening = system_message(system)
     kind: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize, "adapter_dir": adapter_dir}
     llm = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, 1, seed=seed, **kind)
     settings = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len}
     with Terminal() as terminal:
-        Conversation(llm, terminal, system_message(system), settings).hold()
+        Conversation(llm, terminal, opening, settings).hold()
 
 
 def run(
@@ -335,6 +336,7 @@ class Terminal:
         """Ctrl-Z: the shell has the terminal as it was; when it lets this go on, the terminal is again as it is now."""
         assert self.tty is not None
         now = termios.tcgetattr(self.tty)
+        self._mark_pastes("l")
         termios.tcsetattr(self.tty, termios.TCSANOW, self.mode)
         signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         signal.raise_signal(signal.SIGTSTP)
