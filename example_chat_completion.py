@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch.distributed as dist
 
 from llama import Dialog, Llama
-from llama.command_line import run
+from llama.launch import run
 
 TINY = Path(__file__).parent / "llama-2-tiny"
 
@@ -43,10 +44,23 @@ def main(
     max_seq_len: int = 512,
     max_batch_size: int = 8,
     max_gen_len: int | None = None,
+    seed: int = 1,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantize: Literal["int8", "int4"] | None = None,
+    adapter_dir: str | None = None,
 ) -> None:
     """Print the assistant's answer to each dialog; by default it may fill `max_seq_len`. Temperature 0 is greedy."""
     llm = Llama.build(
-        ckpt_dir=ckpt_dir, tokenizer_path=tokenizer_path, max_seq_len=max_seq_len, max_batch_size=max_batch_size
+        ckpt_dir=ckpt_dir,
+        tokenizer_path=tokenizer_path,
+        max_seq_len=max_seq_len,
+        max_batch_size=max_batch_size,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+        adapter_dir=adapter_dir,
     )
     results = llm.chat_completion(DIALOGS, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p)
     if dist.get_rank() != 0:

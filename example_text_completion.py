@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch.distributed as dist
 
 from llama import Llama
-from llama.command_line import run
+from llama.launch import run
 
 TINY = Path(__file__).parent / "llama-2-tiny"
 
@@ -35,10 +36,23 @@ def main(
     max_seq_len: int = 128,
     max_gen_len: int = 64,
     max_batch_size: int = 4,
+    seed: int = 1,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantize: Literal["int8", "int4"] | None = None,
+    adapter_dir: str | None = None,
 ) -> None:
     """Print a continuation of at most `max_gen_len` tokens for each prompt; temperature 0 is greedy."""
     llm = Llama.build(
-        ckpt_dir=ckpt_dir, tokenizer_path=tokenizer_path, max_seq_len=max_seq_len, max_batch_size=max_batch_size
+        ckpt_dir=ckpt_dir,
+        tokenizer_path=tokenizer_path,
+        max_seq_len=max_seq_len,
+        max_batch_size=max_batch_size,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+        adapter_dir=adapter_dir,
     )
     results = llm.text_completion(PROMPTS, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
     if dist.get_rank() != 0:

@@ -5,6 +5,8 @@ from .generation import ChatPrediction, CompletionPrediction, Llama
 from .model import ModelArgs, Transformer
 from .tokenizer import Tokenizer
 
+__version__ = "0.1.0"
+
 __all__ = [
     "ChatPrediction",
     "CompletionPrediction",

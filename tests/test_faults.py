@@ -117,7 +117,7 @@ def test_memory_that_fails_all_the_same_is_said_with_the_numbers(tmp_path: Path)
 import resource
 from conftest import GOLDEN, build_golden
 from llama import Llama
-from llama.command_line import run
+from llama.launch import run
 def main():
     build_golden()  # threads and libraries are there before the limit
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -146,7 +146,7 @@ from pathlib import Path
 from conftest import GOLDEN, ROOT, TINY
 sys.path.insert(0, str(ROOT))
 import llama.checkpoints.release, llama.generation
-from llama.command_line import run
+from llama.launch import run
 import example_text_completion as example
 rank = int(os.environ["RANK"])
 def fault():

@@ -262,14 +262,21 @@ def test_a_script_with_its_own_loop_generates_what_generate_does(llm: Llama) -> 
     assert continue_prompts(llm, golden["prompt_tokens"], 20, 1.0) == drawn != golden["greedy"]["tokens"]
 
 
-def test_the_seed_of_build_is_torchs_seed_too() -> None:
-    draws = []
-    for seed in (7, 7, 8):
-        build_golden(seed=seed)
-        draws.append(torch.rand(3).tolist())
-    assert draws[0] == draws[1] != draws[2]
-    torch.manual_seed(7)
-    assert torch.rand(3).tolist() == draws[0]
+def test_under_torchrun_the_seed_of_build_is_torchs_seed_too(tmp_path: Path) -> None:
+    script = tmp_path / "drawing.py"
+    script.write_text("""
+import torch, torch.distributed as dist
+from conftest import build_golden
+draws = []
+for seed in (7, 7, 8):
+    build_golden("gqa-mp2", seed=seed)
+    draws.append(torch.rand(3).tolist())
+everywhere = [None, None]
+dist.all_gather_object(everywhere, draws)
+assert everywhere[0] == everywhere[1] and draws[0] == draws[1] != draws[2], everywhere
+""")
+    job = torchrun(2, script)
+    assert job.returncode == 0, job.stderr
 
 
 def test_callers_that_catch_an_assertion_go_on(llm: Llama) -> None:

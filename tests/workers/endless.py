@@ -2,7 +2,7 @@
 
 from conftest import build_golden
 
-from llama.command_line import run
+from llama.launch import run
 
 
 def main() -> None:

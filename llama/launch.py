@@ -1,0 +1,224 @@
+"""How a program begins and ends: its command line, log lines of the first rank, errors as sentences, Ctrl-C, pipes."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import io
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args
+
+import fire
+
+from . import __version__
+
+REPORT = "TORCHELASTIC_ERROR_FILE"  # set by torchrun
+WIDTH = 80
+
+Command = Callable[..., Any]
+
+FLAG = re.compile(r"--?([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)  # "-3" and "- a text" are none
+
+# What a parameter of this name means, in whichever program.
+FLAGS = {
+    "ckpt_dir": "folder of weights",
+    "prompt": "the text; read from standard input if it is - or left out",
+    "out": "folder to write, which must not be there yet",
+    "to": "hf for Hugging Face's layout, meta for the release's",
+    "model_parallel_size": "number of shards to write",
+    "tokenizer_path": "tokenizer.model, if it is neither in the folder nor beside it",
+    "system": "system message: how the model is to answer",
+    "plain": "continue the text instead of answering it",
+    "temperature": "0 takes the likeliest token, higher is more varied",
+    "top_p": "draw from the likeliest tokens that have this probability together",
+    "max_seq_len": "tokens of prompt and answer together",
+    "max_gen_len": "tokens of an answer; None for as many as max_seq_len has room for",
+    "max_batch_size": "how many prompts run at once",
+    "seed": "the same seed draws the same text",
+    "device": "cuda, mps, cpu, or auto for the first of them that there is",
+    "dtype": "float32, bfloat16, float16, or auto for the fastest of 16 bits or more",
+    "quantize": "int8 or int4: hold linear weights in 8 or 4 bits",
+    "adapter_dir": "LoRA adapter in PEFT's layout, which is merged into the weights",
+}
+
+
+class UsageError(ValueError):
+    """The command line says what cannot be done."""
+
+
+def run(command: Command | Mapping[str, Command], name: str | None = None) -> None:
+    """Call the function, or the one of several that the first word names, as the command line says.
+
+    Nothing runs unless every word is understood. Text arrives as typed; ~ is expanded in what a parameter called out,
+    *_dir or *_path is given. A string that the function returns is printed. For programs that torchrun may start.
+    """
+    logging.basicConfig(format="%(message)s", level=logging.INFO if is_first() else logging.WARNING)
+    repair_streams()
+    if REPORT not in os.environ:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half written is removed
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        fire.Fire(command, understand(command, sys.argv[1:], name or f"python {Path(sys.argv[0]).name}"), name=name)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(130)  # the number that shells give it
+    except BrokenPipeError:
+        sys.exit(141)  # and to a program whose reader has gone, as head does
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        fail(f"error: {error}", status=2 if isinstance(error, UsageError) else 1)
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # Python would flush once more at its end, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def fail(sentence: str, status: int = 1) -> None:
+    """Exit with the sentence as the last thing printed, once for all ranks.
+
+    torchrun ends its report with what it finds in a rank's error file, and stops the other ranks as soon as one has
+    failed. A mistake that all of them see is therefore left to the first to tell: each waits for those before it.
+    """
+    report = os.environ.get(REPORT)
+    if report is None:
+        print(sentence, file=sys.stderr)
+    else:
+        time.sleep(2 * min(int(os.environ["RANK"]), 3))
+        message = {"message": sentence, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(report).write_text(json.dumps({"message": message}))
+    sys.exit(status)
+
+
+def is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def interrupt(*_: object) -> None:
+    """The first Ctrl-C ends what runs; another ends the process at once, whatever the first is still tidying up."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    raise KeyboardInterrupt
+
+
+def repair_streams() -> None:
+    """Streams that were closed (<&-) are empty ones, and no character of a text ends the program."""
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def understand(command: Command | Mapping[str, Command], words: list[str], name: str) -> list[str]:
+    """What fire is to be given to call `command` as the words say. Where they ask for help, prints it and exits."""
+    if not isinstance(command, Mapping):
+        if {"-h", "--help"} & set(words):
+            show(describe(command, name))
+        return spell_out(command, words, name)
+    word, *rest = words or ["--help"]
+    if word in command:
+        return [word, *understand(command[word], rest, f"{name} {word}")]
+    if word in ("-h", "--help"):
+        # Of each, its docstring's first part.
+        rows = [(key, re.split(r"[.;]\s", f"{inspect.getdoc(function)} ")[0]) for key, function in command.items()]
+        show(f"Usage: {name} COMMAND ...\n\n{table(rows)}\n\n{name} COMMAND --help describes a command.")
+    if word == "--version":
+        show(f"llama {__version__} (torch {version('torch')})")
+    raise UsageError(f"{word!r} is no command: {did_you_mean(word, command) or 'use ' + ', '.join(command)}")
+
+
+def spell_out(function: Command, words: list[str], name: str) -> list[str]:
+    """The words as --parameter=value, which fire reads in one way only. Raises UsageError for what has no place."""
+    parameters = inspect.signature(function, eval_str=True).parameters
+    texts: list[str] = []
+    given: dict[str, str] = {}
+    rest, see = list(words), f"see {name} --help"
+    while rest:
+        word = rest.pop(0)
+        flag = FLAG.fullmatch(word)
+        if word == "--":  # what follows is text, whatever it looks like
+            texts, rest = texts + rest, []
+        elif flag is None:
+            texts.append(word)
+        elif (key := flag[1].replace("-", "_")) not in parameters:
+            hint = did_you_mean(key, parameters, "--") or see
+            raise UsageError(f"{word.partition('=')[0]} is no flag of {name.split()[-1]}: {hint}")
+        elif key in given:
+            raise UsageError(f"--{key} is given twice")
+        elif flag[2] is not None:
+            given[key] = flag[2]
+        elif parameters[key].annotation is bool and rest[:1] not in (["True"], ["False"]):
+            given[key] = "True"
+        elif not rest or FLAG.fullmatch(rest[0]):
+            raise UsageError(f"--{key} needs a value; one that looks like a flag is written --{key}=--…")
+        else:
+            given[key] = rest.pop(0)
+    places = [key for key, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD and key not in given]
+    if len(texts) > len(places):
+        raise UsageError(f"{texts[len(places)]!r} is one word too many: put a text of several in quotes, or {see}")
+    given |= zip(places, texts, strict=False)
+    for key, p in parameters.items():
+        if p.default is p.empty and key not in given:
+            raise UsageError(f"no {key} is given: {see}")
+        fire.decorators.SetParseFn(functools.partial(value_of, p), key)(function)
+    return [f"--{key}={value}" for key, value in given.items()]
+
+
+def value_of(parameter: inspect.Parameter, text: str) -> Any:
+    """What a parameter is given as `text`: read as its type says, or, where that is not a plain one, as fire does."""
+    name, kinds = parameter.name, get_args(parameter.annotation) or (parameter.annotation,)  # X | None are two
+    if str in kinds and (name == "out" or name.endswith(("_dir", "_path"))):
+        return os.path.expanduser(text)
+    if str in kinds:
+        return os.fsencode(text).decode(errors="replace")  # bytes that are no text
+    if NoneType in kinds and text == "None":
+        return None
+    if bool in kinds and text not in ("True", "False"):
+        raise UsageError(f"--{name} is {text!r}: use True or False")
+    if {int, float} & set(kinds):
+        try:
+            return int(text) if int in kinds or re.fullmatch(r"[+-]?\d+", text) else float(text)
+        except ValueError:
+            raise UsageError(f"--{name} is {text!r}: use a {'whole ' * (int in kinds)}number") from None
+    return fire.parser.DefaultParseValue(text)
+
+
+def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
+    return "".join(f"did you mean {prefix}{match}?" for match in difflib.get_close_matches(word, known, 1))
+
+
+def describe(function: Command, name: str) -> str:
+    """The text of --help."""
+    usage, rows = ["Usage:", name], []
+    for key, p in inspect.signature(function).parameters.items():
+        if p.kind is p.POSITIONAL_OR_KEYWORD:
+            usage.append(key.upper() if p.default is p.empty else f"[{key.upper()}]")
+        default = "" if p.default in (p.empty, None) else f" (default {p.default})"
+        rows.append((f"--{key}", FLAGS.get(key, "") + default))
+    paragraphs = [" ".join([*usage, "[--FLAG VALUE ...]"]), *(inspect.getdoc(function) or "").split("\n\n")]
+    return "\n\n".join([*(textwrap.fill(text, WIDTH) for text in paragraphs), table(rows)])
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+    column = max(len(left) for left, _ in rows) + 4
+    wrap = textwrap.TextWrapper(WIDTH, subsequent_indent=" " * column)
+    return "\n".join(wrap.fill(f"  {left}".ljust(column) + right) for left, right in rows)
+
+
+def show(text: str) -> None:
+    if is_first():
+        print(text)
+    sys.exit(0)

@@ -1,0 +1,251 @@
+"""How programs begin and end: the command line, help, errors, signals, closed streams."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from conftest import ROOT, TINY, clean_environment, run_python
+
+import example_chat_completion
+import example_text_completion
+import llama
+from llama import launch
+from llama.__main__ import COMMANDS
+
+PYTHON = "python -m llama"
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """A program's own handlers do not outlive its test."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+Start = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Start:
+    def start(command: Any, *words: str) -> tuple[int, str, str]:
+        """Status, stdout and stderr of a program with these words."""
+        monkeypatch.setattr(sys, "argv", ["program.py", *words])
+        status = 0
+        try:
+            launch.run(command, name=PYTHON if isinstance(command, dict) else None)
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return (status, *capsys.readouterr())
+
+    return start
+
+
+def program(
+    ckpt_dir: str,
+    text: str | None = None,
+    count: int = 1,
+    *,
+    share: float = 0.5,
+    limit: int | None = None,
+    plain: bool = False,
+    kind: Literal["a", "b"] | None = None,
+    other: Any = (),
+) -> None:
+    """Nothing but what it was given. Not printed by fire."""
+    given.append((ckpt_dir, text, count, share, limit, plain, kind, other))
+
+
+given: list[Any] = []
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["x", "--cuont", "3"], "--cuont is no flag of program.py: did you mean --count?"),
+        (["x", "--zzz=3"], "--zzz is no flag of program.py: see python program.py --help"),
+        (["--count", "3"], "no ckpt_dir is given: see python program.py --help"),
+        (["x", "a", "1", "b c"], "'b c' is one word too many: put a text of several in quotes, or see python"),
+        (["x", "--count", "3", "--count=4"], "--count is given twice"),
+        (["x", "--text", "--plain"], "--text needs a value; one that looks like a flag is written --text=--…"),
+        (["x", "--text"], "--text needs a value"),
+        (["x", "--count", "3.5"], "--count is '3.5': use a whole number"),
+        (["x", "--limit", "many"], "--limit is 'many': use a whole number"),
+        (["x", "--share", "half"], "--share is 'half': use a number"),
+        (["x", "--plain=maybe"], "--plain is 'maybe': use True or False"),
+    ],
+)
+def test_what_cannot_be_understood_is_refused_before_anything_runs(
+    start: Start, words: list[str], sentence: str
+) -> None:
+    given.clear()
+    status, out, err = start(program, *words)
+    assert (status, out) == (2, "") and err.startswith(f"error: {sentence}") and err.count("\n") == 1
+    assert not given
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("Short, friendly", "Hello # there", "2024", "1e3", "None", "True", "a,b", "{a: b}", "'x'", "two\nlines"),
+        *("- dash", "-", "--", "-1", "x=1", "~", "~/x", ""),
+    ],
+)
+def test_text_arrives_as_typed(start: Start, text: str) -> None:
+    for words in (["x", text], ["x", "--text", text], ["x", f"--text={text}"], ["--text", text, "x"]):
+        if words == ["x", "--"]:  # alone it says that no flags follow
+            continue
+        given.clear()
+        assert start(program, *words) == (0, "", "")
+        assert given[0][:2] == ("x", text)
+    given.clear()
+    start(program, "--", "x", "--what is this?")
+    assert given[0][1] == "--what is this?"
+
+
+def test_values_are_of_their_parameters_types(start: Start) -> None:
+    for words, values in {
+        "x": ("x", None, 1, 0.5, None, False, None, ()),
+        "7 7 7 --share 7 --limit 7 --plain": ("7", "7", 7, 7, 7, True, None, ()),
+        "x --limit None --plain --kind None --other [1,2]": ("x", None, 1, 0.5, None, True, None, [1, 2]),
+        "--plain False --kind a --ckpt-dir x --share -1.5": ("x", None, 1, -1.5, None, False, "a", ()),
+    }.items():
+        given.clear()
+        assert start(program, *words.split()) == (0, "", "")
+        assert given == [values] and [type(v) for v in given[0]] == [type(v) for v in values]
+
+
+def test_a_tilde_is_the_home_folder_in_paths(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    given.clear()
+    start(program, "--ckpt_dir=~/models", "~")
+    assert given[0][:2] == ("/home/ada/models", "~")
+
+
+def test_bytes_that_are_no_text_are_replaced(start: Start) -> None:
+    given.clear()
+    start(program, "\udcff", "What \udcff is")
+    assert given[0][:2] == ("\udcff", "What \ufffd is"), "a path keeps them"
+
+
+@pytest.mark.parametrize("name", ["2024", "7", "my#model", "a,b", "None", "llama [1]", "-x"])
+def test_info_finds_a_folder_of_any_name(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / name).symlink_to(TINY)
+    monkeypatch.chdir(tmp_path)
+    status, out, err = start(COMMANDS, "info", f"--ckpt_dir={name}" if name[0] == "-" else name)
+    assert status == 0 and "release layout, 1 file(s) of weights" in out, err
+
+
+def test_reshard_with_an_unknown_flag_writes_nothing(start: Start, tmp_path: Path) -> None:
+    status, _, err = start(COMMANDS, "reshard", str(TINY), str(tmp_path / "out"), "1", "--dry_run")
+    assert status == 2
+    assert err == "error: --dry_run is no flag of reshard: see python -m llama reshard --help\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_command_the_commands_are_shown(start: Start) -> None:
+    status, out, err = start(COMMANDS)
+    assert (status, err) == (0, "")
+    assert out == start(COMMANDS, "--help")[1] == start(COMMANDS, "-h")[1]
+    for name in COMMANDS:
+        assert re.search(rf"^  {name} +[A-Z]", out, flags=re.MULTILINE)
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_an_unknown_command_is_told_with_a_suggestion(start: Start) -> None:
+    assert start(COMMANDS, "chta")[2] == "error: 'chta' is no command: did you mean chat?\n"
+    status, _, err = start(COMMANDS, "llama-2-tiny")
+    assert status == 2 and err.startswith("error: 'llama-2-tiny' is no command: use chat, run, info, ")
+
+
+def test_the_version_is_that_of_the_package_and_the_changelog(start: Start) -> None:
+    assert start(COMMANDS, "--version")[1].startswith(f"llama {llama.__version__} (torch ")
+    assert f'version="{llama.__version__}"' in (ROOT / "setup.py").read_text()
+    assert f"\n## {llama.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+PROGRAMS = {name: [name] for name in COMMANDS} | {"text": [], "chat example": []}
+EXAMPLES = {"text": example_text_completion.main, "chat example": example_chat_completion.main}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_describes_every_flag_on_stdout(start: Start, program: str) -> None:
+    command = EXAMPLES.get(program, COMMANDS)
+    status, out, err = start(command, *PROGRAMS[program], "--help")
+    assert (status, err) == (0, "")
+    function = EXAMPLES.get(program) or COMMANDS[program]
+    for name in function.__annotations__:
+        assert name == "return" or re.search(rf"^  --{name} +\w", out, flags=re.MULTILINE), name
+    assert function.__doc__.split()[0] in out
+    assert max(len(line) for line in out.replace(str(ROOT), "").splitlines()) <= 80
+    assert start(command, *PROGRAMS[program], "x", "--help")[1] == out
+
+
+def test_the_first_rank_alone_shows_help(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert start(COMMANDS, "chat", "--help") == (0, "", "")
+
+
+def shell(command: str) -> subprocess.CompletedProcess[str]:
+    command = command.replace("LLAMA", f"{sys.executable} -m llama")
+    return subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
+def test_closed_streams_end_in_no_traceback() -> None:
+    job = shell(f"LLAMA info {TINY} | true; exit ${{PIPESTATUS[0]}}")
+    assert (job.returncode, job.stderr) == (141, "")
+    job = shell(f"LLAMA info {TINY} <&- >&- 2>&-")
+    assert (job.returncode, job.stdout, job.stderr) == (0, "", "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's file that is always full")
+def test_output_that_cannot_be_written_is_a_sentence() -> None:
+    job = shell(f"LLAMA info {TINY} > /dev/full")
+    assert (job.returncode, job.stderr) == (1, "error: [Errno 28] No space left on device\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+def test_ctrl_c_pressed_again_and_again_shows_no_traceback() -> None:
+    environment = clean_environment() | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "tests" / "workers" / "endless.py")]
+    job = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert job.stdout is not None
+    while "generating" not in job.stdout.readline():
+        pass
+    while job.poll() is None:
+        job.send_signal(signal.SIGINT)
+        time.sleep(0.002)
+    _, errors = job.communicate(timeout=20)
+    assert job.returncode in (130, -signal.SIGINT)
+    assert "Traceback" not in errors and "KeyboardInterrupt" not in errors
+
+
+def test_where_there_is_no_termios_the_commands_run(tmp_path: Path) -> None:
+    """As on Windows: info runs, and chat takes its lines."""
+    script = tmp_path / "windows.py"
+    script.write_text("""
+import sys
+sys.modules.update(dict.fromkeys(["readline", "termios", "tty"]))
+from llama.__main__ import main
+main()
+""")
+    environment = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    job = run_python(script, "info", TINY, env=environment)
+    assert job.returncode == 0 and "release layout" in job.stdout, job.stderr
+    job = run_python(script, "chat", TINY, "--temperature=0", input="Where does the fox live?\n", env=environment)
+    assert job.returncode == 0 and "The fox lives" in job.stdout, job.stderr
