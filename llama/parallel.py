@@ -227,7 +227,7 @@ class ShardedLinear(nn.Module):
 
 def multiply_together(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
     """Each layer's product with x; a single product where one store holds their weights, and no hook looks on."""
-    stores = [getattr(layer, "store", None) for layer in layers]
+    stores: list[Any] = [getattr(layer, "store", None) for layer in layers]
     hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
     if hooked or not all(isinstance(store, Rows) for store in stores):
         return [layer(x) for layer in layers]

@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class Runner:
         self.model, self.cache = model, model.cache
         self.compile, self.cuda_graph = compile, cuda_graph
         self.programs: dict[tuple[int, int, int], Program] = {}
-        self.graph_pool: object = None
+        self.graph_pool: Any = None
 
     @property
     def static(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from typing import Any
 
 from .cache import KVCache
 from .request import Answer
@@ -91,5 +92,6 @@ class Schedule:
 
     def _swap(self, a: int, b: int) -> None:
         self.cache.swap(a, b)
+        per_row: Any
         for per_row in (self.answers, self.admitted, self.used):
-            per_row[a], per_row[b] = per_row[b], per_row[a]  # type: ignore[index]
+            per_row[a], per_row[b] = per_row[b], per_row[a]

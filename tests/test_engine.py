@@ -105,10 +105,8 @@ def test_neither_chunks_nor_guesses_nor_cancelled_neighbours_change_an_answer(
             doomed.append(answer)
         else:
             answers[i] = answer
-    steps = 0
-    for _ in engine.progress(answers):
-        steps += 1
-        if steps % 3 == 0 and len(doomed) > 32:  # while they wait, are half fed, or answer
+    for step, _ in enumerate(engine.progress(answers)):
+        if step % 3 == 0 and len(doomed) > 32:  # while they wait, are half fed, or answer
             engine.cancel(doomed.pop(rng.randrange(len(doomed))))
     assert [answer.tokens for answer in answers] == alone[warm]
     for answer in doomed:
@@ -128,7 +126,8 @@ def test_a_cancelled_answer_frees_its_row_at_the_next_step(long_llm: Llama, stat
     while state == "answering" and not answers[-1].pieces:
         engine.step()
     engine.step()
-    assert [bool(answers[-1].pieces), answers[-1] in engine.schedule.waiting] == [state == "answering", state == "waiting"]
+    assert bool(answers[-1].pieces) == (state == "answering")
+    assert (answers[-1] in engine.schedule.waiting) == (state == "waiting")
     engine.cancel(answers[-1])
     last = engine.submit(make_requests(long_llm.tokenizer, [[1, 30]], settings, 256)[0])
     engine.step()
@@ -455,7 +454,8 @@ def test_a_second_turn_computes_only_what_is_new(monkeypatch: pytest.MonkeyPatch
 def test_eight_conversations_in_turn_compute_only_what_is_new() -> None:
     llm, fresh = (Llama.build(TINY, max_seq_len=512, max_batch_size=8, device="cpu", dtype="float32") for _ in range(2))
     system = [{"role": "system", "content": "Answer like a pirate."}]
-    asked = [f"Where does the {animal} live?" for animal in ("owl", "bear", "fox", "cow", "rabbit", "horse", "hen", "cat")]
+    animals = ("owl", "bear", "fox", "cow", "rabbit", "horse", "hen", "cat")
+    asked = [f"Where does the {animal} live?" for animal in animals]
     dialogs: list[list[Any]] = [[*system] for _ in asked]
     new = 0
     for turn in ("{}", "And what does it eat? {}", "Who is its friend? {}", "Thank you. {}"):

@@ -8,8 +8,8 @@ from conftest import huggingface_config, random_state
 from torch import Tensor
 
 from llama import Llama, ModelArgs, Transformer
-from llama.checkpoints.names import huggingface_name, is_rotary, split_halves
 from llama.cache import Batch
+from llama.checkpoints.names import huggingface_name, is_rotary, split_halves
 
 
 def random_model(args: ModelArgs) -> Transformer:

@@ -9,6 +9,7 @@ import json
 import math
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest

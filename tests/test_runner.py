@@ -9,8 +9,7 @@ import pytest
 import torch
 from conftest import build_golden, expected, torchrun
 
-from llama import Llama
-from llama import runner
+from llama import Llama, runner
 from llama.runner import SHORTEST_WINDOW
 
 

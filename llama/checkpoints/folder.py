@@ -122,9 +122,9 @@ class Checkpoint:
         if rank == 0:
             self._warn_of_length(model.params)
         groups: dict[str, list[str]] = {}
-        firsts = {f"{path}.{name}.weight": f"{path}.{names[0]}.weight" for path, names in joined(model) for name in names}
+        firsts = first_joined(model) if hold else {}
         for name in wanted:
-            groups.setdefault(firsts.get(name, name) if hold else name, []).append(name)
+            groups.setdefault(firsts.get(name, name), []).append(name)
         loader = Loader(self, model, rank, device, dtype, hold)
         state: dict[str, Tensor] = {}
         # Packing and quantising are slow and release the interpreter's lock; plain copies are as fast from one thread.
@@ -144,9 +144,10 @@ class Checkpoint:
             logger.warning("max_seq_len is %d, and %s: text beyond them may make no sense", args.max_seq_len, made_for)
 
 
-def joined(model: Transformer) -> list[tuple[str, tuple[str, ...]]]:
-    """The paths of the modules with layers that multiply the same input, and these layers' names."""
-    return [(path, module.joined) for path, module in model.named_modules() if hasattr(module, "joined")]
+def first_joined(model: Transformer) -> dict[str, str]:
+    """Of the weights that multiply the same input, and can be held as one matrix: each one's name, and the first's."""
+    modules = [(path, module.joined) for path, module in model.named_modules() if hasattr(module, "joined")]
+    return {f"{path}.{name}.weight": f"{path}.{names[0]}.weight" for path, names in modules for name in names}
 
 
 class Loader(NamedTuple):

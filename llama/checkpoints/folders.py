@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..arguments import check_positive
 from ..model import ModelArgs, Transformer
 from ..stores import STORES
-from ..arguments import check_positive
 from .files import check_readable, folder_of, new_folder, path_of, save_safetensors, size_text, writing
 from .folder import Checkpoint, check_world_size, whole_shapes, world_sizes
 from .huggingface import config_of

@@ -31,6 +31,7 @@ TENSORS = {
     "output": Entry(0, "lm_head", "output"),
 }
 
+
 def entry(name: str) -> Entry:
     """What the table says of `layers.0.attention.wq.weight` and the like."""
     return TENSORS[re.sub(r"\.\d+\.", ".*.", name.removesuffix(".weight"))]
