@@ -5,6 +5,7 @@ Every contender gets the same token ids and decodes greedily through the interfa
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -142,16 +143,19 @@ def measure(name: str, folder: str, quick: bool = False, only: tuple[str, ...] |
     batched = kind is not LlamaCpp
     steps = 8 if quick else 24
 
+    seeds = itertools.count(1)  # no prompt begins as one before it, whose keys and values may still be held
+
     def prefill(length: int) -> float:
-        return length / seconds(lambda: contender.generate([prompt_of(length)], 1))
+        prompt = prompt_of(length, next(seeds))
+        return length / seconds(lambda: contender.generate([prompt], 1))
 
     def decode(batch: int) -> float:
-        prompts = [prompt_of(DECODE_PROMPT, seed) for seed in range(batch)]
-        first = seconds(lambda: contender.generate(prompts, 1))
-        return (seconds(lambda: contender.generate(prompts, 1 + steps)) - first) / steps * 1e3
+        one, more = ([prompt_of(DECODE_PROMPT, next(seeds)) for _ in range(batch)] for _ in range(2))
+        first = seconds(lambda: contender.generate(one, 1))
+        return (seconds(lambda: contender.generate(more, 1 + steps)) - first) / steps * 1e3
 
     def ragged() -> float:
-        prompts = [prompt_of(length, seed) for seed, length in enumerate(RAGGED_LENGTHS)]
+        prompts = [prompt_of(length, next(seeds)) for length in RAGGED_LENGTHS]
         return seconds(lambda: contender.generate(prompts, RAGGED_NEW))
 
     works: dict[str, Callable[[], object]] = {

@@ -138,7 +138,9 @@ class Engine:
         if room < 1 or len(rows) > GUESS_ROWS:
             return runs
         answers = [self.schedule[run.row] for run in runs]
-        return [r._replace(ids=r.ids + a.lookup.guess(a.ids, room)) for r, a in zip(runs, answers, strict=True)]
+        guessed = [r._replace(ids=r.ids + a.lookup.guess(a.ids, room)) for r, a in zip(runs, answers, strict=True)]
+        # Each guess lengthens the pass for all rows: it has to be worth it for half of them.
+        return guessed if 2 * sum(len(run.ids) > 1 for run in guessed) >= len(runs) else runs
 
     def _attempt(self, run_pass: Callable[[list[Run]], None], runs: list[Run]) -> None:
         """Run a pass. Where it raises, its answers fail, and others go on; several ranks can only all stop."""

@@ -44,7 +44,7 @@ from .original import sample_top_p
 from .parallel import init_model_parallel, model_ranks
 from .request import Answer, FinishReason, Pooling, Request
 from .runner import Runner
-from .stores import select_dtype, select_store
+from .stores import Store, select_dtype, select_store
 from .tokenizer import Tokenizer
 
 __all__ = [  # where scripts written for the original look for them
@@ -99,26 +99,19 @@ class Piece(Prediction, total=False):
 
 
 def load_model(
-    checkpoint: Checkpoint,
-    args: ModelArgs,
-    device: torch.device,
-    dtype: str | torch.dtype,
-    quantize: str | None,
-    compile: bool,
+    checkpoint: Checkpoint, args: ModelArgs, device: torch.device, dtype: torch.dtype, store: Store | None
 ) -> Transformer:
     """This rank's part of a checkpoint's model, with an empty cache. Raises ValueError for what cannot be shared by the
     ranks, does not fit into memory, or is broken."""
     ranks = model_ranks()
     check_world_size(checkpoint.name, args, ranks.size)
-    torch_dtype, store = select_dtype(dtype, checkpoint.dtype, device), select_store(quantize, dtype, device, compile)
-    bytes_per_weight = store.bytes_per_weight if store else torch_dtype.itemsize
-    needs = memory_needs(args, ranks.size, torch_dtype, bytes_per_weight)
+    needs = memory_needs(args, ranks.size, dtype, store.bytes_per_weight if store else dtype.itemsize)
     check_memory(checkpoint.name, args, needs, device)
     with torch.device("meta"):
         model = Transformer(args)
     return_freed_memory()
     with allocating(checkpoint.name, args, needs, device):
-        checkpoint.load(model, device, torch_dtype, store.hold if store else None)
+        checkpoint.load(model, device, dtype, store.hold if store else None)
         model.allocate_cache()
     if device.type == "cpu":
         keep_freed_memory()
@@ -261,6 +254,7 @@ class Llama(Generator):
         compile: bool = False,
         cuda_graph: bool = True,
         adapter_dir: str | os.PathLike[str] | None = None,
+        prompt_lookup_num_tokens: int | None = None,
     ) -> Llama:
         """Load a checkpoint folder, of the release's layout or of Hugging Face's, onto this rank's device.
 
@@ -270,7 +264,9 @@ class Llama(Generator):
         the default of each call's. `device` "auto" is cuda, mps or cpu, the first there is; `dtype` is "float32",
         "bfloat16", "float16" or "auto", the fastest of 16 bits or more there. `quantize` stores the linear weights in 8
         or 4 bits. `compile` compiles the decode step; on cuda it is captured as a graph unless `cuda_graph` is False.
-        `adapter_dir` is a LoRA adapter in PEFT's layout, which is merged into the weights.
+        `adapter_dir` is a LoRA adapter in PEFT's layout, which is merged into the weights. `prompt_lookup_num_tokens`
+        are guessed, and verified in the same pass, where a text repeats itself: 0 for none, None for as many as come at
+        nearly no cost, which are some where weights are packed in 16 bits on a CPU.
 
         Raises FileNotFoundError for missing files; ValueError for files that are broken or do not belong together, for
         ranks that cannot share the model, and where memory does not suffice.
@@ -278,6 +274,8 @@ class Llama(Generator):
         start = time.monotonic()
         check_positive(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
         integer("seed", seed)
+        if prompt_lookup_num_tokens is not None and integer("prompt_lookup_num_tokens", prompt_lookup_num_tokens) < 0:
+            raise ValueError(f"prompt_lookup_num_tokens is {prompt_lookup_num_tokens}: use 0 for none, or more")
         checkpoint = Checkpoint(ckpt_dir, adapter_dir)
         tokenizer = Tokenizer(checkpoint.tokenizer_path if tokenizer_path is None else tokenizer_path)
         args = checkpoint.model_args(max_seq_len, max_batch_size)
@@ -287,7 +285,8 @@ class Llama(Generator):
                 "this is not its tokenizer"
             )
         device = init_model_parallel(device, model_parallel_size)
-        model = load_model(checkpoint, args, device, dtype, quantize, compile)
+        store = select_store(quantize, dtype, device, compile)
+        model = load_model(checkpoint, args, device, select_dtype(dtype, checkpoint.dtype, device), store)
         runner = Runner(model, compile=compile, cuda_graph=cuda_graph and device.type == "cuda")
         logger.info(
             "loaded %s in %.2f seconds (%s, %s, %d CPU threads for each of %d ranks)",
@@ -302,7 +301,11 @@ class Llama(Generator):
             torch.manual_seed(seed)
             if model.ranks.rank:
                 sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        return Llama(model, tokenizer, seed=seed, engine=Engine(model, tokenizer, runner=runner))
+        guess_tokens = prompt_lookup_num_tokens
+        if guess_tokens is None:
+            guess_tokens = store.spare_tokens if store else 0
+        engine = Engine(model, tokenizer, guess_tokens=guess_tokens, runner=runner)
+        return Llama(model, tokenizer, seed=seed, engine=engine)
 
     def generate(
         self,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import hashlib
 import io
 import os
 import pickle
@@ -71,33 +72,37 @@ class Ranks:
         told: list[Any] = [None, None]
         if self.rank == 0:
             try:
-                told[0] = pickle.dumps(question())
+                told[0] = question()
             except BaseException as error:  # of whatever kind: the other ranks wait
+                caught = error
                 told[1] = error if can_pickle(error) else RuntimeError(f"{type(error).__name__}: {error}")
         dist.broadcast_object_list(told, src=dist.get_global_rank(self.group, 0), group=self.group)
         if told[1] is not None:
-            raise told[1]
-        answer: T = pickle.loads(told[0])
+            raise caught if self.rank == 0 else told[1]
+        answer: T = told[0]
         return answer
 
     def alike(self, make: Callable[[], T]) -> T:
-        """What `make` returns, once all ranks have seen that each of them made the same. Raises ValueError on all where
-        they did not; what `make` raises comes through on every rank where it raised."""
+        """What `make` returns, once all ranks have seen that each of them made the same.
+
+        Raises ValueError where they did not, and on each rank what `make` raised there.
+        """
         if self.group is None:
             return make()
-        made, error = None, None
+        made: Any = None
+        error = None
         try:
             made = make()
         except Exception as caught:
             error = caught
-        ours = repr(made if error is None else error)
-        all_ranks = [""] * self.size
-        dist.all_gather_object(all_ranks, ours, group=self.group)
+        digests: list[Any] = [None] * self.size
+        ours = hashlib.sha256(repr(made if error is None else error).encode(errors="replace")).digest()
+        dist.all_gather_object(digests, ours, group=self.group)
         if error is not None:
             raise error
-        if len(set(all_ranks)) > 1:
+        if len(set(digests)) > 1:
             raise ValueError(f"{self.size} ranks were given different requests: pass the same to each of them")
-        return made  # type: ignore[return-value]
+        return made
 
 
 # Whose groups are to be let go at exit (leave_process_group).

@@ -37,7 +37,7 @@ class Runner:
         assert model.cache is not None, "allocate_cache first"
         self.model, self.cache = model, model.cache
         self.compile, self.cuda_graph = compile, cuda_graph
-        self.programs: dict[tuple[int, int, int], Program] = {}
+        self.programs: dict[tuple[int, ...], Program] = {}
         self.graph_pool: Any = None
 
     @property
@@ -63,7 +63,7 @@ class Runner:
         with self._threads(n * seqlen):
             if not self.static:
                 return decode(self.model, self.cache, ids, positions, length)
-            key = (n, seqlen, length)
+            key = (n, seqlen, length, self.cache.k.data_ptr())  # .half() and .to(...) move it
             if key not in self.programs:
                 self.programs[key] = self._program(ids, positions, length)
             return self.programs[key](ids, positions)

@@ -22,6 +22,10 @@ BLOCK_ROWS = 512
 QUANTISED_ROWS = 128
 
 
+# What a decode step packed in 16 bits takes on top for nearly nothing: it is bound by reading the weights.
+SPARE_TOKENS = 3
+
+
 def has_bfloat16_products() -> bool:
     """Whether this CPU multiplies bfloat16 matrices natively (AVX512-BF16; every CPU with AMX has it too)."""
     return "AVX512" in torch.backends.cpu.get_cpu_capability() and torch.cpu._is_avx512_bf16_supported()
@@ -197,6 +201,7 @@ class Store(NamedTuple):
 
     hold: Callable[[Tensor], nn.Module | None]
     bytes_per_weight: float
+    spare_tokens: int = 0  # so many beside a row's next one take little longer than it does alone
 
 
 STORES = {"int8": Store(Int8, 1), "int4": Store(Int4, 0.5 + 4 / 32)}
@@ -240,7 +245,7 @@ def fastest_16_bits() -> Store | None:
     x86 builds' only.
     """
     if has_bfloat16_products() and torch.backends.mkldnn.is_available():
-        return Store(PackedBFloat16, 2)
+        return Store(PackedBFloat16, 2, SPARE_TOKENS)
     if platform.machine() in ("x86_64", "AMD64") and "fbgemm" in torch.backends.quantized.supported_engines:
-        return Store(packed_float16_or_plain, 2)
+        return Store(packed_float16_or_plain, 2, SPARE_TOKENS)
     return None

@@ -208,7 +208,8 @@ BAD_CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str
     ("text_completion", ("hello",), {}, TypeError, r"prompts is a str: pass a list, \['hello'\]"),
     ("text_completion", ([3],), {}, TypeError, "only a str can be encoded, got int: 3"),
     ("chat_completion", (USER,), {}, TypeError, "dialogs is a dict: pass a list"),
-    ("chat_completion", ([USER],), {}, ValueError, "dialog 0, message 0: expected a dict with 'role' and 'content'"),
+    ("chat_completion", ([USER],), {}, TypeError, "dialog 0 is a message, .*put it in a list"),
+    ("chat_completion", ([[[]]],), {}, ValueError, "dialog 0, message 0: expected a dict with 'role' and 'content'"),
     ("chat_completion", ([[USER], [USER, USER]],), {}, ValueError, "dialog 1, message 1: expected role 'assistant', g"),
     ("chat_completion", ([[]],), {}, ValueError, "dialog 0, message 0: expected role 'user' as the last one, got none"),
 ]

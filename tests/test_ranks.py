@@ -196,3 +196,65 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(ValueError, match=r"^4 processes on this node, but 1 GPU: run with --nproc_per_node 1$"):
         select_device("cuda")
+
+
+def test_what_one_rank_refuses_or_is_given_otherwise_is_refused_on_all(tmp_path: Path) -> None:
+    script = tmp_path / "unlike.py"
+    script.write_text("""
+import torch.distributed as dist
+from conftest import build_golden
+llm = build_golden("gqa-mp2")
+rank = dist.get_rank()
+want = llm.generate([[1, 30]], 5, 0)
+def refused(error, sentence, call, *args, **options):
+    try:
+        list(call(*args, **options))
+    except error as caught:
+        assert sentence in str(caught), caught
+    else:
+        raise SystemExit(f"rank {rank} got an answer")
+    assert llm.generate([[1, 30]], 5, 0) == want
+alike = "2 ranks were given different requests: pass the same to each of them"
+refused(ValueError, alike, llm.generate, [[1, 30 + rank]], 5)
+refused(ValueError, alike, llm.generate, [[1, 30]], 5, 0.5 + rank)
+refused(ValueError, alike, llm.stream_text_completion, ["ab"[rank]])
+refused(ValueError, "max_seq_len is 64" if rank else alike, llm.generate, [[1] * (20 + 60 * rank)], 5)
+def check(text):
+    raise ZeroDivisionError(f"on rank {rank}")
+dialogs = [[{"role": "user", "content": "hi"}]]
+for which in ("input_check", "output_check"):
+    for call in (llm.chat_completion, llm.stream_chat_completion):
+        refused(ZeroDivisionError, "on rank 0", call, dialogs, 0, max_gen_len=3, **{which: check})
+class Odd(Exception):
+    def __init__(self, a, b):
+        super().__init__(a)
+def odd(text):
+    raise Odd("one", "two")
+refused(Odd if rank == 0 else RuntimeError, "one", llm.chat_completion, dialogs, 0, max_gen_len=3, input_check=odd)
+""")
+    job = torchrun(2, script, timeout=100)
+    assert job.returncode == 0, job.stderr
+
+
+def test_threads_on_several_ranks_are_refused(tmp_path: Path) -> None:
+    script = tmp_path / "threads.py"
+    script.write_text("""
+import threading
+from conftest import build_golden
+llm = build_golden("gqa-mp2")
+stream = llm.stream_text_completion(["a"], 0, max_gen_len=9)
+next(stream)
+said = []
+def ask():
+    try:
+        llm.engine.submit(llm._requests(lambda: [[1, 30]], llm._settings(5, 0, 1, 1, ()))[0])
+    except RuntimeError as error:
+        said.append(str(error))
+thread = threading.Thread(target=ask)
+thread.start()
+thread.join()
+assert said == ["several threads ask one model on 2 ranks: use one thread"], said
+list(stream)
+""")
+    job = torchrun(2, script, timeout=100)
+    assert job.returncode == 0, job.stderr

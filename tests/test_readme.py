@@ -38,7 +38,7 @@ def test_the_quick_start_runs_the_example_without_torchrun() -> None:
     assert command == "python example_text_completion.py"
     result = run_python("example_text_completion.py")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split("initializing pipeline")[1].count("\n> ") == 4
+    assert result.stdout.count("\n> ") == 4
 
 
 def commands(block: str) -> list[str]:

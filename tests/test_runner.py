@@ -79,3 +79,14 @@ def test_a_captured_graph_equals_the_original(compile: bool) -> None:
     llm = build_golden(device="cuda", compile=compile)
     as_the_original(llm)
     assert llm.engine.passes.runner.cuda_graph
+
+
+def test_compiled_passes_of_many_shapes_and_of_two_models() -> None:
+    options: dict[str, Any] = {"max_seq_len": 1100, "max_batch_size": 4}
+    eager, *compiled = (build_golden(compile=compile, **options) for compile in (False, True, True))
+    prompts = [[1] * n for n in (5, 300, 600, 1050)]
+    for rows in (4, 3, 1):
+        want = eager.generate(prompts[-rows:], 3, 0)
+        assert all(llm.generate(prompts[-rows:], 3, 0) == want for llm in compiled)
+    for n in (5, 300, 600):
+        assert compiled[0].generate([[1] * n], 3, 0) == eager.generate([[1] * n], 3, 0)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -178,3 +180,50 @@ def test_wrong_names_and_widths_are_refused() -> None:
         select_store("int3", "auto", torch.device("cpu"))
     with pytest.raises(ValueError, match="int4 stores groups of 32 inputs, and this rank's weight has 48: use fewer"):
         Int4(torch.ones(64, 48))
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", float16, bfloat16])
+def test_state_dict_is_whole_and_a_copy_computes_the_same(name: str, options: dict[str, Any]) -> None:
+    plain, model = build_golden("gqa-mp2").model, build_golden("gqa-mp2", **options).model
+    wanted, held = plain.state_dict(), model.state_dict()
+    assert {key: tensor.shape for key, tensor in held.items()} == {key: tensor.shape for key, tensor in wanted.items()}
+    for key, tensor in wanted.items():
+        close = {"float16": 1e-3, "bfloat16": 1e-2, "int8": 0.02, "int4": 0.3}[name] * float(tensor.abs().max())
+        torch.testing.assert_close(held[key].float(), tensor, atol=close, rtol=0)
+    tokens = torch.tensor(expected("gqa")["prompt_tokens"][:1])
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copied(tokens), model(tokens))
+        assert copied.layers[0].attention.wq.store is not model.layers[0].attention.wq.store
+    plain.load_state_dict({key: tensor.float() for key, tensor in held.items()})  # what is held, in a plain model
+    error = (plain(tokens) - model(tokens)).norm() / model(tokens).norm()
+    assert error < (0.2 if name == "int4" else 0.03)
+
+
+@pytest.mark.parametrize("name", ["int8", float16, bfloat16])
+def test_hooks_on_every_linear_layer_fire(name: str, options: dict[str, Any]) -> None:
+    model = build_golden(**options).model
+    tokens = torch.tensor([[1, 30, 40]])
+    want = model(tokens)
+    fired = []
+    for path, module in model.named_modules():
+        if isinstance(module, ShardedLinear):
+            module.register_forward_hook(lambda *_, path=path: fired.append(path))
+    torch.testing.assert_close(model(tokens), want)
+    assert len(fired) == len(set(fired)) == 2 * 7 + 1
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", float16])
+def test_the_next_token_is_rounded_in_one_way_however_many_rows_are_decoded(name: str, options: dict[str, Any]) -> None:
+    linear = build_golden(max_seq_len=32, **options).model.layers[1].feed_forward.w2
+    x = torch.randn(64, 1, linear.store.unpack().shape[1], generator=torch.Generator().manual_seed(0))
+    alone = torch.cat([linear(row[None]) for row in x])
+    for rows in (2, 4, 31, 32, 64):
+        assert torch.equal(linear(x[:rows]), alone[:rows])
+
+
+def test_weights_of_other_types_move_and_convert_with_the_model() -> None:
+    for options in ({"quantize": "int8"}, {"dtype": "auto"}):
+        llm = build_golden(**options)
+        llm.model.bfloat16()
+        assert llm.model.cache.k.dtype == torch.bfloat16
+        assert len(llm.generate([[1, 30, 40]], 5, 0)[0][0]) > 0

@@ -317,7 +317,7 @@ def test_one_prompt_is_answered_or_continued(tmp_path: Path) -> None:
         (["--system", "[INST]", "Hello"], "Error: special tags are not allowed as part of the prompt."),
         ([" "], "the prompt is empty: pass a text, or send one to standard input"),
         (["Hello", "--temperature", "-1"], "temperature is -1: use 0 for greedy decoding"),
-        (["Hello", "--adapter_dir", "/none"], "/none/adapter_config.json cannot be read"),
+        (["Hello", "--adapter_dir", "/none"], "no folder /none: pass the folder that holds adapter_config.json"),
     ],
 )
 def test_what_cannot_be_run_is_said(words: list[str], sentence: str) -> None:

@@ -1,0 +1,168 @@
+"""What others wait for, and what is not computed twice: python benchmarks/engine.py --shape 110m
+
+Pauses of an answering row while a long prompt is fed; time per token with and without guesses, of texts that repeat
+themselves and texts that do not; what eight conversations compute, turn by turn; how long the import takes. Random
+weights quote nothing, so the choice of tokens is forced for the guesses; everything else is as users run it.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fire
+import torch
+import weights
+from contender import prompt_of
+from speed import cpu_name
+
+from llama import Llama
+
+LONG_PROMPT = 1500
+NEW_TOKENS = 96
+
+
+def build(folder: Path, kind: str, context: int, rows: int, **options: Any) -> Llama:
+    quantised = kind in ("int8", "int4")
+    own = {"dtype": "auto" if quantised else kind, "quantize": kind if quantised else None}
+    llm = Llama.build(folder, folder / "tokenizer.model", context, rows, **own, **options)
+    llm.tokenizer.eos_id = -1  # random weights end a text by chance
+    return llm
+
+
+def pause(folder: Path, kind: str) -> tuple[float, float]:
+    """Seconds of the longest gap between two tokens of a row while a long prompt joins, and of its usual step.
+
+    Three prompts share two rows: one answers all the time, one ends soon, and the long one takes its place.
+    """
+    llm = build(folder, kind, 2048, 2)
+    words = [llm.tokenizer.decode(prompt_of(n, seed)) for seed, n in enumerate((16, 16, LONG_PROMPT))]
+    times, others = [], []
+    for piece in llm.stream_text_completion(words, 0, max_gen_len=[3 * NEW_TOKENS, 32, 8]):
+        (times if piece["index"] == 0 else others).append(time.perf_counter())
+    gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
+    return max(gaps[2:]), statistics.median(gaps[-NEW_TOKENS:])
+
+
+class Forced:
+    """Makes an engine say given ids, whatever its logits are."""
+
+    def __init__(self, llm: Llama, texts: list[list[int]]):
+        inner = llm.engine.passes.choose
+
+        def choose(answers: list[Any], logits: torch.Tensor) -> list[tuple[int, float]]:
+            inner(answers, logits)  # its time counts
+            return [(texts[a.request.index][len(a.pieces)], 0.0) for a in answers]
+
+        llm.engine.passes.choose = choose  # type: ignore[method-assign]
+
+
+def unlucky(n: int, rng: random.Random) -> list[int]:
+    """Ids in which every third word is new and all before it was there: each guess that is made is wrong."""
+    phrase = [rng.randrange(3, weights.VOCAB_SIZE) for _ in range(4)]
+    return [x for _ in range(n // 5 + 1) for x in (*phrase, rng.randrange(3, weights.VOCAB_SIZE))][:n]
+
+
+def texts_of(kind: str, rows: int, seed: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts and answers of `rows` rows."""
+    rng = random.Random(seed)
+    prompts = [prompt_of(200, rng.randrange(2**31)) for _ in range(rows)]
+    if kind == "quotes":
+        return prompts, [prompt[40 : 40 + NEW_TOKENS] for prompt in prompts]
+    if kind == "new":
+        return prompts, [prompt_of(NEW_TOKENS, rng.randrange(2**31)) for _ in range(rows)]
+    return prompts, [unlucky(NEW_TOKENS, rng) for _ in range(rows)]
+
+
+def guesses(folder: Path, kind: str, rows: int, rounds: int) -> Iterator[str]:
+    """Rows of a table: milliseconds per token without and with guesses, in turns, and tokens of a row per pass."""
+    llm = build(folder, kind, 512, rows)
+    for text in ("quotes", "new", "unlucky"):
+        taken: dict[int, list[float]] = {0: [], 3: []}
+        passes = 0
+        for seed in range(rounds):
+            for n in taken if seed % 2 else reversed(taken):
+                llm.engine.guess_tokens = n
+                prompts, answers = texts_of(text, rows, 2 * seed + bool(n))
+                llm.generate(prompts, 1, 0)  # the prompts are held: what follows is decoding
+                Forced(llm, answers)
+                before, start = llm.engine.passes.count, time.perf_counter()
+                llm.generate(prompts, NEW_TOKENS, 0)
+                taken[n].append((time.perf_counter() - start) / NEW_TOKENS * 1e3)
+                passes = llm.engine.passes.count - before if n else passes
+        without, with_guesses = (statistics.median(taken[n]) for n in (0, 3))
+        yield (
+            f"| {text} | {rows} | {without:.2f} | {with_guesses:.2f} | {with_guesses / without:.3f} | "
+            f"{NEW_TOKENS / passes:.2f} |"
+        )
+
+
+def conversations(folder: Path, kind: str) -> tuple[int, int]:
+    """Tokens computed, and tokens that were new, in eight conversations of four turns on eight rows."""
+    llm = build(folder, kind, 1024, 8)
+    dialogs: list[list[int]] = [[1] for _ in range(8)]
+    new = 0
+    for turn in range(4):
+        for number, ids in enumerate(dialogs):
+            asked = prompt_of(60, 100 * turn + number)[1:]
+            answer = llm.generate([ids + asked], 40, 0)[0][0]
+            new += len(asked) + len(answer)
+            ids += asked + answer
+    return llm.engine.passes.tokens, new
+
+
+def import_seconds(module: str, rounds: int = 7) -> float:
+    def one() -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
+        return time.perf_counter() - start
+
+    one()
+    return statistics.median(one() for _ in range(rounds))
+
+
+def main(shape: str = "110m", kind: str = "auto", rounds: int = 7, folder: str | None = None, only: str = "") -> None:
+    """`kind`: a dtype, int8 or int4; `folder` keeps the weights; `only`: pause, guesses, conversations or import."""
+    print(f"{shape}, {kind}; {cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    with tempfile.TemporaryDirectory() as scratch:
+        checkpoint = weights.make(shape, Path(folder or scratch))
+
+        def show_pause() -> None:
+            longest, usual = min((pause(checkpoint, kind) for _ in range(3)), key=lambda gaps: gaps[0] / gaps[1])
+            print(f"longest pause {longest * 1e3:.1f} ms, {longest / usual:.1f} times the step of {usual * 1e3:.1f} ms")
+
+        def show_guesses() -> None:
+            print("| text | rows | ms per token without guesses | with | ratio | tokens per pass |")
+            print("| --- | --- | --- | --- | --- | --- |")
+            for rows in (1, 4):
+                for line in guesses(checkpoint, kind, rows, rounds):
+                    print(line, flush=True)
+
+        def show_conversations() -> None:
+            computed, new = conversations(checkpoint, kind)
+            print(f"eight conversations: {computed} tokens computed, {new} new: {computed / new:.3f}")
+
+        def show_import() -> None:
+            torch_alone, ours = import_seconds("torch"), import_seconds("llama")
+            print(f"import llama {ours:.2f} s, import torch {torch_alone:.2f} s: {ours / torch_alone:.2f}")
+
+        shows: dict[str, Callable[[], None]] = {
+            "pause": show_pause,
+            "guesses": show_guesses,
+            "conversations": show_conversations,
+            "import": show_import,
+        }
+        for name, show in shows.items():
+            if only in ("", name):
+                show()
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
