@@ -7,6 +7,7 @@ weights quote nothing, so the choice of tokens is forced for the guesses; everyt
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
 import subprocess
@@ -47,7 +48,7 @@ def pause(folder: Path, kind: str) -> tuple[float, float]:
     times, others = [], []
     for piece in llm.stream_text_completion(words, 0, max_gen_len=[3 * NEW_TOKENS, 32, 8]):
         (times if piece["index"] == 0 else others).append(time.perf_counter())
-    gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
+    gaps = [after - before for before, after in itertools.pairwise(times)]
     return max(gaps[2:]), statistics.median(gaps[-NEW_TOKENS:])
 
 

@@ -25,12 +25,15 @@ from .sampling import sample
 from .schedule import Schedule
 from .tokenizer import Tokenizer
 
-# Tokens of prompts in a pass: while others wait for their next token, and while none does.
-CHUNK, LONG_CHUNK = 24, 512
+# Tokens of prompts in a pass while others wait for their next token: on a CPU as many as take three or four times as
+# long as a step of one row (benchmarks/README.md); a GPU reads the weights for about as long as it multiplies so many.
+CHUNK, GPU_CHUNK = 24, 256
+
+# And while nobody waits. More gained nothing, and would need more memory.
+LONG_CHUNK = 512
 
 # Positions of a prompt whose logits are held at once while it is scored: 256 × 32,000 float32 are 33 MB.
 SCORE_CHUNK = 256
-
 
 # Guesses are for few rows: beyond, a pass is bound by arithmetic, and each of their tokens costs.
 GUESS_ROWS = 4
@@ -50,7 +53,8 @@ class Engine:
         self.ranks, self.tokenizer, self.cache = model.ranks, tokenizer, runner.cache
         self.schedule = Schedule(runner.cache)
         self.passes = Passes(runner, self.schedule, model.ranks)
-        self.guess_tokens, self.chunk, self.long_chunk = guess_tokens, CHUNK, LONG_CHUNK
+        self.guess_tokens, self.long_chunk = guess_tokens, LONG_CHUNK
+        self.chunk = CHUNK if runner.device.type == "cpu" else GPU_CHUNK
         self.turn = threading.Condition()
         self.stepping: int | None = None  # the thread that does
         self.thread: int | None = None  # that submitted last
@@ -83,11 +87,13 @@ class Engine:
 
     def progress(self, answers: Sequence[Answer]) -> Iterator[None]:
         """Step until `answers` are over, and yield after each step. Raises the error of the first one that fails."""
-        while not all(answer.over for answer in answers):
-            self._step_or_wait()
+        while True:
             for answer in answers:
                 if answer.error is not None:
                     raise answer.error
+            if all(answer.over for answer in answers):
+                return
+            self._step_or_wait()
             yield
 
     def _step_or_wait(self) -> None:
@@ -116,9 +122,10 @@ class Engine:
         if answering and not (feeding and together):
             self._attempt(self.passes.decode, self._guesses(answering))
         if feeding:
-            self._attempt(
-                self.passes.feed, self._chunk(feeding, self.long_chunk if together or not answering else self.chunk)
-            )
+            alone = together or not answering
+            # The longer a step takes with all who answer, the more of a prompt makes it longer by the same part.
+            size = self.long_chunk if alone else max(self.chunk, self.chunk * len(answering) // 4)
+            self._attempt(self.passes.feed, self._chunk(feeding, size))
 
     def _chunk(self, rows: Sequence[int], size: int) -> list[Run]:
         """The next `size` tokens that rows lack, of those that were admitted first."""

@@ -180,11 +180,11 @@ class Generator:
                 for i in list(going):
                     answer = answers[i]
                     over = answer.finish_reason is not None  # now: others may step while a piece is read
-                    if over:
+                    if answer.over:
                         going.remove(i)
+                    if output_check is not None and not over:
+                        continue  # it is to see all of it before anybody else does
                     if output_check is not None:
-                        if not over:
-                            continue  # it is to see all of it before anybody else does
                         self._check_output(answer, output_check)
                     end = len(answer.generation) - answer.held_back
                     piece = Piece(index=i, text=answer.generation[sent[i] : end])

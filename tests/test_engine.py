@@ -238,6 +238,22 @@ def test_a_request_whose_logits_are_not_finite_ends_alone(monkeypatch: pytest.Mo
     assert llm.generate(prompts, 12, 0)[0] == want
 
 
+def test_a_stream_that_fails_in_a_step_of_another_call_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = build_golden()
+    stream = llm.stream_text_completion(["a", "b"], 0, max_gen_len=20)
+    begun = {next(stream)["index"], next(stream)["index"]}
+    weight = llm.model.output.weight
+    kept = weight.clone()
+    weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="logits are not finite"):
+        llm.generate([[1, 30]], 3)
+    weight.copy_(kept)
+    assert begun <= {0, 1}
+    with pytest.raises(ValueError, match="logits are not finite"):
+        list(stream)
+    assert llm.generate([[1, 30]], 3, 0) == build_golden().generate([[1, 30]], 3, 0)
+
+
 def test_guesses_need_fewer_passes_where_an_answer_is_in_the_prompt() -> None:
     llm = Llama.build(TINY, max_seq_len=512, max_batch_size=1, device="cpu", dtype="float32")
     known = {
