@@ -181,7 +181,7 @@ def value_of(name: str, annotation: Any, text: str) -> Any:
     if text == "None" and NoneType in kinds and str not in kinds:
         return None
     if kinds[0] not in KINDS:
-        return text
+        return os.fsencode(text).decode(errors="replace")  # bytes that are no text
     with contextlib.suppress(SyntaxError, ValueError):
         value = ast.literal_eval(text)
         if type(value) in kinds or (type(value) is int and float in kinds):

@@ -261,7 +261,7 @@ class Terminal:
         if not self.typed:
             with self._keys():
                 self._read(PASTE_SECONDS)
-        return not self.typed.startswith(b"\x04") and self.typed != b""
+        return self.typed[:1] not in (b"", b"\x04")
 
     @contextlib.contextmanager
     def _keys(self) -> Iterator[None]:

@@ -119,7 +119,7 @@ def test_what_a_terminal_marks_as_pasted_is_one_message(tmp_path: Path) -> None:
     child.send("\x1b[200~Where does\rthe fox live?\x1b[201~")
     time.sleep(0.2)
     child.send("\r")
-    child.expect(r"The \w+ lives in")
+    child.expect("\r\n\r\n> ")
     child.send(f"/save {tmp_path}/paste\r")
     child.expect("messages are in")
     assert messages(tmp_path / "paste") == ["Where does\nthe fox live?"]
