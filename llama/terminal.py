@@ -214,11 +214,7 @@ class Terminal:
 
     def ask(self) -> str | None:
         """The next message, stripped; None at their end. What is pasted is one message, whatever its lines."""
-        try:
-            return self.ranks.ask_first(self._message).strip()
-        except EOFError:
-            self.say("\n", end="")
-            return None
+        return self.ranks.ask_first(self._message)
 
     def show(self, pieces: Iterator[str]) -> str:
         """Print pieces as they come, until their end or Ctrl-C; returns what was printed."""
@@ -233,17 +229,21 @@ class Terminal:
         self.say("\n")
         return shown
 
-    def _message(self) -> str:
-        if self.typed.startswith(b"\x04"):
-            raise EOFError
+    def _message(self) -> str | None:
         typed_before = b"\n" in self.typed
-        lines = [self._line("> ")]
-        while not typed_before and self._was_pasted():
-            lines.append(self._line(""))
-        return "\n".join(lines)
+        try:
+            lines = [self._line("> ")]
+            while not typed_before and self._was_pasted():
+                lines.append(self._line(""))
+        except EOFError:
+            self.say("\n", end="")
+            return None
+        return "\n".join(lines).strip()
 
     def _line(self, prompt: str) -> str:
         """What was typed before, to the end of its line; if it has none, it can be gone on with."""
+        if self.typed.startswith(b"\x04"):
+            raise EOFError
         keys, newline, self.typed = self.typed.partition(b"\n")
         begun = KEYS.sub("", keys.decode(errors="replace"))
         if newline:
