@@ -6,8 +6,8 @@ from . import launch, terminal
 from .checkpoints.folders import convert, info, reshard, verify
 
 COMMANDS: dict[str, launch.Command] = {
-    "chat": terminal.chat,
-    "run": terminal.run,
+    "chat": terminal.Chat,
+    "run": terminal.Run,
     "info": info,
     "verify": verify,
     "reshard": reshard,

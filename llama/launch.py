@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import difflib
 import functools
 import inspect
@@ -20,16 +22,15 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
 
-import fire
-
 from . import __version__
 
 REPORT = "TORCHELASTIC_ERROR_FILE"  # set by torchrun
-WIDTH = 80
 
 Command = Callable[..., Any]
 
+HELP = {"-h", "--help"}
 FLAG = re.compile(r"--?([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)  # "-3" and "- a text" are none
+KINDS = {bool: "True or False", int: "a whole number", float: "a number"}
 
 # What a parameter of this name means, in whichever program.
 FLAGS = {
@@ -59,10 +60,10 @@ class UsageError(ValueError):
 
 
 def run(command: Command | Mapping[str, Command], name: str | None = None) -> None:
-    """Call the function, or the one of several that the first word names, as the command line says.
+    """Call what the command line asks for: the function, or the one of several that its first word names.
 
-    Nothing runs unless every word is understood. Text arrives as typed; ~ is expanded in what a parameter called out,
-    *_dir or *_path is given. A string that the function returns is printed. For programs that torchrun may start.
+    Nothing runs unless every word is understood; text arrives as typed. In place of a function may stand a class whose
+    objects are called. A string that comes back is printed. For programs that torchrun may start.
     """
     logging.basicConfig(format="%(message)s", level=logging.INFO if is_first() else logging.WARNING)
     repair_streams()
@@ -71,7 +72,10 @@ def run(command: Command | Mapping[str, Command], name: str | None = None) -> No
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)
     try:
-        fire.Fire(command, understand(command, sys.argv[1:], name or f"python {Path(sys.argv[0]).name}"), name=name)
+        said = understand(command, sys.argv[1:], name or f"python {Path(sys.argv[0]).name}")()
+        said = said() if callable(said) else said
+        if isinstance(said, str) and is_first():
+            print(said)
         sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)  # the number that shells give it
@@ -122,42 +126,37 @@ def repair_streams() -> None:
             stream.reconfigure(errors="replace")
 
 
-def understand(command: Command | Mapping[str, Command], words: list[str], name: str) -> list[str]:
-    """What fire is to be given to call `command` as the words say. Where they ask for help, prints it and exits."""
+def understand(command: Command | Mapping[str, Command], words: list[str], name: str) -> Callable[[], Any]:
+    """What the words ask for, ready to be called. Raises UsageError where there is no such thing."""
     if not isinstance(command, Mapping):
-        if {"-h", "--help"} & set(words):
-            show(describe(command, name))
-        return spell_out(command, words, name)
+        if HELP & set(words):
+            return lambda: describe(command, name)
+        return functools.partial(command, **arguments(command, words, name))
     word, *rest = words or ["--help"]
     if word in command:
-        return [word, *understand(command[word], rest, f"{name} {word}")]
-    if word in ("-h", "--help"):
+        return understand(command[word], rest, f"{name} {word}")
+    if word in HELP:
         # Of each, its docstring's first part.
         rows = [(key, re.split(r"[.;]\s", f"{inspect.getdoc(function)} ")[0]) for key, function in command.items()]
-        show(f"Usage: {name} COMMAND ...\n\n{table(rows)}\n\n{name} COMMAND --help describes a command.")
+        return lambda: page(f"Usage: {name} COMMAND ...", f"{name} COMMAND --help describes a command.", rows)
     if word == "--version":
-        show(f"llama {__version__} (torch {version('torch')})")
+        return lambda: f"llama {__version__} (torch {version('torch')})"
     raise UsageError(f"{word!r} is no command: {did_you_mean(word, command) or 'use ' + ', '.join(command)}")
 
 
-def spell_out(function: Command, words: list[str], name: str) -> list[str]:
-    """The words as --parameter=value, which fire reads in one way only. Raises UsageError for what has no place."""
+def arguments(function: Command, words: list[str], name: str) -> dict[str, Any]:
+    """The values that the words give to parameters. Raises UsageError for what has no place."""
     parameters = inspect.signature(function, eval_str=True).parameters
-    texts: list[str] = []
+    texts, rest, see = [], list(words), f"see {name} --help"
     given: dict[str, str] = {}
-    rest, see = list(words), f"see {name} --help"
     while rest:
         word = rest.pop(0)
         flag = FLAG.fullmatch(word)
-        if word == "--":  # what follows is text, whatever it looks like
-            texts, rest = texts + rest, []
-        elif flag is None:
+        if flag is None:
             texts.append(word)
         elif (key := flag[1].replace("-", "_")) not in parameters:
             hint = did_you_mean(key, parameters, "--") or see
             raise UsageError(f"{word.partition('=')[0]} is no flag of {name.split()[-1]}: {hint}")
-        elif key in given:
-            raise UsageError(f"--{key} is given twice")
         elif flag[2] is not None:
             given[key] = flag[2]
         elif parameters[key].annotation is bool and rest[:1] not in (["True"], ["False"]):
@@ -173,27 +172,21 @@ def spell_out(function: Command, words: list[str], name: str) -> list[str]:
     for key, p in parameters.items():
         if p.default is p.empty and key not in given:
             raise UsageError(f"no {key} is given: {see}")
-        fire.decorators.SetParseFn(functools.partial(value_of, p), key)(function)
-    return [f"--{key}={value}" for key, value in given.items()]
+    return {key: value_of(key, parameters[key].annotation, text) for key, text in given.items()}
 
 
-def value_of(parameter: inspect.Parameter, text: str) -> Any:
-    """What a parameter is given as `text`: read as its type says, or, where that is not a plain one, as fire does."""
-    name, kinds = parameter.name, get_args(parameter.annotation) or (parameter.annotation,)  # X | None are two
-    if str in kinds and (name == "out" or name.endswith(("_dir", "_path"))):
-        return os.path.expanduser(text)
-    if str in kinds:
-        return os.fsencode(text).decode(errors="replace")  # bytes that are no text
-    if NoneType in kinds and text == "None":
+def value_of(name: str, annotation: Any, text: str) -> Any:
+    """What a parameter is given as `text`: numbers, True, False and None where its type has them, else the text."""
+    kinds = get_args(annotation) or (annotation,)  # X | None are two
+    if text == "None" and NoneType in kinds and str not in kinds:
         return None
-    if bool in kinds and text not in ("True", "False"):
-        raise UsageError(f"--{name} is {text!r}: use True or False")
-    if {int, float} & set(kinds):
-        try:
-            return int(text) if int in kinds or re.fullmatch(r"[+-]?\d+", text) else float(text)
-        except ValueError:
-            raise UsageError(f"--{name} is {text!r}: use a {'whole ' * (int in kinds)}number") from None
-    return fire.parser.DefaultParseValue(text)
+    if kinds[0] not in KINDS:
+        return os.fsencode(text).decode(errors="replace")  # bytes that are no text
+    with contextlib.suppress(SyntaxError, ValueError):
+        value = ast.literal_eval(text)
+        if type(value) in kinds or (type(value) is int and float in kinds):
+            return value
+    raise UsageError(f"--{name} is {text!r}: use {KINDS[kinds[0]]}")
 
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
@@ -202,23 +195,17 @@ def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
 
 def describe(function: Command, name: str) -> str:
     """The text of --help."""
-    usage, rows = ["Usage:", name], []
+    usage, rows = f"Usage: {name}", []
     for key, p in inspect.signature(function).parameters.items():
         if p.kind is p.POSITIONAL_OR_KEYWORD:
-            usage.append(key.upper() if p.default is p.empty else f"[{key.upper()}]")
+            usage += f" {key.upper()}" if p.default is p.empty else f" [{key.upper()}]"
         default = "" if p.default in (p.empty, None) else f" (default {p.default})"
         rows.append((f"--{key}", FLAGS.get(key, "") + default))
-    paragraphs = [" ".join([*usage, "[--FLAG VALUE ...]"]), *(inspect.getdoc(function) or "").split("\n\n")]
-    return "\n\n".join([*(textwrap.fill(text, WIDTH) for text in paragraphs), table(rows)])
+    return page(f"{usage} [--FLAG VALUE ...]", inspect.getdoc(function) or "", rows)
 
 
-def table(rows: list[tuple[str, str]]) -> str:
+def page(usage: str, text: str, rows: list[tuple[str, str]]) -> str:
     column = max(len(left) for left, _ in rows) + 4
-    wrap = textwrap.TextWrapper(WIDTH, subsequent_indent=" " * column)
-    return "\n".join(wrap.fill(f"  {left}".ljust(column) + right) for left, right in rows)
-
-
-def show(text: str) -> None:
-    if is_first():
-        print(text)
-    sys.exit(0)
+    wrap = textwrap.TextWrapper(80, subsequent_indent=" " * column)
+    table = "\n".join(wrap.fill(f"  {left}".ljust(column) + right) for left, right in rows)
+    return "\n\n".join([*(textwrap.fill(part, 80) for part in (usage, *text.split("\n\n"))), table])

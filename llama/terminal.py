@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import json
 import os
@@ -12,14 +11,16 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass, field
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Literal
 
 import torch.distributed as dist
 
 from .chat import SPECIAL_TAGS, UNSAFE_ERROR, Message, encode_dialog, has_special_tags
-from .generation import Llama, Piece
+from .generation import Llama
 from .launch import did_you_mean
+from .parallel import Ranks
 
 try:
     import readline
@@ -31,79 +32,133 @@ else:
     HAS_TTY = True
 
 WORDS = {
-    "/system": "TEXT tells the model how to answer from here on, - takes that back, nothing shows it",
+    "/system": "TEXT tells the model how to answer from here on; without a text, nothing does",
     "/save": "FILE writes the conversation as a JSON list of messages",
     "/reset": "begins a new conversation, under the same system message",
     "/exit": "ends, as Ctrl-D does; typed during an answer, after it",
     "/help": "shows this",
 }
 PASTE_SECONDS = 0.02  # what comes this soon after a line was pasted with it
-LINE = re.compile(r"(?!\x04)((?:\x1b\[200~.*?\x1b\[201~|(?!\x1b\[200~)[^\n])*)\n", re.DOTALL)  # pasted, with newlines
 KEYS = re.compile(r"\x1b\[[\d;]*[A-Za-z~]|[\x00-\x08\x0b-\x1f\x7f]")  # those that are no text
-TEXT = re.compile(r"([^\x00-\x08\x0b-\x1f\x7f]*)(.*)", re.DOTALL)  # up to the first that is none
 
 
-def chat(
-    ckpt_dir: str,
-    tokenizer_path: str | None = None,
-    *,
-    system: str | None = None,
-    temperature: float = 0.6,
-    top_p: float = 0.9,
-    max_seq_len: int = 2048,
-    max_gen_len: int | None = None,
-    seed: int = 1,
-    device: str = "auto",
-    dtype: str = "auto",
-    quantize: Literal["int8", "int4"] | None = None,
-    adapter_dir: str | None = None,
-) -> None:
+@dataclass
+class Session:
+    """A model and a terminal, from the flags that chat and run share."""
+
+    ckpt_dir: str
+    _: KW_ONLY
+    tokenizer_path: str | None = None
+    system: str | None = None
+    temperature: float = 0.6
+    top_p: float = 0.9
+    max_seq_len: int = 2048
+    max_gen_len: int | None = None
+    seed: int = 1
+    device: str = "auto"
+    dtype: str = "auto"
+    quantize: Literal["int8", "int4"] | None = None
+    adapter_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        self.opening = system_message(self.system)
+        self.settings = {name: getattr(self, name) for name in ("temperature", "top_p", "max_gen_len")}
+        kind = {name: getattr(self, name) for name in ("seed", "device", "dtype", "quantize", "adapter_dir")}
+        self.llm = Llama.build(self.ckpt_dir, self.tokenizer_path, self.max_seq_len, 1, **kind)
+        self.terminal = Terminal()
+
+
+@dataclass
+class Run(Session):
+    """Answer one prompt as a chat model does, or with --plain continue its text. How fast is said on stderr."""
+
+    prompt: str | None = None
+    plain: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.plain and self.system:
+            raise ValueError("a system message is for answers: leave out --system or --plain")
+        super().__post_init__()
+
+    def __call__(self) -> None:
+        text = self.terminal.read() if self.prompt in (None, "-") else str(self.prompt)
+        if self.plain:
+            stream = self.llm.stream_text_completion([text], logprobs=True, **self.settings)
+        elif text.strip():
+            dialog = [*self.opening, Message(role="user", content=text)]
+            stream = self.llm.stream_chat_completion([dialog], logprobs=True, **self.settings)
+        else:
+            raise ValueError("the prompt is empty: pass a text, or send one to standard input")
+        start, waited = time.perf_counter(), 0.0
+        for piece in stream:
+            waited = waited or time.perf_counter() - start
+            self.terminal.say(piece["text"], end="")
+        self.terminal.say("\n", end="")
+        n, seconds = len(piece["tokens"]), time.perf_counter() - start
+        if self.terminal.first:
+            print(f"{n} tokens, {n / seconds:.1f} tokens/s, the first after {waited:.2f} s", file=sys.stderr)
+
+
+@dataclass
+class Chat(Session):
     """Talk with a chat model at the terminal. Under torchrun, with one that is split over the ranks.
 
     When the conversation leaves less than a quarter of `max_seq_len` for an answer, its oldest exchanges are dropped.
     """
-    opening = system_message(system)
-    kind: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize, "adapter_dir": adapter_dir}
-    llm = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, 1, seed=seed, **kind)
-    settings = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len}
-    with Terminal() as terminal:
-        Conversation(llm, terminal, opening, settings).hold()
 
+    history: list[Message] = field(default_factory=list, init=False)  # what was said and is not forgotten
 
-def run(
-    ckpt_dir: str,
-    prompt: str | None = None,
-    *,
-    plain: bool = False,
-    system: str | None = None,
-    tokenizer_path: str | None = None,
-    temperature: float = 0.6,
-    top_p: float = 0.9,
-    max_seq_len: int = 2048,
-    max_gen_len: int | None = None,
-    seed: int = 1,
-    device: str = "auto",
-    dtype: str = "auto",
-    quantize: Literal["int8", "int4"] | None = None,
-    adapter_dir: str | None = None,
-) -> None:
-    """Answer one prompt as a chat model does, or with --plain continue its text. How fast is said on stderr."""
-    if plain and system:
-        raise ValueError("a system message is for answers: leave out --system or --plain")
-    opening = system_message(system)
-    kind: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize, "adapter_dir": adapter_dir}
-    llm = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, 1, seed=seed, **kind)
-    terminal = Terminal()
-    text = terminal.read() if prompt in (None, "-") else str(prompt)
-    settings: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len}
-    if plain:
-        stream = llm.stream_text_completion([text], logprobs=True, **settings)
-    elif text.strip():
-        dialog = [*opening, Message(role="user", content=text)]
-        stream = llm.stream_chat_completion([dialog], logprobs=True, **settings)
-    else:
-        raise ValueError("the prompt is empty: pass a text, or send one to standard input")
-    terminal.show_with_speed(stream)
+    def __call__(self) -> None:
+        # Says now, not after the first message, what is wrong with the settings; a stream computes when it is read.
+        self.llm.stream_chat_completion([[Message(role="user", content="")]], **self.settings)
+        self.terminal.say("Ctrl-C stops an answer, /help shows what else there is, /exit or Ctrl-D ends.\n")
+        with self.terminal:
+            while (text := self.terminal.ask()) not in (None, "/exit"):
+                try:
+                    word, *rest = text.split(maxsplit=1) or [""]
+                    said = self.obey(word, *rest) if re.fullmatch(r"/\w*", word) else self.answer(text)
+                except ValueError as error:
+                    said = str(error)
+                self.terminal.say(said and f"{said}\n")
+
+    def obey(self, word: str, text: str = "") -> str:
+        """Do what a /word asks for; returns what to say of it."""
+        if word == "/system":
+            self.opening = system_message(text)
+            return f"({'this' if text else 'no'} system message from here on)"
+        if word == "/save":
+            return self.save(os.path.expanduser(text)) if text else "/save needs the name of a file"
+        if word == "/reset":
+            self.history = []
+            return "(a new conversation)"
+        if word == "/help":
+            return "\n".join(f"{name:8} {what}" for name, what in WORDS.items())
+        return f"{word} is no command: {did_you_mean(word, WORDS) or '/help shows them'}"
+
+    def save(self, file: str) -> str:
+        try:
+            if self.terminal.first:
+                with open(file, "x", encoding="utf-8") as stream:
+                    json.dump(self.opening + self.history, stream, ensure_ascii=False, indent=2)
+        except (OSError, ValueError) as error:
+            return f"{file} could not be written ({getattr(error, 'strerror', error)}): choose another name"
+        return f"({len(self.history)} messages are in {file})"
+
+    def answer(self, text: str) -> str:
+        """Say what the model does to this; returns what else is to be said."""
+        turns = [*self.history, Message(role="user", content=text)]
+        if not text or has_special_tags(turns[-1:], self.llm.tokenizer):
+            return text and UNSAFE_ERROR
+        limit = self.llm.model.params.max_seq_len * 3 // 4
+        while len(turns) > 1 and len(encode_dialog(self.opening + turns, self.llm.tokenizer)) > limit:
+            turns = turns[2:]
+        # What the model may say, the next prompt must be able to hold.
+        stream = self.llm.stream_chat_completion([self.opening + turns], stop=SPECIAL_TAGS, **self.settings)
+        if len(turns) <= len(self.history):
+            self.terminal.say("(the conversation has outgrown max_seq_len: its oldest exchange is forgotten)\n")
+        answer = self.terminal.show(piece["text"] for piece in stream)
+        self.history = [*turns, Message(role="assistant", content=answer)]
+        return ""
 
 
 def system_message(text: str | None) -> list[Message]:
@@ -114,81 +169,6 @@ def system_message(text: str | None) -> list[Message]:
     return opening
 
 
-class Conversation:
-    """What was said, and what the model is shown of it."""
-
-    def __init__(self, llm: Llama, terminal: Terminal, opening: list[Message], settings: dict[str, Any]):
-        self.llm = llm
-        self.terminal = terminal
-        self.opening = opening
-        self.settings = settings
-        self.history: list[Message] = []
-
-    def hold(self) -> None:
-        # Says now, not after the first message, what is wrong with the settings; a stream computes when it is read.
-        self.llm.stream_chat_completion([[Message(role="user", content="")]], **self.settings)
-        self.terminal.say("Ctrl-C stops an answer, /help shows what else there is, /exit or Ctrl-D ends.\n")
-        while (text := self.terminal.ask()) not in (None, "/exit"):
-            word, *rest = text.split(maxsplit=1) or [""]
-            said = self.obey(word, *rest) if re.fullmatch(r"/\w*", word) else self.answer(text)
-            self.terminal.say(said and f"{said}\n")
-
-    def obey(self, word: str, text: str = "") -> str:
-        """Do what a /word asks for; returns what to say of it."""
-        if word == "/system":
-            return self.set_system(text)
-        if word == "/save":
-            return self.save(text)
-        if word in WORDS and text:
-            return f"{word} stands alone"
-        if word == "/help":
-            return "\n".join(f"{name:8} {what}" for name, what in WORDS.items())
-        if word == "/reset":
-            self.history = []
-            return "(a new conversation)"
-        return f"{word} is no command: {did_you_mean(word, WORDS) or '/help shows them'}"
-
-    def set_system(self, text: str) -> str:
-        if not text:
-            return f"({self.opening[0]['content'] if self.opening else 'no system message'})"
-        try:
-            self.opening = system_message("" if text == "-" else text)
-        except ValueError as error:
-            return str(error)
-        return f"({'this' if self.opening else 'no'} system message from here on)"
-
-    def save(self, name: str) -> str:
-        file = os.path.expanduser(name)
-        try:
-            if self.terminal.first and name:
-                with open(file, "x", encoding="utf-8") as stream:
-                    json.dump(self.opening + self.history, stream, ensure_ascii=False, indent=2)
-        except FileExistsError:
-            return f"{file} is there already: choose another name"
-        except (OSError, ValueError) as error:
-            return f"{file} could not be written ({getattr(error, 'strerror', error)}): choose another place"
-        return f"({len(self.history)} messages are in {file})" if name else "/save needs the name of a file"
-
-    def answer(self, text: str) -> str:
-        """Say what the model does to this; returns what else is to be said."""
-        turns = [*self.history, Message(role="user", content=text)]
-        if not text or has_special_tags(turns[-1:], self.llm.tokenizer):
-            return text and UNSAFE_ERROR
-        limit = self.llm.model.params.max_seq_len * 3 // 4
-        while len(turns) > 1 and len(encode_dialog(self.opening + turns, self.llm.tokenizer)) > limit:
-            turns = turns[2:]
-        try:
-            # What the model may say, the next prompt must be able to hold.
-            stream = self.llm.stream_chat_completion([self.opening + turns], stop=SPECIAL_TAGS, **self.settings)
-            if len(turns) <= len(self.history):
-                self.terminal.say("(the conversation has outgrown max_seq_len: its oldest exchange is forgotten)\n")
-            answer = self.terminal.show(piece["text"] for piece in stream)
-        except ValueError as error:
-            return str(error)
-        self.history = [*turns, Message(role="assistant", content=answer)]
-        return ""
-
-
 class Terminal:
     """One person's terminal, at rank 0; what is typed there is known on every rank.
 
@@ -197,14 +177,14 @@ class Terminal:
     """
 
     def __init__(self) -> None:
-        self.first = dist.get_rank() == 0
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(days=365)) if dist.get_world_size() > 1 else None
+        size = dist.get_world_size()
+        group = dist.new_group(backend="gloo", timeout=timedelta(days=365)) if size > 1 else None
+        self.ranks = Ranks(size, dist.get_rank(), group)
+        self.first = self.ranks.rank == 0
         self.tty = sys.stdin.fileno() if self.first and HAS_TTY and sys.stdin.isatty() else None
         self.mode = [] if self.tty is None else termios.tcgetattr(self.tty)  # as the shell has it
-        self.marks = self.tty is not None and os.environ.get("TERM", "dumb") != "dumb"  # where a paste begins and ends
         self.prompt = ""  # while a line is asked for
-        self.typed = ""  # while none was
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.typed = b""  # while none was
 
     def __enter__(self) -> Terminal:
         if self.tty is not None:
@@ -216,12 +196,10 @@ class Terminal:
                 signal.signal(signal.SIGTSTP, self._stop)
             termios.tcsetattr(self.tty, termios.TCSADRAIN, own)
             readline.parse_and_bind('"\\C-c": kill-whole-line')
-            readline.parse_and_bind(f"set enable-bracketed-paste {'on' if self.marks else 'off'}")
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.tty is not None:
-            self._mark_pastes("l")
             termios.tcsetattr(self.tty, termios.TCSADRAIN, self.mode)
 
     def say(self, text: str, end: str = "\n") -> None:
@@ -232,60 +210,45 @@ class Terminal:
         """All of standard input, without its last newline."""
         if self.tty is not None:
             print("(type the prompt, then Ctrl-D on a line of its own)", file=sys.stderr)
-        return str(self._tell(sys.stdin.read().removesuffix("\n") if self.first else ""))
+        return self.ranks.ask_first(lambda: sys.stdin.read().removesuffix("\n"))
 
     def ask(self) -> str | None:
         """The next message, stripped; None at their end. What is pasted is one message, whatever its lines."""
-        message = None
-        if self.first:
-            try:
-                message = self._message().strip()
-            except EOFError:
-                self.say("\n", end="")
-        return self._tell(message)
+        return self.ranks.ask_first(self._message)
 
     def show(self, pieces: Iterator[str]) -> str:
         """Print pieces as they come, until their end or Ctrl-C; returns what was printed."""
         shown = ""
         with self._keys():
-            self._mark_pastes("h")
             for piece in pieces:
                 self.say(piece, end="")
                 shown += piece
-                if self._tell(self._interrupted()):
+                if self.ranks.ask_first(self._interrupted):
                     self.say(" (stopped)", end="")
                     break
         self.say("\n")
         return shown
 
-    def show_with_speed(self, stream: Iterator[Piece]) -> None:
-        """Print a stream's only text, and to stderr, how many tokens there were and how fast."""
-        start, waited = time.perf_counter(), 0.0
-        for piece in stream:
-            waited = waited or time.perf_counter() - start
-            self.say(piece["text"], end="")
-        self.say("\n", end="")
-        n, seconds = len(piece["tokens"]), time.perf_counter() - start
-        if self.first:
-            print(f"{n} tokens, {n / seconds:.1f} tokens/s, the first after {waited:.2f} s", file=sys.stderr)
+    def _message(self) -> str | None:
+        typed_before = b"\n" in self.typed
+        try:
+            lines = [self._line("> ")]
+            while not typed_before and self._was_pasted():
+                lines.append(self._line(""))
+        except EOFError:
+            self.say("\n", end="")
+            return None
+        return "\n".join(lines).strip()
 
-    def _message(self) -> str:
-        if line := LINE.match(self.typed):
-            self.typed = self.typed[line.end() :]
-            text = KEYS.sub("", line[1])
-            self.say(f"> {text}")
-            return text
-        if self.typed.startswith("\x04"):
+    def _line(self, prompt: str) -> str:
+        """What was typed before, to the end of its line; if it has none, it can be gone on with."""
+        if self.typed.startswith(b"\x04"):
             raise EOFError
-        begun, self.typed = KEYS.sub("", self.typed), ""
-        text = self._line("> ", begun)
-        while pasted := self._pasted():  # by a terminal that does not mark it
-            lines, newline, begun = pasted.rpartition("\n")
-            self.say(lines)
-            text += newline + lines + (begun and "\n" + self._line("", begun))
-        return text
-
-    def _line(self, prompt: str, begun: str) -> str:
+        keys, newline, self.typed = self.typed.partition(b"\n")
+        begun = KEYS.sub("", keys.decode(errors="replace"))
+        if newline:
+            self.say(prompt + begun)
+            return begun
         if self.tty is not None:
             readline.set_startup_hook(lambda: readline.insert_text(begun))
         self.prompt = prompt
@@ -293,12 +256,12 @@ class Terminal:
         self.prompt = ""
         return line
 
-    def _pasted(self) -> str:
-        """What came together with the line before, up to a key that is no text."""
-        with self._keys():
-            self._read(PASTE_SECONDS)
-        text, self.typed = TEXT.findall(self.typed)[0]
-        return text
+    def _was_pasted(self) -> bool:
+        """Whether more came together with the line before."""
+        if not self.typed:
+            with self._keys():
+                self._read(PASTE_SECONDS)
+        return self.typed[:1] not in (b"", b"\x04")
 
     @contextlib.contextmanager
     def _keys(self) -> Iterator[None]:
@@ -316,8 +279,8 @@ class Terminal:
     def _interrupted(self) -> bool:
         """Whether Ctrl-C was pressed since; other keys are kept for the next line."""
         self._read()
-        interrupted = "\x03" in self.typed
-        self.typed = self.typed.replace("\x03", "")
+        interrupted = b"\x03" in self.typed
+        self.typed = self.typed.replace(b"\x03", b"")
         return interrupted
 
     def _read(self, seconds: float = 0) -> None:
@@ -325,31 +288,16 @@ class Terminal:
         while self.tty is not None and select.select([self.tty], [], [], seconds)[0]:
             if not (keys := os.read(self.tty, 1024)):
                 break
-            self.typed += self.decoder.decode(keys).replace("\r", "\n")
-
-    def _mark_pastes(self, switch: str) -> None:
-        """Have the terminal put marks around what is pasted, or not; readline does so while it reads."""
-        if self.marks:
-            self.say(f"\x1b[?2004{switch}", end="")
+            self.typed += keys.replace(b"\r", b"\n")
 
     def _stop(self, *_: object) -> None:
         """Ctrl-Z: the shell has the terminal as it was; when it lets this go on, the terminal is again as it is now."""
         assert self.tty is not None
         now = termios.tcgetattr(self.tty)
-        self._mark_pastes("l")
         termios.tcsetattr(self.tty, termios.TCSANOW, self.mode)
         signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         signal.raise_signal(signal.SIGTSTP)
         signal.signal(signal.SIGTSTP, self._stop)
         termios.tcsetattr(self.tty, termios.TCSANOW, now)
-        self._mark_pastes("h")
         if self.prompt:
             self.say(self.prompt + readline.get_line_buffer(), end="")
-
-    def _tell(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
-        if self.group is None:
-            return value
-        values = [value]
-        dist.broadcast_object_list(values, src=0, group=self.group)
-        return values[0]

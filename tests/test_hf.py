@@ -193,7 +193,7 @@ def test_the_tokenizer_is_found_in_the_folder_or_beside_it(judged: tuple[Path, t
     ("changes", "sentence"),
     [
         ({"model_type": "mistral"}, "config.json has model_type 'mistral': not supported, only 'llama' is"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "has architecture 'LlamaForSequenceClassification'"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, r"has architectures \['LlamaForSequenceC"),
         ({"attention_bias": True}, "config.json has attention_bias True: not supported, only False is"),
         ({"mlp_bias": True}, "config.json has mlp_bias True: not supported"),
         ({"hidden_act": "gelu"}, "config.json has hidden_act 'gelu': not supported, only 'silu' is"),
@@ -202,7 +202,7 @@ def test_the_tokenizer_is_found_in_the_folder_or_beside_it(judged: tuple[Path, t
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling of type 'llama3': not supported"),
         ({"rope_scaling": "linear"}, "config.json has rope_scaling 'linear': expected a dict"),
         ({"rope_parameters": [1]}, r"config.json has rope_parameters \[1\]: expected a dict"),
-        ({"architectures": 5}, "config.json has architectures 5: expected a list"),
+        ({"architectures": 5}, "config.json has architectures 5: not supported, only"),
         ({"num_key_value_heads": 0}, "config.json has num_key_value_heads 0: expected a positive integer"),
         ({"rms_norm_eps": 0}, "config.json has rms_norm_eps 0: expected a positive number"),
         ({"rope_parameters": {"rope_theta": 0}}, "config.json has rope_theta 0: expected a positive number"),

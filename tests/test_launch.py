@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import signal
@@ -60,10 +61,9 @@ def program(
     limit: int | None = None,
     plain: bool = False,
     kind: Literal["a", "b"] | None = None,
-    other: Any = (),
 ) -> None:
-    """Nothing but what it was given. Not printed by fire."""
-    given.append((ckpt_dir, text, count, share, limit, plain, kind, other))
+    """Nothing but what it was given."""
+    given.append((ckpt_dir, text, count, share, limit, plain, kind))
 
 
 given: list[Any] = []
@@ -76,7 +76,7 @@ given: list[Any] = []
         (["x", "--zzz=3"], "--zzz is no flag of program.py: see python program.py --help"),
         (["--count", "3"], "no ckpt_dir is given: see python program.py --help"),
         (["x", "a", "1", "b c"], "'b c' is one word too many: put a text of several in quotes, or see python"),
-        (["x", "--count", "3", "--count=4"], "--count is given twice"),
+        (["x", "--count", "1", "--text"], "--text needs a value"),
         (["x", "--text", "--plain"], "--text needs a value; one that looks like a flag is written --text=--…"),
         (["x", "--text"], "--text needs a value"),
         (["x", "--count", "3.5"], "--count is '3.5': use a whole number"),
@@ -103,39 +103,37 @@ def test_what_cannot_be_understood_is_refused_before_anything_runs(
 )
 def test_text_arrives_as_typed(start: Start, text: str) -> None:
     for words in (["x", text], ["x", "--text", text], ["x", f"--text={text}"], ["--text", text, "x"]):
-        if words == ["x", "--"]:  # alone it says that no flags follow
-            continue
         given.clear()
         assert start(program, *words) == (0, "", "")
         assert given[0][:2] == ("x", text)
     given.clear()
-    start(program, "--", "x", "--what is this?")
+    start(program, "x", "--text=--what is this?")
     assert given[0][1] == "--what is this?"
 
 
 def test_values_are_of_their_parameters_types(start: Start) -> None:
     for words, values in {
-        "x": ("x", None, 1, 0.5, None, False, None, ()),
-        "7 7 7 --share 7 --limit 7 --plain": ("7", "7", 7, 7, 7, True, None, ()),
-        "x --limit None --plain --kind None --other [1,2]": ("x", None, 1, 0.5, None, True, None, [1, 2]),
-        "--plain False --kind a --ckpt-dir x --share -1.5": ("x", None, 1, -1.5, None, False, "a", ()),
+        "x": ("x", None, 1, 0.5, None, False, None),
+        "7 7 7 --share 7 --limit 7 --plain": ("7", "7", 7, 7, 7, True, None),
+        "x --limit None --plain --kind None": ("x", None, 1, 0.5, None, True, None),
+        "--plain False --kind a --ckpt-dir x --share -1.5": ("x", None, 1, -1.5, None, False, "a"),
     }.items():
         given.clear()
         assert start(program, *words.split()) == (0, "", "")
         assert given == [values] and [type(v) for v in given[0]] == [type(v) for v in values]
 
 
-def test_a_tilde_is_the_home_folder_in_paths(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/ada")
-    given.clear()
-    start(program, "--ckpt_dir=~/models", "~")
-    assert given[0][:2] == ("/home/ada/models", "~")
+def test_a_tilde_is_the_home_folder_in_paths(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "models").symlink_to(TINY)
+    status, out, err = start(COMMANDS, "info", "--ckpt_dir=~/models")
+    assert status == 0 and "release layout" in out, err
 
 
 def test_bytes_that_are_no_text_are_replaced(start: Start) -> None:
     given.clear()
-    start(program, "\udcff", "What \udcff is")
-    assert given[0][:2] == ("\udcff", "What \ufffd is"), "a path keeps them"
+    start(program, "x", "What \udcff is")
+    assert given[0][:2] == ("x", "What \ufffd is")
 
 
 @pytest.mark.parametrize("name", ["2024", "7", "my#model", "a,b", "None", "llama [1]", "-x"])
@@ -186,8 +184,8 @@ def test_help_describes_every_flag_on_stdout(start: Start, program: str) -> None
     status, out, err = start(command, *PROGRAMS[program], "--help")
     assert (status, err) == (0, "")
     function = EXAMPLES.get(program) or COMMANDS[program]
-    for name in function.__annotations__:
-        assert name == "return" or re.search(rf"^  --{name} +\w", out, flags=re.MULTILINE), name
+    for name in inspect.signature(function).parameters:
+        assert re.search(rf"^  --{name} +\w", out, flags=re.MULTILINE), name
     assert function.__doc__.split()[0] in out
     assert max(len(line) for line in out.replace(str(ROOT), "").splitlines()) <= 80
     assert start(command, *PROGRAMS[program], "x", "--help")[1] == out

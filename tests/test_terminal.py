@@ -114,15 +114,15 @@ def test_what_is_pasted_is_one_message(tmp_path: Path) -> None:
 
 
 def test_what_a_terminal_marks_as_pasted_is_one_message(tmp_path: Path) -> None:
-    """Terminals put marks around it; at the prompt, Enter sends it. During an answer it waits for its turn."""
-    child = start(str(SLOW_CHAT[0]), term="xterm")
-    child.send("\x1b[200~Tell me a story\rabout the fox.\x1b[201~")
+    """Terminals put marks around it; Enter sends it."""
+    child = start("-m", "llama", term="xterm")
+    child.send("\x1b[200~Where does\rthe fox live?\x1b[201~")
     time.sleep(0.2)
     child.send("\r")
-    child.expect("[A-Za-z]+ [a-z]+ ")
-    child.send("\x1b[200~Where does\rthe owl live?\x1b[201~\r/save " + f"{tmp_path}/paste\r")
+    child.expect("\r\n\r\n> ")
+    child.send(f"/save {tmp_path}/paste\r")
     child.expect("messages are in")
-    assert messages(tmp_path / "paste") == ["Tell me a story\nabout the fox.", "Where does\nthe owl live?"]
+    assert messages(tmp_path / "paste") == ["Where does\nthe fox live?"]
     child.close(force=True)
 
 
@@ -188,44 +188,37 @@ def test_words_with_a_stroke_are_commands(tmp_path: Path) -> None:
     said = converse(
         question,
         "/rest",
-        "/exit now",
         "/",
         "/help",
-        "/system",
         "/system Answer in one word.",
-        "/system",
         question,
         "/system Use [INST].",
         f"/save {saved}",
         f"/save {saved}",
         f"/save {tmp_path}/none/file",
         "/save",
-        "/system -",
+        "/system",
         "/reset",
         question,
         "/etc/hosts is what?",
     )
     assert said[0].startswith("The fox lives")
-    assert said[1:4] == [
-        "/rest is no command: did you mean /reset?",
-        "/exit stands alone",
-        "/ is no command: /help shows them",
-    ]
-    assert [line.split()[0] for line in said[4].splitlines()] == ["/system", "/save", "/reset", "/exit", "/help"]
-    assert said[5:8] == ["(no system message)", "(this system message from here on)", "(Answer in one word.)"]
-    assert len(said[8].split()) == 1, "the conversation goes on under the new message"
-    assert said[9] == "Error: special tags are not allowed as part of the prompt."
-    assert said[10:14] == [
+    assert said[1:3] == ["/rest is no command: did you mean /reset?", "/ is no command: /help shows them"]
+    assert [line.split()[0] for line in said[3].splitlines()] == ["/system", "/save", "/reset", "/exit", "/help"]
+    assert said[4] == "(this system message from here on)"
+    assert len(said[5].split()) == 1, "the conversation goes on under the new message"
+    assert said[6] == "Error: special tags are not allowed as part of the prompt."
+    assert said[7:11] == [
         f"(4 messages are in {saved})",
-        f"{saved} is there already: choose another name",
-        f"{tmp_path}/none/file could not be written (No such file or directory): choose another place",
+        f"{saved} could not be written (File exists): choose another name",
+        f"{tmp_path}/none/file could not be written (No such file or directory): choose another name",
         "/save needs the name of a file",
     ]
     roles = [(message["role"], message["content"]) for message in json.loads(saved.read_text())]
     assert roles[0] == ("system", "Answer in one word.")
-    assert roles[1:] == [("user", question), ("assistant", said[0]), ("user", question), ("assistant", said[8])]
-    assert said[14:17] == ["(no system message from here on)", "(a new conversation)", said[0]]
-    assert "is no command" not in said[17]
+    assert roles[1:] == [("user", question), ("assistant", said[0]), ("user", question), ("assistant", said[5])]
+    assert said[11:14] == ["(no system message from here on)", "(a new conversation)", said[0]]
+    assert "is no command" not in said[14]
 
 
 def test_a_byte_that_is_no_text_does_not_end_the_conversation() -> None:

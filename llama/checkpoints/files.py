@@ -120,14 +120,6 @@ def check_types(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def save_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
-    safetensors = import_safetensors(path)
-    try:
-        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
-    except safetensors.SafetensorError as error:
-        raise OSError(str(error)) from error
-
-
 def give_back(mapped: Tensor) -> None:
     """Take the pages of a mapped file that a tensor lies on out of this process; they could be read in again."""
     if not hasattr(mmap, "MADV_DONTNEED") or mapped.numel() == 0:
@@ -143,34 +135,24 @@ def give_back(mapped: Tensor) -> None:
 def new_folder(out: Path, needed: int) -> Iterator[Path]:
     """A folder to write to, of a temporary name beside `out`, that becomes `out` when all is written, else goes.
 
-    Raises FileExistsError if `out` exists, OSError if its disk has not the `needed` bytes.
+    Raises FileExistsError if `out` exists, OSError if its disk has not the `needed` bytes or a write fails.
     """
     if out.exists():
         raise FileExistsError(f"{out} exists: choose another name, or remove it")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"no folder {out.parent} to write {out.name} into: make it first")
-    if shutil.disk_usage(out.parent).free < needed:
-        raise no_space(out.parent, "too little space", needed)
     scratch = out.with_name(f"{out.name}.{uuid.uuid4().hex}.part")
-    scratch.mkdir()  # not mkdtemp's: its permissions are not the umask's
     try:
+        if shutil.disk_usage(out.parent).free < needed:
+            raise OSError("too little space")
+        scratch.mkdir()  # not mkdtemp's: its permissions are not the umask's
         yield scratch
         for file in scratch.iterdir():
             file.chmod(scratch.stat().st_mode & 0o666)  # safetensors' are for their owner alone
         scratch.rename(out)
+    except Exception as error:  # torch raises a RuntimeError where a write fails, safetensors an error of its own
+        reason, free = str(error).strip().split("\n")[0], size_text(shutil.disk_usage(out.parent).free)
+        sizes = f"{size_text(needed)} are needed, and {free} are free"
+        raise OSError(f"could not write to {out.parent} ({reason}): {sizes}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def writing(folder: Path, needed: int) -> Iterator[None]:
-    """Turn what a full disk makes of a write into an OSError that says how much was `needed` in all."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # torch.save's writer raises a RuntimeError where the system's was one
-        raise no_space(folder.parent, str(error).strip().split("\n")[0], needed) from error
-
-
-def no_space(folder: Path, reason: str, needed: int) -> OSError:
-    free = size_text(shutil.disk_usage(folder).free)
-    return OSError(f"could not write to {folder} ({reason}): {size_text(needed)} are needed, and {free} are free")

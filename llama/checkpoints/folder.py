@@ -10,9 +10,8 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +26,8 @@ from .names import shard_dim
 from .release import Release, Source
 
 logger = logging.getLogger(__name__)
+
+Hold = Callable[[Tensor], "nn.Module | None"]  # makes a store of a weight, or None where it is to stay a tensor
 
 # Threads that pack or quantise; each holds a matrix and its temporaries beside the weights.
 MAX_LOADERS = 4
@@ -69,15 +70,12 @@ class Checkpoint:
 
     def model_args(self, max_seq_len: int, max_batch_size: int) -> ModelArgs:
         """The model's shape, with a cache of this size. Raises ValueError for a shape that the weights are not of."""
-        file = self.source.params_file
-        params = {key: value for key, value in self.source.params.items() if key != "vocab_size"}
-        vocab_size = self.source.vocab_size
-        if self.source.params.get("vocab_size", -1) not in (-1, vocab_size):  # the releases say -1
-            raise ValueError(
-                f"{file} has vocab_size {self.source.params['vocab_size']}, the checkpoint's embedding {vocab_size} "
-                "rows: they are of two models"
-            )
-        args = ModelArgs(**params, vocab_size=vocab_size, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+        file, rows = self.source.params_file, self.source.vocab_size
+        said = self.source.params.get("vocab_size", -1)
+        if said not in (-1, rows):  # the releases say -1
+            raise ValueError(f"{file} has vocab_size {said}, the checkpoint's embedding {rows} rows: not of one model")
+        sizes = {"vocab_size": rows, "max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
+        args = ModelArgs(**self.source.params | sizes)
         if args.dim % (2 * args.n_heads) or args.n_heads % args.kv_heads:
             raise ValueError(
                 f"{file} has dim {args.dim}, {args.n_heads} attention heads and {args.kv_heads} key/value heads, "
@@ -103,13 +101,7 @@ class Checkpoint:
             head_dim = self.source.params["dim"] // self.source.params["n_heads"]
             self.adapter.add(name, dim, start, head_dim, out)
 
-    def load(
-        self,
-        model: Transformer,
-        device: torch.device,
-        dtype: torch.dtype,
-        hold: Callable[[Tensor], nn.Module | None] | None = None,
-    ) -> None:
+    def load(self, model: Transformer, device: torch.device, dtype: torch.dtype, hold: Hold | None = None) -> None:
         """Give `model`, built for this rank on the meta device, its weights; linear ones as `hold` makes them.
 
         Copies one tensor at a time (with `hold`, one matrix per thread) and gives its mapped pages back, so that
@@ -125,16 +117,35 @@ class Checkpoint:
         firsts = first_joined(model) if hold else {}
         for name in wanted:
             groups.setdefault(firsts.get(name, name), []).append(name)
-        loader = Loader(self, model, rank, device, dtype, hold)
+        load = partial(self._load_joined, model, device, dtype, hold)
         state: dict[str, Tensor] = {}
         # Packing and quantising are slow and release the interpreter's lock; plain copies are as fast from one thread.
         with ThreadPoolExecutor(min(torch.get_num_threads(), MAX_LOADERS) if hold else 1) as pool:
-            loaded = pool.map(loader.load, groups.values())
+            loaded = pool.map(load, groups.values())
             quiet = rank > 0 or None
             for tensors in tqdm(loaded, total=len(groups), desc="loading", unit="tensor", leave=False, disable=quiet):
                 state |= tensors
         model.load_state_dict(state, assign=True, strict=True)
         model.requires_grad_(False)
+
+    def _load_joined(
+        self, model: Transformer, device: torch.device, dtype: torch.dtype, hold: Hold | None, names: list[str]
+    ) -> dict[str, Tensor]:
+        """Copy tensors, joined along their rows, into a store of their layers; returns those that stay tensors."""
+        modules = [model.get_submodule(name.removesuffix(".weight")) for name in names]
+        weights = [model.get_parameter(name) for name in names]  # of this rank's shapes, on the meta device
+        layers = [module for module in modules if isinstance(module, ShardedLinear)] if hold else []
+        stored = reduce(torch.promote_types, map(self.source.dtype_of, names)) if layers else dtype
+        rows = [len(weight) for weight in weights]
+        joined = torch.empty(sum(rows), *weights[0].shape[1:], dtype=stored, device=device)
+        for name, target in zip(names, joined.split(rows), strict=True):
+            self.copy(name, model.ranks.rank, target)
+            if not all(bound.isfinite() for bound in torch.aminmax(target)):
+                logger.warning("%s of %s has values that are not finite: download it again", name, self.name)
+        if hold and layers and (store := hold(joined)) is not None:
+            hold_together(layers, store)
+            return {}
+        return dict(zip(names, joined.to(dtype).split(rows), strict=True))
 
     def _warn_of_length(self, args: ModelArgs) -> None:
         # Whether the config's length is that before or after linear scaling, folders do not agree: the longer counts.
@@ -150,41 +161,12 @@ def first_joined(model: Transformer) -> dict[str, str]:
     return {f"{path}.{name}.weight": f"{path}.{names[0]}.weight" for path, names in modules for name in names}
 
 
-class Loader(NamedTuple):
-    """Where the tensors of a checkpoint go when they are loaded."""
-
-    checkpoint: Checkpoint
-    model: Transformer
-    rank: int
-    device: torch.device
-    dtype: torch.dtype
-    hold: Callable[[Tensor], nn.Module | None] | None
-
-    def load(self, names: list[str]) -> dict[str, Tensor]:
-        """Copy tensors, joined along their rows, into a store of their layers; returns those that stay tensors."""
-        modules = [self.model.get_submodule(name.removesuffix(".weight")) for name in names]
-        weights = [self.model.get_parameter(name) for name in names]  # of this rank's shapes, on the meta device
-        layers = [module for module in modules if isinstance(module, ShardedLinear)] if self.hold else []
-        stored = reduce(torch.promote_types, map(self.checkpoint.source.dtype_of, names)) if layers else self.dtype
-        rows = [len(weight) for weight in weights]
-        joined = torch.empty(sum(rows), *weights[0].shape[1:], dtype=stored, device=self.device)
-        for name, target in zip(names, joined.split(rows), strict=True):
-            self.checkpoint.copy(name, self.rank, target)
-            if not all(bound.isfinite() for bound in torch.aminmax(target)):
-                logger.warning("%s of %s has values that are not finite: download it again", name, self.checkpoint.name)
-        if self.hold and layers and (store := self.hold(joined)) is not None:
-            hold_together(layers, store)
-            return {}
-        return dict(zip(names, joined.to(self.dtype).split(rows), strict=True))
-
-
 def whole_shapes(local: Mapping[str, Tensor], world_size: int) -> dict[str, tuple[int, ...]]:
     """The shapes of the whole model's tensors, for those of one of `world_size` ranks."""
-    shapes = {}
-    for name, tensor in local.items():
-        dim = shard_dim(name)
-        shapes[name] = tuple(n * world_size if d == dim else n for d, n in enumerate(tensor.shape))
-    return shapes
+    return {
+        name: tuple(n * world_size if d == shard_dim(name) else n for d, n in enumerate(tensor.shape))
+        for name, tensor in local.items()
+    }
 
 
 def split_sizes(args: ModelArgs) -> dict[str, int]:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -17,11 +16,12 @@ from tqdm import tqdm
 from ..arguments import check_positive
 from ..model import ModelArgs, Transformer
 from ..stores import STORES
-from .files import check_readable, folder_of, new_folder, path_of, save_safetensors, size_text, writing
+from .files import check_readable, folder_of, import_safetensors, new_folder, path_of, size_text
 from .folder import Checkpoint, check_world_size, whole_shapes, world_sizes
 from .huggingface import config_of
 from .memory import memory_needs
 from .names import huggingface_name, is_rotary, part_shape, split_halves
+from .release import OPTIONAL_PARAMS, REQUIRED_PARAMS
 
 Shapes = dict[str, tuple[int, ...]]  # of whole tensors, by their names
 
@@ -64,16 +64,17 @@ def verify(ckpt_dir: str) -> str:
     files = [(folder / Path(name.removeprefix("*")).name, digest) for digest, name in sums]
     for file, _ in files:
         check_readable(file)
-    wrong, size = [], sum(file.stat().st_size for file, _ in files)
-    with tqdm(total=size, unit="B", unit_scale=True, leave=False, disable=None) as bar:
-        for file, digest in files:
-            md5 = hashlib.md5(usedforsecurity=False)
-            with file.open("rb") as stream:
-                while data := stream.read(2**24):
-                    md5.update(data)
-                    bar.update(len(data))
-            if md5.hexdigest() != digest.lower():
-                wrong.append(f"{file.name} has MD5 {md5.hexdigest()}, and checklist.chk {digest}")
+    wrong = []
+    for file, digest in files:
+        md5, size = hashlib.md5(usedforsecurity=False), file.stat().st_size
+        with (
+            file.open("rb") as stream,
+            tqdm.wrapattr(stream, "read", size, desc=file.name, leave=False, disable=None) as counted,
+        ):
+            while data := counted.read(2**24):
+                md5.update(data)
+        if md5.hexdigest() != digest.lower():
+            wrong.append(f"{file.name} has MD5 {md5.hexdigest()}, and checklist.chk {digest}")
     if wrong:
         raise ValueError("; ".join(wrong) + ": download again what differs")
     return f"{len(files)} file(s) are whole"
@@ -86,12 +87,10 @@ def reshard(ckpt_dir: str, out: str, model_parallel_size: int) -> str:
     args = checkpoint.model_args(1, 1)
     check_world_size(checkpoint.name, args, model_parallel_size)
     shapes = shapes_of(checkpoint, args)
-    size = size_of(checkpoint, shapes)
-    with new_folder(path_of("out", out), size) as folder:
+    with new_folder(path_of("out", out), size_of(checkpoint, shapes)) as folder:
         for rank in range(model_parallel_size):
             shard = read(checkpoint, shapes, f"shard {rank}", rank, model_parallel_size)
-            with writing(folder, size):
-                torch.save(shard, folder / f"consolidated.{rank:02}.pth")
+            torch.save(shard, folder / f"consolidated.{rank:02}.pth")
             del shard
         (folder / "params.json").write_text(json.dumps(params_of_release(args)))
         copy_tokenizer(checkpoint, folder)
@@ -107,30 +106,26 @@ def convert(ckpt_dir: str, out: str, to: str) -> str:
     checkpoint = Checkpoint(ckpt_dir)
     args = checkpoint.model_args(1, 1)
     shapes = shapes_of(checkpoint, args)
-    parts = parts_of(checkpoint, shapes)
-    files = [f"model-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
-    files = files if len(parts) > 1 else ["model.safetensors"]
-    size = size_of(checkpoint, shapes)
+    parts, size = parts_of(checkpoint, shapes), size_of(checkpoint, shapes)
+    safetensors = import_safetensors(path_of("out", out))
     with new_folder(path_of("out", out), size) as folder:
-        for file, part in zip(files, parts, strict=True):
+        weight_map: dict[str, str] = {}
+        for number, part in enumerate(parts, 1):
+            file = f"model-{number:05}-of-{len(parts):05}.safetensors" if len(parts) > 1 else "model.safetensors"
             tensors = {
                 huggingface_name(name): split_halves(tensor, args.head_dim) if is_rotary(name) else tensor
                 for name, tensor in read(checkpoint, part, file).items()
             }
-            with writing(folder, size):
-                save_safetensors(tensors, folder / file)
+            safetensors.torch.save_file(tensors, folder / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, file)
             del tensors
-        if len(files) > 1:
-            weight_map = {
-                huggingface_name(name): file for file, part in zip(files, parts, strict=True) for name in part
-            }
+        if len(parts) > 1:
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-        params = asdict(args) | {"n_kv_heads": args.kv_heads}
-        config = config_of(params, args.hidden_dim, checkpoint.dtype, checkpoint.source.max_positions)
+        config = config_of(args, checkpoint.dtype, checkpoint.source.max_positions)
         (folder / "config.json").write_text(json.dumps(config, indent=2))
         copy_tokenizer(checkpoint, folder)
-    return f"{out}: {len(files)} file(s) of weights"
+    return f"{out}: {len(parts)} file(s) of weights"
 
 
 def shapes_of(checkpoint: Checkpoint, args: ModelArgs) -> Shapes:
@@ -168,11 +163,8 @@ def parts_of(checkpoint: Checkpoint, shapes: Shapes) -> list[Shapes]:
 
 def params_of_release(args: ModelArgs) -> dict[str, object]:
     """params.json of a model: what the release's own has, and what else is not as there."""
-    plain = ModelArgs()
-    always = ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps")
-    others = ("n_kv_heads", "ffn_dim_multiplier", "rope_theta", "rope_scaling_factor")
-    changed = {name: getattr(args, name) for name in others if getattr(args, name) != getattr(plain, name)}
-    return {name: getattr(args, name) for name in always} | changed | {"vocab_size": -1}
+    changed = [name for name in OPTIONAL_PARAMS if getattr(args, name) != getattr(ModelArgs, name)]
+    return {name: getattr(args, name) for name in (*REQUIRED_PARAMS, *changed)} | {"vocab_size": -1}
 
 
 def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..model import ModelArgs
 from .files import check_numbers, map_pickle, map_safetensors, read_json
 from .names import huggingface_name, interleave, is_rotary
 from .release import Source
@@ -25,6 +26,7 @@ MAX_POSITIONS = "max_position_embeddings"
 # What the model must say of itself, where it says anything, for our mathematics to be its own.
 REQUIRED_CONFIG = {
     "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
@@ -81,16 +83,9 @@ def params_of(config: dict[str, Any]) -> dict[str, Any]:
     """params.json's values for a config.json. Raises ValueError for what would need other mathematics."""
     given = {key: value for key, value in config.items() if value is not None}
     for key, wanted in REQUIRED_CONFIG.items():
-        if given.get(key, wanted) != wanted:
-            raise ValueError(f"config.json has {key} {config[key]!r}: not supported, only {wanted!r} is")
-    for key, kind in (("architectures", list), ("rope_scaling", dict), ("rope_parameters", dict)):
-        if not isinstance(given.get(key, kind()), kind):
-            raise ValueError(f"config.json has {key} {config[key]!r}: expected a {kind.__name__}")
-    for architecture in given.get("architectures", ()):
-        if str(architecture).lower() != "llamaforcausallm":
-            raise ValueError(
-                f"config.json has architecture {architecture!r}: not supported, only 'LlamaForCausalLM' is"
-            )
+        value = given.get(key, wanted)
+        if value != wanted and str(value).lower() != str(wanted).lower():  # some have LLaMAForCausalLM
+            raise ValueError(f"config.json has {key} {value!r}: not supported, only {wanted!r} is")
     defaults = {"num_key_value_heads": config.get("num_attention_heads"), "rms_norm_eps": 1e-6}
     values: dict[str, Any] = {key: (defaults | given).get(key) for key in (*CONFIG_KEYS, "intermediate_size")}
     for key, value in values.items():
@@ -118,6 +113,9 @@ def feed_forward_params(dim: int, hidden_dim: int) -> dict[str, Any]:
 
 
 def rope_params(config: dict[str, Any]) -> dict[str, Any]:
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise ValueError(f"config.json has {key} {config[key]!r}: expected a dict")
     rope = config.get("rope_parameters") or {}  # of transformers 5, which holds all of it
     scaling = config.get("rope_scaling") or rope
     kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -131,21 +129,20 @@ def rope_params(config: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def config_of(
-    params: dict[str, Any], hidden_dim: int, dtype: torch.dtype, max_positions: int | None = None
-) -> dict[str, Any]:
-    """config.json's values for a model of these params.json values, `vocab_size` and all."""
-    config = {theirs: params[ours] for theirs, ours in CONFIG_KEYS.items()}
-    factor, theta = params["rope_scaling_factor"], params["rope_theta"]
-    return config | {
+def config_of(args: ModelArgs, dtype: torch.dtype, max_positions: int | None = None) -> dict[str, Any]:
+    """config.json's values for a model."""
+    # A release does not say it: Code Llama, which alone has this theta, was made for 16,384, Llama 2 for 4,096.
+    max_positions = max_positions or (16384 if args.rope_theta == 1e6 else 4096)
+    factor = args.rope_scaling_factor
+    return {theirs: getattr(args, ours) for theirs, ours in CONFIG_KEYS.items()} | {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "intermediate_size": hidden_dim,
-        "rope_theta": theta,
+        "num_key_value_heads": args.kv_heads,
+        "intermediate_size": args.hidden_dim,
+        "rope_theta": args.rope_theta,
         "rope_scaling": None if factor == 1 else {"type": "linear", "factor": factor},
         "hidden_act": "silu",
-        # A release does not say it: Code Llama, which alone has this theta, was made for 16,384, Llama 2 for 4,096.
-        MAX_POSITIONS: max_positions or (16384 if theta == 1e6 else 4096),
+        MAX_POSITIONS: max_positions,
         "tie_word_embeddings": False,
         "bos_token_id": 1,
         "eos_token_id": 2,

@@ -41,26 +41,19 @@ class Adapter:
     def stem_of(self, name: str) -> str:
         return PREFIX + huggingface_name(name).removesuffix(".weight")
 
-    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """B (out_features, r) and A (r, in_features) of a weight of the release's name; None if it is not adapted."""
-        stem = self.stem_of(name)
-        if f"{stem}.lora_B.weight" not in self.tensors:
-            return None
-        return self.tensors[f"{stem}.lora_B.weight"], self.tensors[f"{stem}.lora_A.weight"]
-
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Raise ValueError unless every tensor of the adapter belongs to a linear weight of these names and shapes."""
         if not self.tensors:
             raise ValueError(f"adapter {self.path} has no tensors: download it again")
-        wanted = {}
+        wanted: dict[str, tuple[int, ...]] = {}
         for name, shape in shapes.items():
             if len(shape) == 2 and name.startswith("layers."):
                 stem = self.stem_of(name)
-                wanted[f"{stem}.lora_A.weight"] = (self.rank, shape[1])
-                wanted[f"{stem}.lora_B.weight"] = (shape[0], self.rank)
-        for name in wanted:
-            if name.split(".")[-3] in self.whole_targets and name not in self.tensors:
-                raise ValueError(f"adapter {self.path} lacks tensor {name}: download it again")
+                pair = {f"{stem}.lora_A.weight": (self.rank, shape[1]), f"{stem}.lora_B.weight": (shape[0], self.rank)}
+                missing = pair.keys() - self.tensors.keys()
+                if len(missing) == 1 or (missing and stem.split(".")[-1] in self.whole_targets):
+                    raise ValueError(f"adapter {self.path} lacks tensor {min(missing)}: download it again")
+                wanted |= pair
         for name, tensor in self.tensors.items():
             if name not in wanted:
                 modules = ", ".join(sorted(MODULES))
@@ -70,16 +63,13 @@ class Adapter:
                     f"adapter {self.path}: {name} has shape {tuple(tensor.shape)}, and the model asks for "
                     f"{wanted[name]}: it is an adapter of another model"
                 )
-            other = name.replace("lora_A", "lora_B") if "lora_A" in name else name.replace("lora_B", "lora_A")
-            if other not in self.tensors:
-                raise ValueError(f"adapter {self.path} lacks tensor {other}: download it again")
 
     def add(self, name: str, dim: int, start: int, head_dim: int, out: Tensor) -> None:
         """Add the update of the part of a weight that begins at `start` along `dim` to `out`, computed in float32."""
-        factors = self.factors(name)
-        if factors is None:
+        stem = self.stem_of(name)
+        if f"{stem}.lora_B.weight" not in self.tensors:
             return
-        b, a = (factor.to(out.device, torch.float32) for factor in factors)
+        b, a = (self.tensors[f"{stem}.lora_{factor}.weight"].to(out.device, torch.float32) for factor in "BA")
         if is_rotary(name):
             b = interleave(b, head_dim)
         length = out.shape[dim]
@@ -89,10 +79,8 @@ class Adapter:
 
 def check_config(config: dict[str, object]) -> float:
     """The scale of the update. Raises ValueError for settings that would change the result otherwise."""
-    if config.get("peft_type") != "LORA":
-        raise ValueError(
-            f"adapter_config.json has peft_type {config.get('peft_type')!r}: not supported, only 'LORA' is"
-        )
+    if (kind := config.get("peft_type")) != "LORA":
+        raise ValueError(f"adapter_config.json has peft_type {kind!r}: not supported, only 'LORA' is")
     harmless = HARMLESS_CONFIG | {"bias"} if config.get("bias") == "none" else HARMLESS_CONFIG
     if config.get("init_lora_weights") in (True, False, "gaussian"):  # others change W as well
         harmless = harmless | {"init_lora_weights"}

@@ -7,6 +7,7 @@ import ctypes
 import math
 import os
 import platform
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -33,18 +34,14 @@ class Memory(NamedTuple):
         return self.weights + rows * self.cache_row + self.pass_bytes
 
 
-def memory_needs(
-    args: ModelArgs, world_size: int, dtype: torch.dtype, bytes_per_weight: float, pass_tokens: int | None = None
-) -> Memory:
-    """`bytes_per_weight` is of the linear layers; everything else is of `dtype`. `pass_tokens` is the most that one
-    pass is fed: by default CHUNK_TOKENS and a token of each row."""
+def memory_needs(args: ModelArgs, world_size: int, dtype: torch.dtype, bytes_per_weight: float) -> Memory:
+    """`bytes_per_weight` is of the linear layers; everything else is of `dtype`."""
     attention = 2 * args.dim * args.head_dim * (args.n_heads + args.kv_heads)
     linear = args.n_layers * (attention + 3 * args.dim * args.hidden_dim) + args.dim * args.vocab_size
     embedding, norms = args.dim * args.vocab_size, (2 * args.n_layers + 1) * args.dim
     weights = (linear * bytes_per_weight + embedding * dtype.itemsize) / world_size + norms * dtype.itemsize
     cache_row = 2 * args.n_layers * args.kv_heads * args.head_dim * args.max_seq_len * dtype.itemsize // world_size
-    if pass_tokens is None:
-        pass_tokens = min(CHUNK_TOKENS + args.max_batch_size, args.max_batch_size * args.max_seq_len)
+    pass_tokens = min(CHUNK_TOKENS + args.max_batch_size, args.max_batch_size * args.max_seq_len)
     # x, its norm and what is added to it; the feed-forward's gate and up, as computed and as split off, and their
     # product: what was seen at the peak of a pass. Then, where all are asked for, logits, computed and in float32.
     layer = (4 * args.dim + 6 * args.hidden_dim // world_size) * dtype.itemsize
@@ -65,12 +62,9 @@ def check_memory(name: str, args: ModelArgs, needs: Memory, device: torch.device
     free = free_memory(device)
     if needs.total(args.max_batch_size) <= free:
         return
-    fitting = (free - needs.total(0)) // needs.cache_row
-    advice = (
-        f"build with max_batch_size {fitting} or a smaller max_seq_len"
-        if fitting > 0
-        else "use fewer bits for each weight, more ranks or a smaller model"
-    )
+    advice = "use fewer bits for each weight, more ranks or a smaller model"
+    if (fitting := (free - needs.total(0)) // needs.cache_row) > 0:
+        advice = f"build with max_batch_size {fitting} or a smaller max_seq_len"
     raise ValueError(f"{needed(name, args, needs)}, and {device} has {size_text(free)} free for it: {advice}")
 
 
@@ -103,33 +97,19 @@ def free_memory(device: torch.device) -> int:
 def container_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
     """Bytes left to this process under the tightest limit on its control group or on those around it; inf without one.
 
-    `own` names the group, in each version's lines; inside a container the name may be the host's, and the root its own.
+    `own` names the group; inside a container the name may be the host's, and the root the container's own.
     """
-    left = math.inf
-    for line in own.read_text().splitlines() if own.exists() else ():
-        _, controllers, name = line.split(":", 2)
-        if controllers == "":
-            base, names = root, ("memory.max", "memory.current", "file", "shmem")
-        elif controllers == "memory":
-            base, names = (
-                root / "memory",
-                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache", "total_shmem"),
-            )
-        else:
-            continue
-        group = base / name.lstrip("/")
-        for folder in (group, *group.parents):
-            if folder.is_relative_to(base):
-                left = min(left, group_memory(folder, *names))
-    return left
+    name = re.search("^0::/(.*)", own.read_text() if own.exists() else "", re.MULTILINE)
+    group = root / name[1] if name else root
+    return min(map(group_memory, (group, *group.parents)))
 
 
-def group_memory(folder: Path, limit: str, used: str, cached: str, shared: str) -> float:
+def group_memory(folder: Path) -> float:
     """Bytes left in one control group. Its page cache counts as free, but not what of it is shared memory or tmpfs."""
     try:
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        left = int((folder / limit).read_text()) - int((folder / used).read_text())
-        return max(left + int(stat[cached]) - int(stat.get(shared, 0)), 0)
+        left = int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
+        return max(left + int(stat["file"]) - int(stat["shmem"]), 0)
     except (OSError, KeyError, ValueError):  # no such files, or "max" for no limit
         return math.inf
 

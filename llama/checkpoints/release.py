@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +69,11 @@ class Source:
         """Raise ValueError unless every shard holds its part of the tensors of these whole shapes, and nothing else."""
         wanted = {self.name_of(name) for name in shapes}
         for path, shard in self.shards.items():
-            if what := difference({name for name in shard if not name.endswith(self.ignored)}, wanted):
-                raise ValueError(f"{path} {what}: {self.params_file} is of another model, or this is not a Llama 2")
+            held = {name for name in shard if not name.endswith(self.ignored)}
+            for what, names in (("holds unknown", held - wanted), ("lacks", wanted - held)):
+                if names:
+                    tensor = f"{what} tensor {min(names)}"
+                    raise ValueError(f"{path} {tensor}: {self.params_file} is of another model, or this is no Llama 2")
             for name, shape in shapes.items():
                 self._check_tensor(path, name, shape)
 
@@ -80,13 +81,10 @@ class Source:
         held, first = self.shards[path][self.name_of(name)], self.first[self.name_of(name)]
         dim, parts = shard_dim(name), len(self.shards)
         shape = part_shape(name, whole, parts)
-        uneven = dim is not None and whole[dim] % parts
-        if uneven or tuple(held.shape) != shape:
-            raise ValueError(
-                f"{path}: {self.name_of(name)} has shape {tuple(held.shape)}, and {self.params_file} asks for {shape}"
-                + f" in each of {parts} shards" * (parts > 1)
-                + ": a shard is missing or of another model"
-            )
+        if tuple(held.shape) != shape or (dim is not None and whole[dim] % parts):
+            asked = f"{self.params_file} asks for {shape}" + f" in each of {parts} shards" * (parts > 1)
+            found = f"{path}: {self.name_of(name)} has shape {tuple(held.shape)}"
+            raise ValueError(f"{found}, and {asked}: a shard is missing or of another model")
         if dim is None and held is not first and not torch.equal(held, first):
             logger.warning("%s: %s is not that of shard 00: the shards may be of two models", path, name)
 
@@ -102,15 +100,6 @@ class Source:
             if first < last:
                 part = tensor.narrow(dim, first - number * size, last - first)
                 self.place(name, part, out.narrow(dim, first - start, last - first))
-
-
-def difference(held: Set[str], wanted: Set[str]) -> str | None:
-    """What is wrong with the names of the tensors that a file holds, the first of it; None if nothing is."""
-    if extra := held - wanted:
-        return f"holds unknown tensor {min(extra)}"
-    if missing := wanted - held:
-        return f"lacks tensor {min(missing)}"
-    return None
 
 
 class Release(Source):
@@ -131,16 +120,14 @@ class Release(Source):
 
 def find_shards(path: Path) -> list[Path]:
     """consolidated.00.pth to the last one. Raises FileNotFoundError where one is missing in between, or all are."""
-    found = sorted(p.name for p in path.iterdir() if re.fullmatch(r"consolidated\.\d\d\.pth", p.name))
-    if not found:
+    files = sorted(path.glob("consolidated.[0-9][0-9].pth"))
+    if not files:
         raise FileNotFoundError(f"no consolidated.*.pth in {path}/: is this the folder that download.sh made?")
-    numbers = [name.split(".")[1] for name in found]
-    for number in range(int(numbers[-1])):
-        if f"{number:02}" not in numbers:
-            raise FileNotFoundError(
-                f"consolidated.{number:02}.pth is missing: shards {', '.join(numbers)} are there: download it again"
-            )
-    return [path / name for name in found]
+    there = [file.name.split(".")[1] for file in files]
+    if missing := {f"{number:02}" for number in range(int(there[-1]))} - {*there}:
+        shards = f"shards {', '.join(there)} are there"
+        raise FileNotFoundError(f"consolidated.{min(missing)}.pth is missing: {shards}: download it again")
+    return files
 
 
 def read_params(path: Path) -> dict[str, Any]:
