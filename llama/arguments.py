@@ -89,10 +89,15 @@ def per_prompt(name: str, value: Any, n: int) -> list[Any]:
     if isinstance(value, (dict, set, frozenset)):  # have a length, but no order that is the prompts'
         raise TypeError(f"{name} is {value!r}: pass one value for all prompts, or a list of one for each")
     if not is_list(value):
-        return [value] * n
+        return [plain(value)] * n
     if len(value) != n:
         raise ValueError(f"{name} has {len(value)} values for {n} prompts: pass one for all, or one for each")
-    return list(value)
+    return [plain(v) for v in value]
+
+
+def plain(value: Any) -> Any:
+    """An array of no dimension, PyTorch's or NumPy's, as the number that it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def stops_of(stop: Any, n: int) -> list[tuple[str, ...]]:

@@ -23,7 +23,7 @@ class KVCache:
     held: list[list[int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.held = [[] for _ in range(self.rows)]
+        self.clear()
 
     @property
     def rows(self) -> int:
@@ -43,6 +43,10 @@ class KVCache:
             middle = (same + different) // 2
             same, different = (middle, different) if held[:middle] == ids[:middle] else (same, middle)
         return same
+
+    def clear(self) -> None:
+        """Forget all."""
+        self.held = [[] for _ in range(self.rows)]
 
     def forget(self, row: int, length: int) -> None:
         """Keep no more than the first `length` ids of a row."""

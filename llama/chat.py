@@ -58,7 +58,7 @@ def check_dialogs(dialogs: Any) -> list[Dialog]:
             check_dialog(messages)
         except (TypeError, ValueError) as error:
             raise type(error)(f"dialog {index}, {error}") from None
-        checked.append(messages)
+        checked.append([Message(role=m["role"], content=m["content"]) for m in messages])  # without further keys
     return checked
 
 

@@ -9,8 +9,10 @@ reads no clock, so that every rank runs the same schedule. It knows no prompt fo
 from __future__ import annotations
 
 import contextlib
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,21 +52,17 @@ class Engine:
     ):
         """`guess_tokens` are guessed by prompt lookup, and verified, in a pass over rows whose text repeats itself."""
         runner = runner or Runner(model)
-        self.ranks, self.tokenizer, self.cache = model.ranks, tokenizer, runner.cache
+        self.model, self.tokenizer, self.cache = model, tokenizer, runner.cache
+        self.version = model.version()
         self.schedule = Schedule(runner.cache)
         self.passes = Passes(runner, self.schedule, model.ranks)
         self.guess_tokens, self.long_chunk = guess_tokens, LONG_CHUNK
         self.chunk = CHUNK if runner.device.type == "cpu" else GPU_CHUNK
         self.turn = threading.Condition()
         self.stepping: int | None = None  # the thread that does
-        self.thread: int | None = None  # that submitted last
 
     def submit(self, request: Request) -> Answer:
-        answer, thread = Answer(request, self.tokenizer), threading.get_ident()
-        if self.ranks.size > 1:
-            if thread != self.thread and any(self.schedule.unfinished()):
-                raise RuntimeError(f"several threads ask one model on {self.ranks.size} ranks: use one thread")
-            self.thread = thread
+        answer = Answer(request, self.tokenizer)
         if not answer.over:
             self.schedule.waiting.append(answer)
         return answer
@@ -103,19 +101,23 @@ class Engine:
         try:
             with self.turn:
                 if self.stepping is not None:
-                    self.turn.wait()  # another thread's step is for our answers too
+                    self.turn.wait(1)  # another thread's step is for our answers too
                     return
                 self.stepping = me
             self.step()
         finally:
             if self.stepping == me:
+                self.stepping = None
                 with self.turn:
-                    self.stepping = None
                     self.turn.notify_all()
 
     @torch.inference_mode()
     def step(self) -> None:
         """Admit what waits, give each answering row a token or more, then run a chunk of the prompts."""
+        idle = all(answer is None or answer.over for answer in self.schedule.answers)
+        if idle and (version := self.model.version()) != self.version:
+            self.cache.clear()  # the weights were trained, loaded or written to since
+            self.version = version
         answering, feeding = self.schedule.advance()
         # Rows that were admitted together begin to answer together; those that answer do not wait for newer ones.
         together = len({self.schedule.admitted[row] for row in answering + feeding}) == 1
@@ -154,7 +156,7 @@ class Engine:
         try:
             run_pass(runs)
         except Exception as error:
-            if self.ranks.size > 1:
+            if self.model.ranks.size > 1:
                 raise
             for run in runs:
                 self.schedule[run.row].error = error
@@ -179,14 +181,19 @@ class Passes:
             tokens.append(ids + [filler] * (seqlen - len(ids)))
         self._note(runs)
         logits = self.runner.decode(tokens, starts)
-        for run in runs:
-            self.cache.held[run.row] += run.ids
-        self._draw(runs, logits if len(tokens) == len(runs) else logits[[run.row for run in runs]])
+        with uninterrupted():
+            for run in runs:
+                self.cache.held[run.row] += run.ids
+            self._draw(runs, logits if len(tokens) == len(runs) else logits[[run.row for run in runs]])
 
     def feed(self, runs: list[Run]) -> None:
         """A pass over chunks of prompts; those that are whole with it get the first token of their answers."""
         self._note(runs)
         h = self.runner.feed(runs)
+        with uninterrupted():
+            self._take(runs, h)
+
+    def _take(self, runs: list[Run], h: Tensor) -> None:
         states = h.split([len(run.ids) for run in runs])
         finite = self.ranks.share(torch.stack([part.isfinite().all() for part in states]).int()).tolist()
         ended = []
@@ -222,6 +229,7 @@ class Passes:
                 scores = self.ranks.share(-F.cross_entropy(logits, chunk, reduction="none")).tolist()
                 at = run.start + 1 + first
                 answer.prompt_logprobs[at : at + len(scores)] = scores
+        answer.kept = run.start + len(h)
 
     def _draw(self, runs: list[Run], logits: Tensor) -> None:
         """Give each answer its next tokens, as far as the guesses among its run's ids were right.
@@ -283,3 +291,20 @@ class Passes:
     def _note(self, runs: list[Run]) -> None:
         self.count += 1
         self.tokens += sum(len(run.ids) for run in runs)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block: an answer, perhaps another call's, is not left with half a token."""
+    pending: list[Any] = []
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *args: pending.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if pending:
+            handler(*pending[0])

@@ -179,20 +179,15 @@ class Generator:
             while going:
                 for i in list(going):
                     answer = answers[i]
-                    over = answer.finish_reason is not None  # now: others may step while a piece is read
-                    if answer.over:
-                        going.remove(i)
-                    if output_check is not None and not over:
-                        continue  # it is to see all of it before anybody else does
-                    if output_check is not None:
+                    text, over = answer.news(sent[i])
+                    if over and output_check is not None:
                         self._check_output(answer, output_check)
-                    end = len(answer.generation) - answer.held_back
-                    piece = Piece(index=i, text=answer.generation[sent[i] : end])
-                    sent[i] = end
-                    if over:
-                        piece |= outcome(answer)  # type: ignore[typeddict-item]
-                    if piece["text"] or over:
-                        yield piece
+                        text, _ = answer.news(0)
+                    if over or answer.over:
+                        going.remove(i)
+                    if over or (text and output_check is None):  # a check sees all of it before anybody else does
+                        sent[i] += len(text)
+                        yield Piece(index=i, text=text, **(outcome(answer) if over else {}))
                 next(steps, None)
 
     def stream_text_completion(

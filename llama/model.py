@@ -189,6 +189,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(params.dim, params.norm_eps)
         self.output = ColumnParallelLinear(params.dim, params.vocab_size, gather_output=True)
         self.cache: KVCache | None = None
+        self.moves = 0  # how often the weights were moved or converted
         # Computed at first use, after the memory was checked; not a buffer, whose angles .bfloat16() would round.
         self.freqs_cis: Tensor | None = None
 
@@ -212,22 +213,24 @@ class Transformer(nn.Module):
         """Logits of every position, (bsz, seqlen, vocab_size) float32, for tokens (bsz, seqlen) at `start_pos` onward.
 
         With a cache, tokens are cached in its first bsz rows and also attend to the `start_pos` positions cached there
-        before. One is attached at the first call without gradients. Raises ValueError for more rows or positions than
-        fit.
+        before. One is attached at the first call without gradients; where they are computed for the model's parameters,
+        tokens attend to each other alone. Raises ValueError for more rows or positions than fit.
         """
         if tokens.dim() != 2 or tokens.numel() == 0 or start_pos < 0:
             raise ValueError(f"tokens are {tuple(tokens.shape)} at {start_pos}: pass (bsz, seqlen) at 0 or more")
         (bsz, seqlen), end, args = tokens.shape, start_pos + tokens.shape[1], self.params
         if end > args.max_seq_len:
-            raise ValueError(f"tokens reach position {end}, and max_seq_len is {args.max_seq_len}")
-        if bsz > args.max_batch_size and (start_pos or self.cache is not None):
-            raise ValueError(f"tokens have {bsz} rows, and max_batch_size is {args.max_batch_size}")
-        if self.cache is None and torch.is_grad_enabled() and start_pos:
+            raise ValueError(f"tokens reach position {end}, and max_seq_len is {args.max_seq_len}: pass fewer")
+        training = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        if start_pos and (training or (self.cache is None and torch.is_grad_enabled())):
             raise ValueError(
-                f"start_pos is {start_pos}, and no cache is attached: call it under torch.inference_mode()"
+                f"start_pos is {start_pos}, and no cache is attached where gradients are: call under inference_mode"
             )
-        if self.cache is None and (torch.is_grad_enabled() or bsz > args.max_batch_size):
+        fits = bsz <= args.max_batch_size
+        if training or (self.cache is None and not start_pos and (torch.is_grad_enabled() or not fits)):
             return self.logits(self.hidden_states(tokens))
+        if not fits:
+            raise ValueError(f"tokens have {bsz} rows, and max_batch_size is {args.max_batch_size}: pass fewer")
         cache = self.cache or self.allocate_cache()
         positions = torch.arange(start_pos, end, device=tokens.device).expand(bsz, seqlen)
         before = [ids[:start_pos] for ids in cache.held[:bsz]]
@@ -265,6 +268,13 @@ class Transformer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformer:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.cache is not None:  # .half() and .to(...) take what is cached along
+        if self.cache is not None:  # .half() and .to(...) take the cache along
             self.cache.k, self.cache.v = fn(self.cache.k), fn(self.cache.v)
+            self.cache.clear()
+        self.moves += 1
         return self
+
+    def version(self) -> int:
+        """Another number once a parameter is another tensor or was written to: what is cached is of the former one."""
+        own = ((id(p), 0 if p.is_inference() else p._version) for p in self.parameters())
+        return hash((self.moves, *own))

@@ -13,6 +13,7 @@ import hashlib
 import io
 import os
 import pickle
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -34,6 +35,9 @@ class Ranks:
 
     def __init__(self, size: int = 1, rank: int = 0, group: dist.ProcessGroup | None = None):
         self.size, self.rank, self.group = size, rank, group  # one rank has no group, and nothing to say to it
+        self.asking = False
+        self.thread: threading.Thread | None = None  # the one that speaks to the others
+        self.lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return model_ranks, ()  # a copy of a model, or one read from a pickle, is of the ranks it comes to
@@ -62,6 +66,7 @@ class Ranks:
     def share(self, x: Tensor) -> Tensor:
         """The values that the first rank has in `x`, on all of them."""
         if self.group is not None:
+            self._check()
             dist.broadcast(x, src=dist.get_global_rank(self.group, 0), group=self.group)
         return x
 
@@ -69,13 +74,16 @@ class Ranks:
         """What `question` returns or raises on the first rank, the only one that is asked, on all of them."""
         if self.group is None:
             return question()
+        self._check()
         told: list[Any] = [None, None]
         if self.rank == 0:
+            self.asking = True
             try:
                 told[0] = question()
             except BaseException as error:  # of whatever kind: the other ranks wait
                 caught = error
                 told[1] = error if can_pickle(error) else RuntimeError(f"{type(error).__name__}: {error}")
+            self.asking = False
         dist.broadcast_object_list(told, src=dist.get_global_rank(self.group, 0), group=self.group)
         if told[1] is not None:
             raise caught if self.rank == 0 else told[1]
@@ -89,6 +97,7 @@ class Ranks:
         """
         if self.group is None:
             return make()
+        self._check()
         made: Any = None
         error = None
         try:
@@ -103,6 +112,18 @@ class Ranks:
         if len(set(digests)) > 1:
             raise ValueError(f"{self.size} ranks were given different requests: pass the same to each of them")
         return made
+
+    def _check(self) -> None:
+        """Raise RuntimeError rather than begin what the other ranks do not take part in."""
+        if self.asking:
+            raise RuntimeError(
+                f"a check asked the model itself, and of {self.size} ranks only the first runs it: ask after the call"
+            )
+        with self.lock:
+            me = threading.current_thread()
+            if self.thread is not None and self.thread is not me and self.thread.is_alive():
+                raise RuntimeError(f"several threads ask one model on {self.size} ranks: use one thread")
+            self.thread = me
 
 
 # Whose groups are to be let go at exit (leave_process_group).
@@ -154,6 +175,8 @@ def leave_process_group() -> None:
     main thread is past its last collective and ends, is unwound by CPython, and that aborts a rank which has done its
     work. A process group joins its threads when the last reference to it goes, so here go all of them.
     """
+    # Before PyTorch 2.8 a process group joins them with the lock held, for ever; its backend, let go last, does not.
+    backends = [group._get_backend(torch.device("cpu")) for group in dist.distributed_c10d._world.pg_map]  # noqa: F841
     for ranks in _joined:
         ranks.group = None
     fs_init.destroy_model_parallel()
@@ -226,7 +249,7 @@ class ShardedLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if "weight" not in self._parameters:
+        if not isinstance(self.store, Plain):
             destination[prefix + "weight"] = self.store.unpack()
 
 

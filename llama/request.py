@@ -52,6 +52,7 @@ class Answer:
         self.logprobs: list[float] = []
         self.text = ""  # of the pieces
         self.prompt_logprobs = [0.0] * len(self.ids) if request.scores_prompt else []
+        self.kept = 0  # how many of the prompt's ids their states were taken of, where they are wanted
         self.states: Tensor | None = None  # (len(prompt), dim) float32, where they are to be pooled
         self.finish_reason: FinishReason | None = None
         self.error: Exception | None = None
@@ -81,17 +82,18 @@ class Answer:
     @property
     def generation(self) -> str:
         """The result's text: with echo, the prompt's too."""
-        return "".join(self.prompt_pieces) + self.text if self.prompt_pieces else self.text
+        return "".join(self.prompt_pieces) + self.text
 
-    @property
-    def held_back(self) -> int:
-        """How many of the last characters may be the beginning of a stop string, and so may yet be taken back."""
-        if self.finish_reason is None:
-            stop = self.request.stop
-            for n in range(min(max(map(len, stop), default=1) - 1, len(self.text)), 0, -1):
-                if any(s.startswith(self.text[-n:]) for s in stop):
-                    return n
-        return 0
+    def news(self, sent: int) -> tuple[str, bool]:
+        """What is new of `generation` after `sent` characters, without an end that may yet be taken back, as it may be
+        the beginning of a stop string; and whether it is the last. Another thread may be appending."""
+        over, text = self.finish_reason is not None, self.text  # in this order: what is over does not change
+        end = len(text)
+        if not over:
+            longest = min(max(map(len, self.request.stop), default=1) - 1, len(text))
+            begun = (n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self.request.stop))
+            end -= next(begun, 0)
+        return ("".join(self.prompt_pieces) + text[:end])[sent:], over
 
     def uniform(self, i: int) -> float:
         """The number in [0, 1) that decides token `i`, whatever was drawn, guessed or cancelled before."""
@@ -107,8 +109,7 @@ class Answer:
         self.ids.append(token)
         self.logprobs.append(logprob)
         self.pieces.append(piece)
-        self.text += piece
-        if self._cut_at_stop(len(piece)):
+        if self._say(piece):
             self.finish_reason = "stop"
         elif len(self.pieces) == self.request.max_tokens:
             self.finish("length")
@@ -117,10 +118,9 @@ class Answer:
         rest = self._detokenizer.flush()  # bytes of a character that now stays incomplete
         if self.pieces:
             self.pieces[-1] += rest
-            self.text += rest
         elif self.prompt_pieces:
             self.prompt_pieces[-1] += rest
-        self.finish_reason = "stop" if self._cut_at_stop(len(rest)) else reason
+        self.finish_reason = "stop" if self.pieces and self._say(rest) else reason
 
     def refuse(self, refusal: str) -> None:
         """Answer with `refusal` in place of what the model said or would have said."""
@@ -128,20 +128,18 @@ class Answer:
         self.pieces, self.logprobs = [], []
         self.text, self.finish_reason = refusal, "stop"
 
-    def _cut_at_stop(self, added: int) -> bool:
-        """Cut off the stop string that the last `added` characters complete first, and the tokens from there on."""
-        stop = self.request.stop
-        found = [(self.text.find(s, max(0, len(self.text) - added - len(s) + 1)), len(s)) for s in stop]
+    def _say(self, piece: str) -> bool:
+        """Add to the text. If that completes a stop string, cut it off, and the tokens from there on."""
+        text, stop = self.text + piece, self.request.stop
+        found = [(text.find(s, max(0, len(self.text) - len(s) + 1)), len(s)) for s in stop]
         # Of two that overlap, the one whose end came first counts, however the text was split into tokens.
         ends = [(at + length, at) for at, length in found if at >= 0]
-        if not ends:
-            return False
-        end, (_, cut) = len(self.text), min(ends)
-        while self.pieces and (begin := end - len(self.pieces[-1])) >= cut:
+        end, (_, cut) = len(text), min(ends, default=(0, len(text)))
+        while ends and self.pieces and (begin := end - len(self.pieces[-1])) >= cut:
             for per_token in (self.ids, self.pieces, self.logprobs):
                 per_token.pop()
             end = begin
-        if self.pieces:  # a token may hold wanted text before the stop string
+        if ends and self.pieces:  # a token may hold wanted text before the stop string
             self.pieces[-1] = self.pieces[-1][: len(self.pieces[-1]) - (end - cut)]
-        self.text = self.text[:cut]
-        return True
+        self.text = text[:cut]
+        return bool(ends)

@@ -63,7 +63,7 @@ class Runner:
         with self._threads(n * seqlen):
             if not self.static:
                 return decode(self.model, self.cache, ids, positions, length)
-            key = (n, seqlen, length, self.cache.k.data_ptr())  # .half() and .to(...) move it
+            key = (n, seqlen, length, self.model.moves)
             if key not in self.programs:
                 self.programs[key] = self._program(ids, positions, length)
             return self.programs[key](ids, positions)
@@ -108,7 +108,7 @@ class Runner:
             graph = torch.cuda.CUDAGraph()
             # One pool for all graphs: no two run at once, and so they share the memory of one.
             self.graph_pool = self.graph_pool or torch.cuda.graph_pool_handle()
-            with torch.cuda.graph(graph, pool=self.graph_pool):
+            with torch.cuda.graph(graph, pool=self.graph_pool, capture_error_mode="thread_local"):
                 logits = program(tokens, positions)
 
         def replay(ids: Tensor, at: Tensor) -> Tensor:
@@ -127,8 +127,8 @@ class Runner:
         if threads == 1 or self.device.type != "cpu" or work >= PARALLEL_WORK:
             yield
             return
-        torch.set_num_threads(1)
         try:
+            torch.set_num_threads(1)
             yield
         finally:
             torch.set_num_threads(threads)

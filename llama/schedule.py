@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 from typing import Any
 
 from .cache import KVCache
@@ -30,9 +29,6 @@ class Schedule:
         assert answer is not None
         return answer
 
-    def unfinished(self) -> Iterator[Answer]:
-        return (answer for answer in (*self.answers, *self.waiting) if answer is not None and not answer.over)
-
     def advance(self) -> tuple[list[int], list[int]]:
         """Let go what is over and admit what waits; returns the rows that lack no more than the one token whose logits
         decide the next, and those that lack more, as what a row holds says."""
@@ -44,7 +40,8 @@ class Schedule:
         feeding: list[int] = []
         for row, answer in enumerate(self.answers):
             if answer is not None:
-                self.cache.forget(row, min(self.cache.known(row, answer.ids), len(answer.ids) - 1))
+                known = min(self.cache.known(row, answer.ids), len(answer.ids) - 1)
+                self.cache.forget(row, min(known, answer.kept) if answer.wants_states else known)
                 lacks_one = len(answer.ids) - len(self.cache.held[row]) == 1
                 (answering if lacks_one and not answer.wants_states else feeding).append(row)
         return answering, feeding

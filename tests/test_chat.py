@@ -102,7 +102,7 @@ def test_further_keys_are_ignored() -> None:
     plain = say("hi", "hello", "bye", system="short")
     named = [message | {"name": "Ada", "weight": 0} for message in plain]
     assert encode_dialog(named, TOKENIZER) == encode_dialog(plain, TOKENIZER)  # type: ignore[arg-type]
-    assert check_dialogs([named]) == [named]
+    assert check_dialogs([named]) == [plain]
 
 
 HI = {"role": "user", "content": "hi"}

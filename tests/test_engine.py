@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import random
+import signal
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +21,7 @@ from llama.arguments import Settings, make_requests
 from llama.cache import Batch, Runs
 from llama.engine import CHUNK, SCORE_CHUNK, Engine
 from llama.request import Request
+from llama.tokenizer import Detokenizer
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +115,7 @@ def test_neither_chunks_nor_guesses_nor_cancelled_neighbours_change_an_answer(
     for answer in doomed:
         engine.cancel(answer)
     engine.step()
-    assert list(engine.schedule.unfinished()) == [] and engine.schedule.answers == [None] * 4
+    assert engine.schedule.answers == [None] * 4 and not engine.schedule.waiting
 
 
 @pytest.mark.parametrize("state", ["waiting", "half fed", "answering"])
@@ -252,6 +255,57 @@ def test_a_stream_that_fails_in_a_step_of_another_call_says_so(monkeypatch: pyte
     with pytest.raises(ValueError, match="logits are not finite"):
         list(stream)
     assert llm.generate([[1, 30]], 3, 0) == build_golden().generate([[1, 30]], 3, 0)
+
+
+@pytest.mark.parametrize("how", ["written to", "loaded", "converted"])
+def test_what_was_computed_with_other_weights_is_not_reused(how: str) -> None:
+    llm, prompt = build_golden(), [1, 30, 31, 32, 33, 34]
+    llm.generate([prompt], 6, 0)
+    with torch.no_grad():
+        if how == "written to":
+            llm.model.tok_embeddings.weight[30:] *= 2
+        elif how == "loaded":
+            llm.model.load_state_dict({name: 1.5 * t for name, t in llm.model.state_dict().items()})
+        else:
+            llm.model.bfloat16().float()
+    again = llm.generate([prompt], 6, 0, logprobs=True)
+    llm.engine.cache.clear()
+    assert again == llm.generate([prompt], 6, 0, logprobs=True)
+
+
+def test_a_users_own_pass_does_not_stand_in_for_what_is_scored(long_llm: Llama) -> None:
+    engine, prompts = Engine(long_llm.model, long_llm.tokenizer), [[1, *range(300, 320)], [1, *range(100, 140)]]
+    requests = make_requests(long_llm.tokenizer, prompts, Settings([60, 2]), 256, logprobs=True, echo=True)
+    answers = [engine.submit(requests[0])]
+    while len(answers[0].pieces) < 2:
+        engine.step()
+    answers.append(engine.submit(requests[1]))
+    engine.step()  # half fed
+    long_llm.model(torch.tensor([prompts[1], prompts[1]]), 0)
+    for _ in engine.progress(answers):
+        pass
+    (want,) = long_llm.generate(prompts[1:], 2, 0, logprobs=True, echo=True)[1] or []
+    assert answers[1].prompt_logprobs == pytest.approx(want[: len(prompts[1])], abs=1e-4)
+
+
+def test_an_interrupt_leaves_no_answer_with_half_a_token(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = llm.text_completion(TEXTS[:2], 0.9, max_gen_len=30)
+    stream = llm.stream_text_completion(TEXTS[:2], 0.9, max_gen_len=30)
+    begun = [next(stream), next(stream)]
+    inner, calls = Detokenizer.push, []
+
+    def push(self: Detokenizer, token: int) -> str:
+        calls.append(token)
+        if len(calls) % 3 == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        return inner(self, token)
+
+    monkeypatch.setattr(Detokenizer, "push", push)
+    for _ in range(5):
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate([[1, 30, 40]], 40, 0.9)
+    monkeypatch.undo()
+    assert joined(iter([*begun, *stream]), 2)[0] == [result["generation"] for result in want]
 
 
 def test_guesses_need_fewer_passes_where_an_answer_is_in_the_prompt() -> None:

@@ -117,6 +117,15 @@ def test_one_seed_gives_one_text_whatever_ran_before(llm: Llama) -> None:
     assert llm.generate(prompts, 20, temperature=1.0, top_p=1.0, seed=6) != first
 
 
+def test_settings_may_be_numbers_of_other_libraries(llm: Llama) -> None:
+    want = llm.generate([[1, 20]] * 2, 9, [0.5, 0.75], 0.5, seed=3)
+    assert llm.generate([[1, 20]] * 2, torch.tensor(9), torch.tensor([0.5, 0.75]), torch.tensor(0.5), seed=3) == want
+    with pytest.raises(
+        TypeError, match=r"temperature is \{0: 1.0, 1: 0.5\}: pass one value for all prompts, or a list"
+    ):
+        llm.generate([[1, 20]] * 2, 9, {0: 1.0, 1: 0.5})
+
+
 def test_requests_of_one_seed_draw_from_streams_of_their_own(llm: Llama) -> None:
     same = llm.generate([[1, 20]] * 4, 20, temperature=1.0, top_p=1.0, seed=5)[0]
     assert len({tuple(row) for row in same}) == 4

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from conftest import huggingface_config, random_state
 from torch import Tensor
 
@@ -100,3 +101,23 @@ def test_forward_refuses_what_does_not_fit(args: ModelArgs, llm: Llama) -> None:
         random_model(args)(tokens_of(1, 5), 3)
     with pytest.raises(ValueError, match="vocab_size is -1: set it to the tokenizer's n_words"):
         Transformer(ModelArgs())
+
+
+def test_training_goes_on_after_calls_without_gradients(args: ModelArgs) -> None:
+    model, other = Transformer(args), Transformer(args)
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        model(tokens_of(2, 16))
+    for each in (model, other):
+        each(tokens_of(8, 16)).logsumexp(-1).sum().backward()  # more rows than the cache has
+        torch.optim.SGD(each.parameters(), 1e-3).step()
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    with pytest.raises(ValueError, match="start_pos is 3, and no cache is attached where gradients are"):
+        model(tokens_of(1, 5), 3)
+
+
+def test_pruned_layers_have_a_state_dict(args: ModelArgs) -> None:
+    model = Transformer(args)
+    torch.nn.utils.prune.l1_unstructured(model.layers[0].attention.wq, "weight", 0.3)
+    assert "layers.0.attention.wq.weight_orig" in model.state_dict()

@@ -236,7 +236,7 @@ refused(Odd if rank == 0 else RuntimeError, "one", llm.chat_completion, dialogs,
     assert job.returncode == 0, job.stderr
 
 
-def test_threads_on_several_ranks_are_refused(tmp_path: Path) -> None:
+def test_threads_on_several_ranks_and_checks_that_ask_the_model_are_refused(tmp_path: Path) -> None:
     script = tmp_path / "threads.py"
     script.write_text("""
 import threading
@@ -247,14 +247,25 @@ next(stream)
 said = []
 def ask():
     try:
-        llm.engine.submit(llm._requests(lambda: [[1, 30]], llm._settings(5, 0, 1, 1, ()))[0])
+        llm.generate([[1, 30]], 5)
     except RuntimeError as error:
         said.append(str(error))
-thread = threading.Thread(target=ask)
-thread.start()
-thread.join()
-assert said == ["several threads ask one model on 2 ranks: use one thread"], said
+threads = [threading.Thread(target=ask) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert said == ["several threads ask one model on 2 ranks: use one thread"] * 3, said
 list(stream)
+def check(text):
+    return llm.text_completion(["a"])[0]["generation"]
+try:
+    llm.chat_completion([[{"role": "user", "content": "hi"}]], max_gen_len=3, output_check=check)
+except RuntimeError as error:
+    assert "a check asked the model itself, and of 2 ranks only the first runs it: ask after the call" in str(error)
+else:
+    raise SystemExit("the check's question was answered")
+llm.generate([[1, 30]], 5)
 """)
     job = torchrun(2, script, timeout=100)
     assert job.returncode == 0, job.stderr

@@ -41,5 +41,8 @@ while done < 2000:
         settled = resident()
     highest = max(highest, resident()) if done >= 200 else 0
 assert highest <= 1.02 * settled, f"{settled} kB after 200 requests, {highest} at most since"
-assert llm.generate(question, 20, 0, logprobs=True) == first
+tokens, logprobs = llm.generate(question, 20, 0, logprobs=True)
+assert tokens == first[0]
+for ours, before in zip(logprobs, first[1], strict=True):
+    assert all(abs(a - b) < 1e-4 for a, b in zip(ours, before, strict=True))
 print(f"{settled} kB after 200 requests, {highest} at most since")
