@@ -125,8 +125,9 @@ def find_shards(path: Path) -> list[Path]:
         raise FileNotFoundError(f"no consolidated.*.pth in {path}/: is this the folder that download.sh made?")
     there = [file.name.split(".")[1] for file in files]
     if missing := {f"{number:02}" for number in range(int(there[-1]))} - {*there}:
-        shards = f"shards {', '.join(there)} are there"
-        raise FileNotFoundError(f"consolidated.{min(missing)}.pth is missing: {shards}: download it again")
+        raise FileNotFoundError(
+            f"consolidated.{min(missing)}.pth is missing: shards {', '.join(there)} are there: download it again"
+        )
     return files
 
 
