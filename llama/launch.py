@@ -22,6 +22,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
 
+import fire
+
 from . import __version__
 
 REPORT = "TORCHELASTIC_ERROR_FILE"  # set by torchrun
@@ -72,10 +74,8 @@ def run(command: Command | Mapping[str, Command], name: str | None = None) -> No
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)
     try:
-        said = understand(command, sys.argv[1:], name or f"python {Path(sys.argv[0]).name}")()
-        said = said() if callable(said) else said
-        if isinstance(said, str) and is_first():
-            print(said)
+        call, words = understand(command, sys.argv[1:], name or f"python {Path(sys.argv[0]).name}")
+        fire.Fire(call, command=words, serialize=lambda said: said if is_first() else None)
         sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)  # the number that shells give it
@@ -126,26 +126,39 @@ def repair_streams() -> None:
             stream.reconfigure(errors="replace")
 
 
-def understand(command: Command | Mapping[str, Command], words: list[str], name: str) -> Callable[[], Any]:
-    """What the words ask for, ready to be called. Raises UsageError where there is no such thing."""
+def understand(command: Command | Mapping[str, Command], words: list[str], name: str) -> tuple[Command, list[str]]:
+    """What fire is to call, and with which words. Raises UsageError where there is no such thing."""
     if not isinstance(command, Mapping):
         if HELP & set(words):
-            return lambda: describe(command, name)
-        return functools.partial(command, **arguments(command, words, name))
+            return lambda: describe(command, name), []
+        return readable(command), [f"--{key}={text}" for key, text in arguments(command, words, name).items()]
     word, *rest = words or ["--help"]
     if word in command:
         return understand(command[word], rest, f"{name} {word}")
     if word in HELP:
         # Of each, its docstring's first part.
         rows = [(key, re.split(r"[.;]\s", f"{inspect.getdoc(function)} ")[0]) for key, function in command.items()]
-        return lambda: page(f"Usage: {name} COMMAND ...", f"{name} COMMAND --help describes a command.", rows)
+        return lambda: page(f"Usage: {name} COMMAND ...", f"{name} COMMAND --help describes a command.", rows), []
     if word == "--version":
-        return lambda: f"llama {__version__} (torch {version('torch')})"
+        return lambda: f"llama {__version__} (torch {version('torch')})", []
     raise UsageError(f"{word!r} is no command: {did_you_mean(word, command) or 'use ' + ', '.join(command)}")
 
 
-def arguments(function: Command, words: list[str], name: str) -> dict[str, Any]:
-    """The values that the words give to parameters. Raises UsageError for what has no place."""
+def readable(command: Command) -> Command:
+    """A function that fire reads arguments for as `value_of` does, not as it does by itself."""
+
+    @functools.wraps(command, updated=())
+    def call(*positional: Any, **named: Any) -> Any:
+        said = command(*positional, **named)
+        return said() if callable(said) else said
+
+    for key, p in inspect.signature(command, eval_str=True).parameters.items():
+        fire.decorators.SetParseFn(functools.partial(value_of, key, p.annotation), key)(call)
+    return call
+
+
+def arguments(function: Command, words: list[str], name: str) -> dict[str, str]:
+    """What the words give to parameters. Raises UsageError for what has no place, before anything runs."""
     parameters = inspect.signature(function, eval_str=True).parameters
     texts, rest, see = [], list(words), f"see {name} --help"
     given: dict[str, str] = {}
@@ -172,7 +185,7 @@ def arguments(function: Command, words: list[str], name: str) -> dict[str, Any]:
     for key, p in parameters.items():
         if p.default is p.empty and key not in given:
             raise UsageError(f"no {key} is given: {see}")
-    return {key: value_of(key, parameters[key].annotation, text) for key, text in given.items()}
+    return given
 
 
 def value_of(name: str, annotation: Any, text: str) -> Any:
