@@ -66,9 +66,9 @@ class Forced:
 
 
 def unlucky(n: int, rng: random.Random) -> list[int]:
-    """Ids in which every third word is new and all before it was there: each guess that is made is wrong."""
-    phrase = [rng.randrange(3, weights.VOCAB_SIZE) for _ in range(4)]
-    return [x for _ in range(n // 5 + 1) for x in (*phrase, rng.randrange(3, weights.VOCAB_SIZE))][:n]
+    """The same three ids over and over, each time before a new one: whatever is guessed is wrong."""
+    phrase = [rng.randrange(3, weights.VOCAB_SIZE) for _ in range(3)]
+    return [x for _ in range(n // 4 + 1) for x in (*phrase, rng.randrange(3, weights.VOCAB_SIZE))][:n]
 
 
 def texts_of(kind: str, rows: int, seed: int) -> tuple[list[list[int]], list[list[int]]]:
