@@ -131,6 +131,9 @@ class Answer:
     def _say(self, piece: str) -> bool:
         """Add to the text. If that completes a stop string, cut it off, and the tokens from there on."""
         text, stop = self.text + piece, self.request.stop
+        if not stop:
+            self.text = text
+            return False
         found = [(text.find(s, max(0, len(self.text) - len(s) + 1)), len(s)) for s in stop]
         # Of two that overlap, the one whose end came first counts, however the text was split into tokens.
         ends = [(at + length, at) for at, length in found if at >= 0]

@@ -98,5 +98,7 @@ class Detokenizer:
         return text
 
     def flush(self) -> str:
+        if not self.bytes:
+            return ""
         text, self.bytes = self.tokenizer.decode(self.bytes), []
         return text
