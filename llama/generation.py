@@ -37,8 +37,8 @@ from .checkpoints import (
     memory_needs,
     return_freed_memory,
 )
+from .code_llama import check_infilling, encode_infilling
 from .engine import Engine
-from .infilling import check_infilling, encode_infilling
 from .model import ModelArgs, Transformer
 from .original import sample_top_p
 from .parallel import init_model_parallel, model_ranks

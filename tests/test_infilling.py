@@ -9,7 +9,7 @@ from conftest import random_state, write_release
 from sentencepiece import SentencePieceTrainer
 
 from llama import Llama, ModelArgs, Tokenizer, Transformer
-from llama.infilling import encode_infilling
+from llama.code_llama import encode_infilling
 
 PIECES = ["▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"]
 

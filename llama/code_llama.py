@@ -1,4 +1,7 @@
-"""Code Llama's prompts for text between two others: prefix, suffix, middle (Rozière et al. 2023, arXiv:2308.12950)."""
+"""Code Llama's own prompts (Rozière et al. 2023, arXiv:2308.12950), for tokenizers that have the pieces they need.
+
+Infilling, of the 7B and 13B models: text between two others. Steps: the dialogs of CodeLlama-70b-Instruct.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from .tokenizer import Tokenizer
 
 # Begins a text, so that SentencePiece's own space before a text's first word comes before it and is cut off with it.
 MARK = "☺"
+
+STEP = "<step>"
 
 
 def check_infilling(tokenizer: Tokenizer, prefixes: Sequence[str], suffixes: Sequence[str]) -> None:
@@ -36,3 +41,21 @@ def encode_infilling(prefix: str, suffix: str, tokenizer: Tokenizer, suffix_firs
     after = tokenizer.encode(MARK + suffix, bos=False, eos=False)[len(mark) :]
     opening, closing = [tokenizer.bos_id, tokenizer.prefix_id], [tokenizer.suffix_id, *after, tokenizer.middle_id]
     return opening + closing + before if suffix_first else opening + before + closing
+
+
+def encode_steps(messages: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> list[int]:
+    """One BOS, then each message (role, content) and <step>, then the head of the answer.
+
+    A message is its head, " Source: {role}", and, unless it is empty, its body, "\\n\\n {content}", stripped; each is
+    encoded by itself. There is always a system message, without a body where none is given.
+    """
+    if messages[0][0] != "system":
+        messages = [("system", ""), *messages]
+    tokens = [tokenizer.bos_id]
+    for role, content in messages:
+        tokens += tokenizer.encode(f" Source: {role}", bos=False, eos=False)
+        if content:
+            tokens += tokenizer.encode(f"\n\n {content.strip()}", bos=False, eos=False)
+        tokens.append(tokenizer.step_id)
+    tokens += tokenizer.encode(" Source: assistant\nDestination: user", bos=False, eos=False)
+    return tokens + tokenizer.encode("\n\n ", bos=False, eos=False)
