@@ -38,10 +38,11 @@ from .checkpoints import (
     return_freed_memory,
 )
 from .code_llama import check_infilling, encode_infilling
+from .distributed import init_model_parallel
 from .engine import Engine
 from .model import ModelArgs, Transformer
 from .original import sample_top_p
-from .parallel import init_model_parallel, model_ranks
+from .parallel import model_ranks
 from .request import Answer, FinishReason, Pooling, Request
 from .runner import Runner
 from .stores import Store, select_dtype, select_store

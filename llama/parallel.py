@@ -1,4 +1,4 @@
-"""This rank among the others: its process group, its device, and fairscale's parallel layers, for inference.
+"""This rank among the others, and fairscale's parallel layers, sharded, for inference.
 
 fairscale's own constructors allocate the whole weight on every rank and cannot build on the meta device; its reduce is
 an autograd function, which breaks a compiled graph. The subclasses below keep its types and its groups, hold this
@@ -7,11 +7,7 @@ rank's shard only, and reduce with plain collectives. On one rank they are ordin
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import hashlib
-import io
-import os
 import pickle
 import threading
 from collections.abc import Callable, Sequence
@@ -19,7 +15,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # unused; imported later, its default arguments would keep the process group alive
 import torch.nn.functional as F
 from fairscale.nn.model_parallel import initialize as fs_init
 from fairscale.nn.model_parallel import layers as fs_layers
@@ -98,17 +93,16 @@ class Ranks:
         if self.group is None:
             return make()
         self._check()
-        made: Any = None
-        error = None
+        made: T | Exception
         try:
             made = make()
-        except Exception as caught:
-            error = caught
+        except Exception as error:
+            made = error
         digests: list[Any] = [None] * self.size
-        ours = hashlib.sha256(repr(made if error is None else error).encode(errors="replace")).digest()
+        ours = hashlib.sha256(repr(made).encode(errors="replace")).digest()
         dist.all_gather_object(digests, ours, group=self.group)
-        if error is not None:
-            raise error
+        if isinstance(made, Exception):
+            raise made
         if len(set(digests)) > 1:
             raise ValueError(f"{self.size} ranks were given different requests: pass the same to each of them")
         return made
@@ -126,87 +120,8 @@ class Ranks:
             self.thread = me
 
 
-# Whose groups are to be let go at exit (leave_process_group).
+# One for each group of several ranks in which something was built.
 _joined: list[Ranks] = []
-
-
-def can_pickle(value: object) -> bool:
-    try:
-        pickle.loads(pickle.dumps(value))
-    except Exception:
-        return False
-    return True
-
-
-def init_model_parallel(device: str | torch.device = "auto", model_parallel_size: int | None = None) -> torch.device:
-    """Join the process group and split it into groups of `model_parallel_size` ranks; returns this rank's device.
-
-    Under torchrun the group is torchrun's; without it, a group of this process alone, which needs no port and no
-    environment variable. Raises ValueError where ranks and devices or ranks and groups do not fit.
-    """
-    device = select_device(device)
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-        if backend == "gloo":
-            atexit.register(leave_process_group)
-    world_size = dist.get_world_size()
-    size = world_size if model_parallel_size is None else model_parallel_size
-    if size < 1 or world_size % size:
-        raise ValueError(
-            f"model_parallel_size is {size}, and {world_size} ranks do not divide into groups of it: "
-            f"use {either(divisors(world_size))}, or run with --nproc_per_node {max(size, 1)}"
-        )
-    if fs_init.model_parallel_is_initialized() and fs_init.get_model_parallel_world_size() != size:
-        fs_init.destroy_model_parallel()  # layers built before keep the groups of their size
-    if not fs_init.model_parallel_is_initialized():
-        with contextlib.redirect_stdout(io.StringIO()):  # fairscale announces each step there
-            fs_init.initialize_model_parallel(size)
-    return device
-
-
-def leave_process_group() -> None:
-    """End gloo's threads while the interpreter is whole.
-
-    A gloo thread needs the interpreter's lock to let go of a collective's tensors. One that comes for it late, when the
-    main thread is past its last collective and ends, is unwound by CPython, and that aborts a rank which has done its
-    work. A process group joins its threads when the last reference to it goes, so here go all of them.
-    """
-    # Before PyTorch 2.8 a process group joins them with the lock held, for ever; its backend, let go last, does not.
-    backends = [group._get_backend(torch.device("cpu")) for group in dist.distributed_c10d._world.pg_map]  # noqa: F841
-    for ranks in _joined:
-        ranks.group = None
-    fs_init.destroy_model_parallel()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def select_device(device: str | torch.device) -> torch.device:
-    """The device of this rank: with "auto", cuda if there is one, else mps, else cpu; on cuda, one GPU per process."""
-    if device == "auto":
-        mps = torch.backends.mps.is_available()
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    try:
-        device = torch.device(device)
-        if device.type == "cuda" and 0 < gpus < processes:
-            plural = "" if gpus == 1 else "s"
-            raise ValueError(
-                f"{processes} processes on this node, but {gpus} GPU{plural}: run with --nproc_per_node {gpus}"
-            )
-        torch.empty(0, device=device)
-    except (AssertionError, NotImplementedError, RuntimeError, TypeError):
-        raise ValueError(f"device is {str(device)!r}, which this machine does not have: use 'auto' or 'cpu'") from None
-    if device.type != "cuda":
-        return device
-    if device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    if processes > 1:
-        torch.cuda.set_device(device)  # the other ranks' contexts would cost this rank's GPU memory otherwise
-    return device
 
 
 def model_ranks() -> Ranks:
@@ -221,20 +136,22 @@ def model_ranks() -> Ranks:
     return _joined[-1]
 
 
-def divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+def let_groups_go() -> None:
+    """Keep no reference to a group: its threads end with the last one."""
+    for ranks in _joined:
+        ranks.group = None
 
 
-def either(numbers: list[int]) -> str:
-    """[1, 2, 4] -> "1, 2 or 4"."""
-    *others, last = map(str, numbers)
-    return f"{', '.join(others)} or {last}" if others else last
+def can_pickle(value: object) -> bool:
+    try:
+        pickle.loads(pickle.dumps(value))
+    except Exception:
+        return False
+    return True
 
 
 class ShardedLinear(nn.Module):
     """What the two linear layers share: this rank's weight, a parameter or in one of the stores of stores.py."""
-
-    weight: nn.Parameter
 
     def __init__(self, rows: int, columns: int, ranks: Ranks):
         nn.Module.__init__(self)

@@ -190,7 +190,7 @@ def test_an_example_prints_the_same_once_on_one_rank_and_on_two(name: str, monke
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from llama.parallel import select_device
+    from llama.distributed import select_device
 
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..distributed import divisors, either
 from ..model import ModelArgs, Transformer
-from ..parallel import ShardedLinear, divisors, either, hold_together
+from ..parallel import ShardedLinear, hold_together
 from .files import folder_of
 from .huggingface import HuggingFace
 from .lora import Adapter
