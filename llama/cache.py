@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass
 class KVCache:
     """Keys and values, each (n_layers, rows, n_local_kv_heads, length, head_dim).
 
@@ -18,12 +17,9 @@ class KVCache:
     one truth about what was computed: whoever writes to a row says so here, and only once it is written.
     """
 
-    k: Tensor
-    v: Tensor
-    held: list[list[int]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.clear()
+    def __init__(self, k: Tensor, v: Tensor):
+        self.k, self.v = k, v
+        self.held: list[list[int]] = [[] for _ in range(self.rows)]
 
     @property
     def rows(self) -> int:
@@ -36,16 +32,13 @@ class KVCache:
     def known(self, row: int, ids: list[int]) -> int:
         """How many of `ids`, from the first on, the row holds."""
         held = self.held[row]
-        if len(held) <= len(ids) and ids[: len(held)] == held:
+        if ids[: len(held)] == held:
             return len(held)
-        same, different = 0, min(len(held), len(ids)) + 1
-        while different - same > 1:  # by halves, so that lists are compared in C
-            middle = (same + different) // 2
-            same, different = (middle, different) if held[:middle] == ids[:middle] else (same, middle)
-        return same
+        # By halves, so that lists are compared in C.
+        lengths = range(min(len(held), len(ids)) + 1)
+        return bisect_left(lengths, True, key=lambda n: held[:n] != ids[:n]) - 1
 
     def clear(self) -> None:
-        """Forget all."""
         self.held = [[] for _ in range(self.rows)]
 
     def forget(self, row: int, length: int) -> None:
@@ -77,10 +70,6 @@ class KVCache:
             for row, ids in enumerate(self.held):
                 cached[:, row, :, len(ids) :] = 0
 
-    @property
-    def nbytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes
-
 
 class Attended(NamedTuple):
     """What some of a pass' tokens attend to."""
@@ -91,6 +80,17 @@ class Attended(NamedTuple):
     mask: Tensor | None  # added to scores, (bsz, 1, groups × seqlen, length); None: each token to itself and before
 
 
+def causal_mask(positions: Tensor, length: int, groups: int, dtype: torch.dtype) -> Tensor | None:
+    """The mask, as Attended has it, of tokens at positions (n, seqlen), each of which sees its row up to itself.
+
+    `length` is how much of the rows they attend to, and `groups` how many query heads share a key head.
+    """
+    if positions.shape[1] == length:
+        return None  # rows begin with these tokens
+    unseen = torch.arange(length, device=positions.device) > positions[:, None, :, None]
+    return unseen.to(dtype).masked_fill_(unseen, -torch.inf).repeat(1, 1, groups, 1)
+
+
 class Batch:
     """A pass over tokens (n, seqlen) of the first n rows, at positions (n, seqlen) of their own.
 
@@ -98,15 +98,11 @@ class Batch:
     """
 
     def __init__(self, cache: KVCache, positions: Tensor, length: int, groups: int):
-        n, seqlen = positions.shape
+        n = len(positions)
         self.positions = positions
         self.rows = torch.arange(n, device=positions.device)[:, None]
         self.k, self.v = (t[:, :n, :, :length] for t in (cache.k, cache.v))
-        self.mask = None
-        if seqlen < length:  # else all rows begin at 0
-            unseen = torch.arange(length, device=positions.device) > positions[:, None, :, None]
-            mask = torch.zeros(unseen.shape, dtype=cache.k.dtype, device=positions.device)
-            self.mask = mask.masked_fill(unseen, -torch.inf).repeat(1, 1, groups, 1)
+        self.mask = causal_mask(positions, length, groups, cache.k.dtype)
 
     def update(self, layer_id: int, xk: Tensor, xv: Tensor) -> list[Attended]:
         """Cache a layer's keys and values (n, seqlen, n_local_kv_heads, head_dim)."""
@@ -123,31 +119,30 @@ class Run(NamedTuple):
     start: int
     ids: list[int]
 
+    @property
+    def end(self) -> int:
+        return self.start + len(self.ids)
+
 
 class Runs:
     """A pass over runs of several rows, put one after another as tokens (1, total), without padding."""
 
     def __init__(self, cache: KVCache, runs: Sequence[Run], groups: int):
         self.cache = cache
+        positions = [torch.arange(run.start, run.end, device=cache.k.device)[None] for run in runs]
+        self.positions = torch.cat(positions, dim=1)
         self.parts: list[tuple[Run, slice, Tensor | None]] = []
-        positions, device, at = [], cache.k.device, 0
-        for run in runs:
-            n, end = len(run.ids), run.start + len(run.ids)
-            positions.append(torch.arange(run.start, end, device=device))
-            mask = None
-            if run.start:
-                mask = torch.full((n, end), -torch.inf, dtype=cache.k.dtype, device=device).triu(run.start + 1)
-                mask = mask.repeat(groups, 1)[None, None]
-            self.parts.append((run, slice(at, at + n), mask))
-            at += n
-        self.positions = torch.cat(positions)[None]
+        first = 0
+        for run, own in zip(runs, positions, strict=True):
+            tokens = slice(first, first + len(run.ids))
+            self.parts.append((run, tokens, causal_mask(own, run.end, groups, cache.k.dtype)))
+            first = tokens.stop
 
     def update(self, layer_id: int, xk: Tensor, xv: Tensor) -> list[Attended]:
         """Cache a layer's keys and values (1, total, n_local_kv_heads, head_dim)."""
         attended = []
         for run, tokens, mask in self.parts:
-            end = run.start + len(run.ids)
-            keys, values = (t[layer_id, run.row, None, :, :end] for t in (self.cache.k, self.cache.v))
+            keys, values = (t[layer_id, run.row, None, :, : run.end] for t in (self.cache.k, self.cache.v))
             keys[0, :, run.start :] = xk[0, tokens].transpose(0, 1)
             values[0, :, run.start :] = xv[0, tokens].transpose(0, 1)
             attended.append(Attended(tokens, keys, values, mask))

@@ -14,21 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import Attended, Batch, KVCache, Runs
-from .original import repeat_kv, reshape_for_broadcast
+from .original import repeat_kv as repeat_kv  # old scripts look for them here
+from .original import reshape_for_broadcast as reshape_for_broadcast
 from .parallel import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, model_ranks, multiply_together
-
-__all__ = [
-    "Attention",
-    "FeedForward",
-    "ModelArgs",
-    "RMSNorm",
-    "Transformer",
-    "TransformerBlock",
-    "apply_rotary_emb",
-    "precompute_freqs_cis",
-    "repeat_kv",
-    "reshape_for_broadcast",
-]
 
 
 @dataclass
@@ -221,13 +209,13 @@ class Transformer(nn.Module):
         (bsz, seqlen), end, args = tokens.shape, start_pos + tokens.shape[1], self.params
         if end > args.max_seq_len:
             raise ValueError(f"tokens reach position {end}, and max_seq_len is {args.max_seq_len}: pass fewer")
-        training = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        if start_pos and (training or (self.cache is None and torch.is_grad_enabled())):
+        uncached = torch.is_grad_enabled() and (self.cache is None or any(p.requires_grad for p in self.parameters()))
+        if uncached and start_pos:
             raise ValueError(
                 f"start_pos is {start_pos}, and no cache is attached where gradients are: call under inference_mode"
             )
         fits = bsz <= args.max_batch_size
-        if training or (self.cache is None and not start_pos and (torch.is_grad_enabled() or not fits)):
+        if uncached or (self.cache is None and not start_pos and not fits):
             return self.logits(self.hidden_states(tokens))
         if not fits:
             raise ValueError(f"tokens have {bsz} rows, and max_batch_size is {args.max_batch_size}: pass fewer")
@@ -249,8 +237,11 @@ class Transformer(nn.Module):
         """
         h = self.tok_embeddings(tokens)
         if self.freqs_cis is None or self.freqs_cis.device != h.device:
-            self._precompute(h.device)
-        assert self.freqs_cis is not None
+            with torch.inference_mode(False):  # passes with gradients use it too
+                args = self.params
+                self.freqs_cis = precompute_freqs_cis(
+                    args.head_dim, args.max_seq_len, args.rope_theta, args.rope_scaling_factor
+                ).to(h.device)
         freqs_cis = self.freqs_cis[: tokens.shape[1]] if context is None else self.freqs_cis[context.positions]
         for layer in self.layers:
             h = layer(h, freqs_cis, context)
@@ -259,12 +250,6 @@ class Transformer(nn.Module):
     def logits(self, h: Tensor) -> Tensor:
         """(..., vocab_size) float32, for hidden states (..., dim)."""
         return self.output(h).float()
-
-    @torch.inference_mode(False)
-    def _precompute(self, device: torch.device) -> None:
-        args = self.params
-        freqs_cis = precompute_freqs_cis(args.head_dim, args.max_seq_len, args.rope_theta, args.rope_scaling_factor)
-        self.freqs_cis = freqs_cis.to(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformer:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -21,9 +22,8 @@ SHORTEST_WINDOW = 256
 # Multiplications of a matrix product from which on a second thread gains more than it costs to wake.
 PARALLEL_WORK = 2**18
 
-Program = Callable[
-    [Tensor, Tensor], Tensor
-]  # tokens (n, seqlen), positions (n, seqlen) -> logits (n, seqlen, vocab_size)
+# Tokens (n, seqlen) and positions (n, seqlen) -> logits (n, seqlen, vocab_size).
+Program = Callable[[Tensor, Tensor], Tensor]
 
 
 class Runner:
@@ -62,7 +62,7 @@ class Runner:
         positions = torch.tensor(starts, device=self.device)[:, None] + torch.arange(seqlen, device=self.device)
         with self._threads(n * seqlen):
             if not self.static:
-                return decode(self.model, self.cache, ids, positions, length)
+                return decode(self.model, self.cache, ids, positions, length=length)
             key = (n, seqlen, length, self.model.moves)
             if key not in self.programs:
                 self.programs[key] = self._program(ids, positions, length)
@@ -85,7 +85,7 @@ class Runner:
             # dynamo counts the compilations of each code object, and stops at the eighth: every shape has its own.
             own = decode.__code__.replace(co_name=f"decode_{tokens.shape[0]}_{tokens.shape[1]}_{length}")
             run = torch.compile(FunctionType(own, decode.__globals__), fullgraph=True, dynamic=False)
-        program: Program = lambda ids, at: run(self.model, self.cache, ids, at, length)  # noqa: E731
+        program: Program = partial(run, self.model, self.cache, length=length)
         if not self.cuda_graph:
             return program
         try:
@@ -134,5 +134,5 @@ class Runner:
             torch.set_num_threads(threads)
 
 
-def decode(model: Transformer, cache: KVCache, tokens: Tensor, positions: Tensor, length: int) -> Tensor:
+def decode(model: Transformer, cache: KVCache, tokens: Tensor, positions: Tensor, *, length: int) -> Tensor:
     return model.logits(model.hidden_states(tokens, Batch(cache, positions, length, model.groups)))

@@ -33,7 +33,9 @@ class Schedule:
         """Let go what is over and admit what waits; returns the rows that lack no more than the one token whose logits
         decide the next, and those that lack more, as what a row holds says."""
         self.steps += 1
-        self._let_go()
+        for row, answer in enumerate(self.answers):
+            if answer is not None and answer.over:
+                self.answers[row], self.used[row] = None, self.steps
         self._admit()
         self._close_ranks()
         answering: list[int] = []
@@ -45,11 +47,6 @@ class Schedule:
                 lacks_one = len(answer.ids) - len(self.cache.held[row]) == 1
                 (answering if lacks_one and not answer.wants_states else feeding).append(row)
         return answering, feeding
-
-    def _let_go(self) -> None:
-        for row, answer in enumerate(self.answers):
-            if answer is not None and answer.over:
-                self.answers[row], self.used[row] = None, self.steps
 
     def _admit(self) -> None:
         while self.waiting and None in self.answers:
@@ -63,29 +60,28 @@ class Schedule:
         """A free row for an answer, holding what some row has of the beginning of its ids."""
         free = [row for row, other in enumerate(self.answers) if other is None]
         row, oldest = free[0], min(free, key=lambda row: self.used[row])
-        source, known, whole = oldest, 0, False
+        source, known = oldest, 0
         if not answer.wants_states:
             common = [min(self.cache.known(r, answer.ids), len(answer.ids) - 1) for r in range(self.cache.rows)]
             source = max(range(self.cache.rows), key=lambda r: (common[r], r in free, -self.used[r]))
             known = common[source]
-            # A conversation that goes on takes its row over; of one that only begins alike, the beginning is copied.
-            whole = source in free and len(self.cache.held[source]) - known <= known // 8
-        given = source if whole else oldest
-        if given != source:
-            self.cache.forget(given, 0)
-        self._swap(row, given)
-        source = {row: given, given: row}.get(source, source)
-        if known and source != row:
-            self.cache.copy(source, row, known)
+        # A conversation that goes on takes its row over; of one that only begins alike, the beginning is copied.
+        goes_on = source in free and len(self.cache.held[source]) - known <= known // 8
+        if goes_on or source == oldest:
+            self._swap(row, source)
+        else:
+            self.cache.forget(oldest, 0)
+            self._swap(row, oldest)
+            self.cache.copy(oldest if source == row else source, row, known)
         self.cache.forget(row, known)
         return row
 
     def _close_ranks(self) -> None:
         """Let the last running rows move up into free ones, so that they are the first rows."""
-        free = [row for row, answer in enumerate(self.answers) if answer is None]
         running = [row for row, answer in enumerate(self.answers) if answer is not None]
-        while free and running and free[0] < running[-1]:
-            self._swap(free.pop(0), running.pop())
+        for row in range(len(running)):
+            if self.answers[row] is None:
+                self._swap(row, running.pop())
 
     def _swap(self, a: int, b: int) -> None:
         self.cache.swap(a, b)

@@ -21,7 +21,6 @@ BLOCK_ROWS = 512
 # Weights are quantised so many rows at a time, and int4 given back by so many columns: temporaries are small beside it.
 QUANTISED_ROWS = 128
 
-
 # What a decode step packed in 16 bits takes on top for nearly nothing: it is bound by reading the weights.
 SPARE_TOKENS = 3
 

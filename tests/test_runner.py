@@ -27,7 +27,7 @@ def test_a_static_window_gives_the_same_tokens_as_the_exact_one(monkeypatch: pyt
     monkeypatch.setattr(type(llm.engine.passes.runner), "static", True)
     lengths = []
     inner = runner.decode
-    monkeypatch.setattr(runner, "decode", lambda *args: lengths.append(args[-1]) or inner(*args))
+    monkeypatch.setattr(runner, "decode", lambda *args, length: lengths.append(length) or inner(*args, length=length))
     as_the_original(llm)
     assert set(lengths) == {SHORTEST_WINDOW}
     llm.generate([[1] * 255], 40, temperature=0)
