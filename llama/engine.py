@@ -15,13 +15,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import Run
 from .model import Transformer
 from .parallel import Ranks
-from .request import Answer, Request
+from .request import Answer, Request, Score
 from .runner import Runner
 from .sampling import sample
 from .schedule import Schedule
@@ -226,9 +225,9 @@ class Passes:
             for first in range(0, len(targets), SCORE_CHUNK):
                 chunk = torch.tensor(targets[first : first + SCORE_CHUNK], device=h.device)
                 logits = self.runner.logits(h[first : first + len(chunk)])
-                scores = self.ranks.share(-F.cross_entropy(logits, chunk, reduction="none")).tolist()
-                at = run.start + 1 + first
-                answer.prompt_logprobs[at : at + len(scores)] = scores
+                k, at = answer.request.top_logprobs, run.start + 1 + first
+                scores = self.ranks.share(score(logits, chunk, k)).tolist()
+                answer.prompt_scores[at : at + len(scores)] = [score_of(row, k) for row in scores]
         answer.kept = run.start + len(h)
 
     def _draw(self, runs: list[Run], logits: Tensor) -> None:
@@ -241,11 +240,11 @@ class Passes:
             answers = [self.schedule[runs[j].row] for j in alive]
             tokens = self.choose(answers, logits[:, i] if len(alive) == len(runs) else logits[alive, i])
             right = []
-            for j, answer, (token, logprob) in zip(alive, answers, tokens, strict=True):
+            for j, answer, (token, scored) in zip(alive, answers, tokens, strict=True):
                 if token < 0:
                     self._fail(answer, runs[j].row, runs[j].start + i)
                     continue
-                answer.append(token, logprob)
+                answer.append(token, scored)
                 drawn[j] += 1
                 if not answer.over and runs[j].ids[i + 1 : i + 2] == [token]:
                     right.append(j)
@@ -260,8 +259,8 @@ class Passes:
                 self.cache.forget(run.row, self.cache.known(run.row, self.schedule[run.row].ids))
             self.cache.wipe()
 
-    def choose(self, answers: list[Answer], logits: Tensor) -> list[tuple[int, float]]:
-        """The next token of each answer and, where asked for, its logprob; token -1 where logits are not finite.
+    def choose(self, answers: list[Answer], logits: Tensor) -> list[tuple[int, Score]]:
+        """The next token of each answer and, where asked for, its score; token -1 where logits are not finite.
 
         The first rank's choice counts on all of them: ranks may differ in a logit's last bit, and must not in a token.
         """
@@ -271,12 +270,13 @@ class Passes:
             top_p=[answer.request.top_p for answer in answers],
             uniform=[answer.uniform(len(answer.pieces)) for answer in answers],
         )
-        wanted = any(answer.request.logprobs for answer in answers)
-        logprobs = -F.cross_entropy(logits, tokens, reduction="none") if wanted else torch.zeros_like(tokens)
-        tokens = torch.where(logits.sum(dim=-1).isfinite(), tokens, -1)  # one pass: a sum keeps what is not finite
-        # Token ids are exact in float32, and one tensor takes one broadcast and one read by the host.
-        choice = self.ranks.share(torch.stack((tokens.float(), logprobs.float()))).tolist()
-        return [(int(token), logprob) for token, logprob in zip(*choice, strict=True)]
+        requests = [answer.request for answer in answers]
+        finite = logits.sum(dim=-1).isfinite()  # one pass: a sum keeps what is not finite
+        choice = torch.where(finite, tokens, -1).float()[:, None]
+        if any(request.logprobs for request in requests):
+            choice = torch.cat((choice, score(logits, tokens, max(r.top_logprobs for r in requests))), dim=1)
+        rows = self.ranks.share(choice).tolist()
+        return [(int(row[0]), score_of(row[1:], r.top_logprobs)) for row, r in zip(rows, requests, strict=True)]
 
     def _fail(self, answer: Answer, row: int, position: int) -> None:
         """End an answer whose logits are not finite; whoever calls wipes what it leaves, for a NaN would spread."""
@@ -291,6 +291,25 @@ class Passes:
     def _note(self, runs: list[Run]) -> None:
         self.count += 1
         self.tokens += sum(len(run.ids) for run in runs)
+
+
+def score(logits: Tensor, tokens: Tensor, k: int) -> Tensor:
+    """(n, 1 + 2k) float32 for logits (n, vocab_size): the logprob of each row's token, then the ids and the logprobs of
+    the k likeliest. Ids are exact in float32, and one tensor takes one broadcast and one read by the host."""
+    logprobs = logits.log_softmax(dim=-1)
+    own = logprobs.gather(1, tokens[:, None])
+    if not k:
+        return own
+    likeliest = logprobs.topk(k)
+    return torch.cat((own, likeliest.indices.float(), likeliest.values), dim=1)
+
+
+def score_of(row: list[float], k: int) -> Score:
+    """A row of `score`, of which no more than the `k` likeliest were asked for."""
+    if not row:
+        return Score(0.0)
+    at = 1 + len(row) // 2
+    return Score(row[0], tuple(zip(map(int, row[1 : 1 + k]), row[at : at + k], strict=True)))
 
 
 @contextlib.contextmanager
