@@ -7,11 +7,13 @@ setup(
     version="0.1.0",
     description="Reference inference for Llama 2",
     license="MIT",
-    packages=["llama", "llama.checkpoints"],
+    packages=["llama", "llama.checkpoints", "llama.serving"],
+    package_data={"llama.serving": ["page.html"]},
     python_requires=">=3.10",
     install_requires=Path(__file__).with_name("requirements.txt").read_text().split(),
     extras_require={
         "hf": ["safetensors"],
+        "serve": ["starlette>=1.0", "uvicorn>=0.30"],
         "test": [
             "hypothesis",
             "mypy",

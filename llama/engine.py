@@ -70,6 +70,11 @@ class Engine:
         """Let an answer go at the next step, whether it waits, is half fed or being answered."""
         answer.cancelled = answer.cancelled or not answer.over
 
+    @property
+    def busy(self) -> bool:
+        """Whether an answer waits or has a row, if only until the next step lets it go."""
+        return bool(self.schedule.waiting) or any(answer is not None for answer in self.schedule.answers)
+
     @contextlib.contextmanager
     def answering(self, requests: Iterable[Request]) -> Iterator[list[Answer]]:
         """Their answers, submitted; those that are not over when the block is left, however it is, are cancelled."""

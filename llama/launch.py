@@ -51,6 +51,14 @@ FLAGS = {
     "device": "cuda, mps, cpu, or auto for the first of them that there is",
     "dtype": "float32, bfloat16, float16, or auto for the fastest of 16 bits or more",
     "quantize": "int8 or int4: hold linear weights in 8 or 4 bits",
+    "compile": "compile the decode step, which takes minutes once",
+    "host": "address to listen on; 0.0.0.0 for all of this machine's",
+    "port": "0 takes a free one, and says which",
+    "api_key": "what clients have to send; better in LLAMA_API_KEY, an environment variable, which nobody else sees",
+    "allow_origin": "another server whose pages may ask this one, as https://example.org; * for all",
+    "model_name": "what clients call the model, in place of its folder's name",
+    "max_waiting": "requests that wait while others run; beyond them, clients are told to come again",
+    "drain": "seconds that running answers have left when the server is told to end",
     "adapter_dir": "LoRA adapter in PEFT's layout, which is merged into the weights",
 }
 

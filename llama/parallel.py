@@ -15,6 +15,7 @@ import os
 import pickle
 import threading
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -219,6 +220,14 @@ def model_ranks() -> Ranks:
             return ranks
     _joined.append(Ranks(fs_init.get_model_parallel_world_size(), fs_init.get_model_parallel_rank(), group))
     return _joined[-1]
+
+
+def patient_ranks() -> Ranks:
+    """All ranks, in a group that waits for ever: for a person to type, or a client to come. The model's own collectives
+    have a time limit."""
+    size = dist.get_world_size()
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=365)) if size > 1 else None
+    return Ranks(size, dist.get_rank(), group)
 
 
 def divisors(n: int) -> list[int]:

@@ -11,7 +11,6 @@ import signal
 import sys
 import time
 from dataclasses import KW_ONLY, dataclass
-from datetime import timedelta
 from typing import Literal
 
 import torch.distributed as dist
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from .chat import SPECIAL_TAGS, UNSAFE_ERROR, Message, encode_dialog, has_special_tags
 from .generation import Llama
 from .launch import did_you_mean
-from .parallel import Ranks
+from .parallel import patient_ranks
 
 try:
     import readline
@@ -64,10 +63,7 @@ class Session:
         self.settings = {name: getattr(self, name) for name in ("temperature", "top_p", "max_gen_len")}
         kind = {name: getattr(self, name) for name in ("seed", "device", "dtype", "quantize", "adapter_dir")}
         self.llm = Llama.build(self.ckpt_dir, self.tokenizer_path, self.max_seq_len, 1, **kind)
-        size = dist.get_world_size()
-        # While a person types, ranks wait in a group of their own: the model's collectives have a shorter time limit.
-        group = dist.new_group(backend="gloo", timeout=timedelta(days=365)) if size > 1 else None
-        self.ranks = Ranks(size, dist.get_rank(), group)
+        self.ranks = patient_ranks()
 
 
 @dataclass
