@@ -10,6 +10,7 @@ from sentencepiece import SentencePieceTrainer
 
 from llama import Llama, ModelArgs, Tokenizer, Transformer
 from llama.infilling import encode_infilling
+from llama.serving.openai import BadRequest, TextCompletion
 
 PIECES = ["▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"]
 
@@ -116,3 +117,11 @@ def test_folders_of_llama_1_and_code_llama_load_as_they_are(
     model.load_state_dict(state)
     tokens = torch.tensor([[1, 5, 9, 7, 12]])
     torch.testing.assert_close(llm.model(tokens, 0), model(tokens).detach(), atol=1e-4, rtol=0)
+
+
+def test_a_completion_with_a_suffix_is_infilling(code_llm: Llama) -> None:
+    asked = TextCompletion({"prompt": "def add(", "suffix": "):"}, code_llm, "model")
+    prompt = list(asked.requests[0].prompt)
+    assert prompt.count(code_llm.tokenizer.suffix_id) == 1 and prompt[-1] != code_llm.tokenizer.eos_id
+    with pytest.raises(BadRequest, match="send no ids"):
+        TextCompletion({"prompt": [1, 2], "suffix": "):"}, code_llm, "model")
