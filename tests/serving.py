@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import TracebackType
@@ -31,7 +32,9 @@ class Served:
         self.job = subprocess.Popen(
             command, cwd=ROOT, env=clean_environment() | paths | environment, stderr=subprocess.PIPE, text=True
         )
-        self.log = ""
+        self.lines: list[str] = []
+        self.reader = threading.Thread(target=self._read, daemon=True)  # a full pipe would hold the server up
+        self.reader.start()
         self.status: int | None = None
 
     def __enter__(self) -> Served:
@@ -41,23 +44,34 @@ class Served:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.end()
 
-    def wait_for(self, pattern: re.Pattern[str]) -> re.Match[str]:
+    @property
+    def log(self) -> str:
+        return "".join(self.lines)
+
+    def _read(self) -> None:
         assert self.job.stderr is not None
-        while line := self.job.stderr.readline():
-            self.log += line
-            if found := pattern.search(line):
+        for line in self.job.stderr:
+            self.lines.append(line)
+
+    def wait_for(self, pattern: re.Pattern[str], seconds: float = 120) -> re.Match[str]:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            running = self.reader.is_alive()
+            if found := pattern.search(self.log):
                 return found
-        raise AssertionError(f"the server ended: {self.log}")
+            assert running, f"the server ended: {self.log}"
+            time.sleep(0.02)
+        raise AssertionError(f"the server does not say so: {self.log}")
 
     def end(self) -> str:
         """Let it end, with SIGTERM if it has not; returns its log."""
         if self.job.poll() is None:
             self.job.terminate()
         try:
-            self.log += self.job.communicate(timeout=60)[1]
+            self.status = self.job.wait(60)
         finally:
             self.job.kill()
-        self.status = self.job.returncode
+        self.reader.join(10)
         return self.log
 
 

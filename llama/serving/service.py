@@ -67,6 +67,7 @@ class Service:
         self.numbers = itertools.count()
         self.new, self.stopping = Todo([], []), False
         self.stepped = time.monotonic()
+        self.looking = False  # the event loop was told of a step, and has not looked yet
         self.wake = threading.Condition()  # guards `new` and `stopping`
         self.loop: asyncio.AbstractEventLoop | None = None  # there is none on the other ranks
         self.on_ready: Callable[[], None] = lambda: None  # told in the event loop, and so is
@@ -130,9 +131,11 @@ class Service:
             self.wake.notify()
 
     def _look(self) -> None:
-        """A step was run: count what it brought, and let those look who wait for it."""
+        """Steps were run: count what they brought, and let those look who wait for it."""
+        self.looking = False
         now, metrics = time.monotonic(), self.metrics
         for call in list(self.calls.values()):
+            before = sum(call.counted)
             for i, answer in enumerate(call.answers):
                 if new := len(answer.pieces) - call.counted[i]:
                     if call.counted[i]:
@@ -145,7 +148,8 @@ class Service:
             if call.over:
                 metrics.successes.update(answer.finish_reason or "error" for answer in call.answers)
                 del self.calls[call.number]
-            call.changed.set()
+            if call.over or sum(call.counted) > before:
+                call.changed.set()
 
     def _ended(self) -> None:
         self.fail(RuntimeError(f"the engine has ended: {self.error}" if self.error else "the server has shut down"))
@@ -176,7 +180,9 @@ class Service:
             llm.engine.step()
             running = {number: answers for number, answers in running.items() if not all(a.over for a in answers)}
             self.stepped = time.monotonic()
-            self._tell(self._look)
+            if not self.looking:  # else a busy event loop would fall behind, step by step
+                self.looking = True
+                self._tell(self._look)
 
     def _wait(self, llm: Llama) -> Todo | None:
         """What came since the last step, as soon as there is work; None once the thread is to end."""

@@ -98,12 +98,15 @@ class Server(uvicorn.Server):
         self.service.on_ready = lambda: logger.info(ready)
         self.service.on_end = lambda: setattr(self, "should_exit", True)
         self.loop = asyncio.get_running_loop()
-        thread = self.service.start()
         await self.serve([listener])
         self.service.stop()
-        await asyncio.to_thread(thread.join, 5)
-        if thread.is_alive():  # loading, or in a long step: nothing that it does is wanted
+        await asyncio.to_thread(self.thread.join, 5)
+        if self.thread.is_alive():  # loading, or in a long step: nothing that it does is wanted
             os._exit(0)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.thread = self.service.start()
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         self.loop.call_soon_threadsafe(self._end, self.should_exit)
@@ -141,8 +144,10 @@ class App:
         ]
         origins = [allow_origin] if allow_origin else []
         guards = [Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])]
-        handlers = {HTTPException: failed, BadRequest: failed, Busy: failed, Exception: failed}
-        app = Starlette(routes=routes, middleware=guards if origins else [], exception_handlers=handlers)
+        kinds = (HTTPException, BadRequest, Busy, ClientDisconnect, Exception)
+        app = Starlette(
+            routes=routes, middleware=guards if origins else [], exception_handlers=dict.fromkeys(kinds, failed)
+        )
         app.router.redirect_slashes = False
         self.asgi = app
 
@@ -174,6 +179,8 @@ class App:
                 raise ClientDisconnect
             call.check()
             return answer_of(asked.whole(call.answers))
+        except ValueError as error:  # the request's own: its logits are not finite
+            return answer_of(error_of(str(error), 500), 500)
         finally:
             gone.cancel()
             self.service.cancel(call)
@@ -304,5 +311,7 @@ async def failed(request: Request, error: Exception) -> Response:
         return answer_of(error_of(str(error), 503, code="busy"), 503, {"Retry-After": "1"})
     if isinstance(error, HTTPException):
         return answer_of(error_of(error.detail, error.status_code), error.status_code, dict(error.headers or {}))
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)  # which nobody hears
     logger.error("%s %s failed: %s", request.method, request.url.path, error, exc_info=error)
     return answer_of(error_of(str(error), 500), 500)
