@@ -26,8 +26,9 @@ from .sampling import sample
 from .schedule import Schedule
 from .tokenizer import Tokenizer
 
-# Tokens of prompts in a pass while others wait for their next token: on a CPU as many as take three or four times as
-# long as a step of one row (benchmarks/README.md); a GPU reads the weights for about as long as it multiplies so many.
+# Tokens of prompts in a pass while others wait for their next token: as many as take three or four times as long as a
+# step of one row (benchmarks/README.md), on any CPU; a store may be good for more. A GPU reads the weights for about as
+# long as it multiplies so many.
 CHUNK, GPU_CHUNK = 24, 256
 
 # And while nobody waits. More gained nothing, and would need more memory.
@@ -47,16 +48,23 @@ class Engine:
     """
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, *, guess_tokens: int = 0, runner: Runner | None = None
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        guess_tokens: int = 0,
+        chunk_tokens: int = CHUNK,
+        runner: Runner | None = None,
     ):
-        """`guess_tokens` are guessed by prompt lookup, and verified, in a pass over rows whose text repeats itself."""
+        """`guess_tokens` are guessed by prompt lookup, and verified, in a pass over rows whose text repeats itself.
+        `chunk_tokens` of prompts are fed at once, on a CPU, while others answer."""
         runner = runner or Runner(model)
         self.model, self.tokenizer, self.cache = model, tokenizer, runner.cache
         self.version = model.version()
         self.schedule = Schedule(runner.cache)
         self.passes = Passes(runner, self.schedule, model.ranks)
         self.guess_tokens, self.long_chunk = guess_tokens, LONG_CHUNK
-        self.chunk = CHUNK if runner.device.type == "cpu" else GPU_CHUNK
+        self.chunk = chunk_tokens if runner.device.type == "cpu" else GPU_CHUNK
         self.turn = threading.Condition()
         self.stepping: int | None = None  # the thread that does
 

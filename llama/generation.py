@@ -310,10 +310,10 @@ class Llama(Generator):
             torch.manual_seed(seed)
             if model.ranks.rank:
                 sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        guess_tokens = prompt_lookup_num_tokens
-        if guess_tokens is None:
-            guess_tokens = store.spare_tokens if store else 0
-        engine = Engine(model, tokenizer, guess_tokens=guess_tokens, runner=runner)
+        best = {"guess_tokens": store.spare_tokens, "chunk_tokens": store.chunk_tokens} if store else {}
+        if prompt_lookup_num_tokens is not None:
+            best["guess_tokens"] = prompt_lookup_num_tokens
+        engine = Engine(model, tokenizer, runner=runner, **best)
         return Llama(model, tokenizer, seed=seed, engine=engine)
 
     def generate(
