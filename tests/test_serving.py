@@ -144,6 +144,19 @@ def test_texts_are_scored_as_evaluations_ask(served: Served, tiny: Llama) -> Non
     assert first["text"][offsets[3] :].startswith(first["logprobs"]["tokens"][3].strip())
 
 
+def test_a_stream_waits_for_the_scores_of_a_prompt_that_it_echoes(client: openai.OpenAI) -> None:
+    prompts = [f"The {animal} lives" for animal in ("fox", "owl", "cow", "bear", "frog", "mouse")]  # more than rows
+    options = {"echo": True, "logprobs": 2, "max_tokens": 12}
+    want = [choice.logprobs for choice in complete(client, prompts, **options).choices]
+    got: list[dict[str, list[Any]]] = [{name: [] for name in logprobs.to_dict()} for logprobs in want]
+    for chunk in complete(client, prompts, stream=True, **options):
+        (choice,) = chunk.choices
+        for name, values in choice.logprobs.to_dict().items():
+            got[choice.index][name] += values
+    assert got == [logprobs.to_dict() for logprobs in want]
+
+
+
 def test_embeddings_come_as_floats_and_in_base64(client: openai.OpenAI, tiny: Llama, served: Served) -> None:
     texts = ["The fox lives in the forest.", "Grass"]
     want = torch.nn.functional.normalize(tiny.embed(texts))

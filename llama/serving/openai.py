@@ -176,7 +176,7 @@ class Asked:
     def news(self, index: int, answer: Answer, whole: bool) -> dict[str, Any] | None:
         told = self.told[index]
         text, over = answer.news(told.characters)
-        if told.over or not (text or over):
+        if told.over or not (over or (text and not answer.wants_states)):  # an echo comes with its scores
             return None
         first, begin = not told.characters, told.tokens
         told.add(text, answer, over)
