@@ -19,7 +19,10 @@ from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
 from serving import Served
 
 from llama import Llama
+from llama.arguments import Settings, make_requests
+from llama.request import Answer, Score
 from llama.serving.openai import NOT_SUPPORTED
+from llama.serving.service import Call, Service
 
 FOX = [{"role": "user", "content": "Where does the fox live?"}]
 FLAGS = ("--max_seq_len", "256", "--max_batch_size", "4", "--dtype", "float32")
@@ -310,6 +313,26 @@ def test_metrics_count_under_vllms_names(served: Served) -> None:
     assert after[first] - before[first] == 1 and after[between] - before[between] == 4
     length = 'vllm:request_success_total{model_name="llama-2-tiny",finished_reason="length"}'
     assert after[length] - before[length] == 1
+    scored = post(served, "/v1/completions", prompt="The fox", max_tokens=0, echo=True, logprobs=1).json()["usage"]
+    embedded = post(served, "/v1/embeddings", input=["The fox", "Grass"]).json()["usage"]
+    read_too = scored["prompt_tokens"] + embedded["prompt_tokens"]
+    assert read()[name % "prompt_tokens_total"] - after[name % "prompt_tokens_total"] == read_too
+
+
+def test_what_a_stop_string_takes_back_is_not_subtracted_from_the_metrics(tiny: Llama) -> None:
+    ids = tiny.tokenizer.encode("The hedgehog lives", bos=True, eos=False)
+    requests = make_requests(tiny.tokenizer, [ids[:2]], Settings(9, stop=tiny.tokenizer.decode(ids)[4:]), 256)
+    service = Service(lambda: tiny, 1)
+    call = service.calls[0] = Call(0, requests)
+    call.answers = [Answer(requests[0], tiny.tokenizer)]
+    seen = []
+    for token in ids[2:]:
+        call.answers[0].append(token, Score(0.0))
+        service._look()
+        seen.append(service.metrics.generation_tokens)
+    assert call.answers[0].finish_reason == "stop" and len(call.answers[0].pieces) < seen[-1]
+    assert seen == sorted(seen)
+    assert min(service.metrics.between_tokens.counts) >= 0 and service.metrics.between_tokens.sum >= 0
 
 
 def test_streams_say_that_they_want_no_buffer_and_pages_that_they_load_nothing_else(served: Served) -> None:

@@ -34,7 +34,8 @@ class Call:
         self.answers: list[Answer] = []
         self.error: Exception | None = None
         self.changed = asyncio.Event()  # a step was run, or the call has failed
-        self.counted = [0] * len(requests)  # tokens of each answer that the metrics know of
+        self.read = [False] * len(requests)  # whether the metrics know of each answer's prompt
+        self.counted = [0] * len(requests)  # and of how many of its tokens
         self.seen = [time.monotonic()] * len(requests)  # when each answer's last token came, or the call
 
     @property
@@ -137,14 +138,17 @@ class Service:
         for call in list(self.calls.values()):
             before = sum(call.counted)
             for i, answer in enumerate(call.answers):
-                if new := len(answer.pieces) - call.counted[i]:
+                count = len(answer.pieces)  # which the engine's thread may change; a stop string takes some back
+                if not call.read[i] and (count or answer.finish_reason is not None):
+                    metrics.prompt_tokens += len(answer.request.prompt)
+                    call.read[i] = True
+                if (new := count - call.counted[i]) > 0:
                     if call.counted[i]:
                         metrics.between_tokens.observe((now - call.seen[i]) / new, new)
                     else:
                         metrics.first_token.observe(now - call.seen[i])
-                        metrics.prompt_tokens += len(answer.request.prompt)
                     metrics.generation_tokens += new
-                    call.counted[i], call.seen[i] = len(answer.pieces), now
+                    call.counted[i], call.seen[i] = count, now
             if call.over:
                 metrics.successes.update(answer.finish_reason or "error" for answer in call.answers)
                 del self.calls[call.number]
