@@ -236,6 +236,7 @@ def test_mistakes_are_told_by_the_library_sentence_and_the_field(client: openai.
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "surrogates not allowed"),
         ({"temperature": "hot"}, "temperature is 'hot': use a number"),
         ({"temperature": -1}, "temperature is -1: use 0 for greedy decoding"),
+        ({"temperature": 10**400}, "use 0 for greedy decoding"),
         ({"top_p": 0}, "top_p is 0: use more than 0 and at most 1"),
         ({"max_tokens": -1}, "max_tokens is -1: use 0 or more"),
         ({"max_tokens": True}, "max_tokens is True: use an integer"),
