@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 import torch
 from conftest import TINY, run_python
@@ -98,6 +99,36 @@ def test_beyond_the_queue_clients_are_told_to_come_again_at_once(scripted: Serve
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
         assert refused.json()["error"]["message"] == "1 requests wait already, and no more than 1 may"
     assert waiting.result().json()["choices"][0]["message"]["content"] == "waited"
+
+
+def test_no_queue_still_fills_every_row(tmp_path: Path) -> None:
+    flags = ("--max_batch_size", "2", "--max_waiting", "0")
+    with Served(*FLAGS, *flags, script=SCRIPTED) as served:
+        with started(served, say("slow:800")), started(served, say("slow:800")):
+            assert metric(served, "num_requests_running") == 2
+            assert httpx.post(served.url + CHAT, json=say("say:no")).status_code == 503
+    assert served.status == 0
+
+
+def test_openais_client_comes_again_as_late_as_it_is_told_to(scripted: Served) -> None:
+    came: list[float] = []
+    with contextlib.ExitStack() as stack, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        stack.enter_context(started(scripted, say("slow:800")))
+        waiting = pool.submit(httpx.post, scripted.url + CHAT, json=say("say:waited"), timeout=60)
+        until(lambda: metric(scripted, "num_requests_waiting") == 1)
+
+        class Transport(openai.DefaultHttpxClient):
+            def send(self, *arguments: Any, **options: Any) -> Any:
+                came.append(time.monotonic())
+                answer = super().send(*arguments, **options)
+                if answer.status_code == 503:
+                    stack.close()  # the row is free by the time that it comes again
+                return answer
+
+        client = openai.OpenAI(base_url=f"{scripted.url}/v1", api_key="none", http_client=Transport())
+        answer = client.chat.completions.create(model="llama-2-tiny", **say("say:at last"))
+    assert answer.choices[0].message.content == "at last" and waiting.result().status_code == 200
+    assert len(came) == 2 and came[1] - came[0] >= 1, "its own patience would end after half a second"
 
 
 def test_who_reads_slowly_holds_up_nobody(scripted: Served) -> None:

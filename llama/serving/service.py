@@ -92,18 +92,17 @@ class Service:
             raise Busy(f"the engine has not finished a step for {STALLED_SECONDS} s")
         return self.llm
 
-    def load(self) -> tuple[int, int]:
-        """How many requests are running, and how many wait for a row."""
-        pending = sum(len(call.requests) for call in self.calls.values())
+    def load(self, more: int = 0) -> tuple[int, int]:
+        """How many requests are running, and how many wait for a row; `more` ones counted too."""
+        pending = more + sum(len(call.requests) for call in self.calls.values())
         rows = self.llm.model.params.max_batch_size if self.llm else 0
         return min(pending, rows), max(0, pending - rows)
 
     def submit(self, requests: Sequence[Request]) -> Call:
         """Hand requests to the engine; the call's `changed` tells when to look at its answers. Raises Busy."""
         self.check()
-        running, waiting = self.load()
-        if running + waiting and waiting + len(requests) > self.max_waiting:
-            raise Busy(f"{waiting} requests wait already, and no more than {self.max_waiting} may")
+        if self.calls and self.load(len(requests))[1] > self.max_waiting:
+            raise Busy(f"{self.load()[1]} requests wait already, and no more than {self.max_waiting} may")
         call = Call(next(self.numbers), requests)
         self.calls[call.number] = call
         with self.wake:
