@@ -159,7 +159,6 @@ def test_a_stream_waits_for_the_scores_of_a_prompt_that_it_echoes(client: openai
     assert got == [logprobs.to_dict() for logprobs in want]
 
 
-
 def test_embeddings_come_as_floats_and_in_base64(client: openai.OpenAI, tiny: Llama, served: Served) -> None:
     texts = ["The fox lives in the forest.", "Grass"]
     want = torch.nn.functional.normalize(tiny.embed(texts))
@@ -259,6 +258,28 @@ def test_mistakes_are_told_by_the_library_sentence_and_the_field(client: openai.
     assert httpx.get(f"{served.url}/v1/nothing").status_code == 404
     assert httpx.get(f"{served.url}/v1/completions").status_code == 405
     assert httpx.get(f"{served.url}/v1/completions").json()["error"]["message"] == "Method Not Allowed"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("chat/completions", {"messages": FOX, "temperature": -1}, "temperature"),
+        ("chat/completions", {"messages": FOX, "top_p": 2}, "top_p"),
+        ("chat/completions", {"messages": FOX, "stop": [1]}, "stop"),
+        ("chat/completions", {"messages": FOX, "top_logprobs": 2}, "top_logprobs"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "fox " * 300}]}, "messages"),
+        ("completions", {"prompt": [1] * 300}, "prompt"),
+        ("completions", {"prompt": [1] * 256}, "prompt"),
+        ("completions", {"prompt": ["a"] * 2049}, "prompt"),
+        ("completions", {"prompt": "a", "suffix": "b"}, "suffix"),
+        ("embeddings", {"input": "fox " * 300}, "input"),
+        ("embeddings", {"input": "fox", "encoding_format": "int8"}, "encoding_format"),
+    ],
+)
+def test_a_refusal_names_the_field_that_it_is_about(
+    served: Served, path: str, body: dict[str, Any], param: str
+) -> None:
+    assert refusal(served, f"/v1/{path}", **body)["param"] == param
 
 
 @pytest.mark.parametrize("field", NOT_SUPPORTED)
