@@ -7,12 +7,13 @@ import base64
 import json
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
+import tiktoken
 import torch
 from conftest import TINY
 from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
@@ -125,6 +126,35 @@ def test_prompts_are_texts_or_ids_alone_or_in_lists(client: openai.OpenAI, tiny:
     assert complete(client, texts[0]).usage.completion_tokens <= 16, "as many as OpenAI's where none are asked for"
 
 
+@pytest.mark.parametrize("echo", [False, True])
+def test_a_text_is_scored_as_the_library_scores_it(client: openai.OpenAI, tiny: Llama, echo: bool) -> None:
+    asked: dict[str, Any] = {"temperature": 0, "echo": echo}
+    want = tiny.text_completion(["The fox lives"], max_gen_len=8, logprobs=True, top_logprobs=3, **asked)[0]
+    choice = complete(client, "The fox lives", max_tokens=8, logprobs=3, echo=echo).choices[0]
+    assert (choice.text, choice.finish_reason) == (want["generation"], want["finish_reason"])
+    got, given = choice.logprobs, int(echo)  # nothing comes before an echo's first token
+    assert "".join(got.tokens[given:]).strip() == want["generation"]
+    assert got.token_logprobs[given:] == pytest.approx(want["logprobs"][given:], abs=1e-4)
+    for scores, top in zip(got.top_logprobs[given:], want["top_logprobs"][given:], strict=True):
+        assert {text: scores[text] for text, _ in top} == pytest.approx(dict(top), abs=1e-4)
+    ends = [*got.text_offset[1:], len(choice.text)]
+    pieces = [choice.text[begin:end] for begin, end in zip(got.text_offset, ends, strict=True)]
+    assert pieces == want["tokens"]
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_as_many_tokens_come_as_are_asked_for(client: openai.OpenAI, max_tokens: int) -> None:
+    for answer in (
+        complete(client, ["The fox", "The owl"], max_tokens=max_tokens),
+        chat(client, max_tokens=max_tokens),
+    ):
+        assert answer.usage.completion_tokens == max_tokens * len(answer.choices)
+        assert {choice.finish_reason for choice in answer.choices} == {"length"}
+    assert complete(client, "The fox", max_tokens=max_tokens, echo=True).choices[0].text.startswith("The fox")
+    *_, last = chat(client, max_tokens=max_tokens, stream=True)
+    assert last.choices[0].finish_reason == "length"
+
+
 def test_texts_are_scored_as_evaluations_ask(served: Served, tiny: Llama) -> None:
     question = "[INST] What does the cow eat? [/INST] Grass."
     whole = [*tiny.tokenizer.encode(question, bos=True, eos=False)]
@@ -177,9 +207,17 @@ def test_embeddings_come_as_floats_and_in_base64(client: openai.OpenAI, tiny: Ll
 def test_models_are_listed_and_others_are_not_there(client: openai.OpenAI) -> None:
     (model,) = client.models.list().data
     assert model.id == "llama-2-tiny" and client.models.retrieve("llama-2-tiny").id == model.id
-    for call in (lambda: client.models.retrieve("gpt-4"), lambda: chat(client, model="gpt-4")):
+    calls: list[Callable[[], Any]] = [
+        lambda: client.models.retrieve("gpt-4"),
+        lambda: chat(client, model="gpt-4"),
+        lambda: complete(client, "x", model="gpt-4"),
+        lambda: client.embeddings.create(model="gpt-4", input="x"),
+    ]
+    for call in calls:
         with pytest.raises(openai.NotFoundError, match="no model 'gpt-4' is here: use 'llama-2-tiny'"):
             call()
+    with pytest.raises(openai.NotFoundError):
+        client.responses.create(model="llama-2-tiny", input="x")
 
 
 def test_langchain_chats_completes_and_embeds(served: Served, tiny: Llama) -> None:
@@ -196,6 +234,18 @@ def test_langchain_chats_completes_and_embeds(served: Served, tiny: Llama) -> No
     assert vector == pytest.approx(torch.nn.functional.normalize(tiny.embed(["Grass"]))[0].tolist(), abs=1e-5)
 
 
+def test_ids_of_another_model_are_refused_with_the_switch_that_sends_texts(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bytes_of = {bytes([byte]): byte for byte in range(256)}  # stands in for a file that tiktoken would download
+    encoding = tiktoken.Encoding("bytes", pat_str=".", mergeable_ranks=bytes_of, special_tokens={})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
+    base: dict[str, Any] = {"base_url": f"{served.url}/v1", "api_key": "none", "model": "llama-2-tiny"}
+    with pytest.raises(openai.BadRequestError, match="use text \\(langchain: check_embedding_ctx_length=False\\)"):
+        OpenAIEmbeddings(**base).embed_query("Grass")
+    assert len(OpenAIEmbeddings(check_embedding_ctx_length=False, **base).embed_documents(["Grass", "Honey"])) == 2
+
+
 def test_many_clients_at_once_are_each_answered_as_if_alone(served: Served, tiny: Llama) -> None:
     animals = ["fox", "owl", "cow", "bear", "rabbit", "hedgehog", "frog", "mouse"]
     dialogs = [[{"role": "user", "content": f"What does the {animal} eat?"}] for animal in animals]
@@ -208,6 +258,23 @@ def test_many_clients_at_once_are_each_answered_as_if_alone(served: Served, tiny
                 for dialog in dialogs
             ]
             return [answer.choices[0].message.content for answer in await asyncio.gather(*asked)]
+
+    assert asyncio.run(ask()) == want
+
+
+def test_streams_of_an_async_client_come_at_once(served: Served, client: openai.OpenAI) -> None:
+    animals = ["fox", "owl", "cow"]
+    want = [complete(client, f"The {animal}", max_tokens=12).choices[0].text for animal in animals]
+
+    async def ask() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none") as several:
+
+            async def one(animal: str) -> str:
+                options: dict[str, Any] = {"model": "llama-2-tiny", "temperature": 0, "max_tokens": 12, "stream": True}
+                stream = await several.completions.create(prompt=f"The {animal}", **options)
+                return "".join([chunk.choices[0].text async for chunk in stream])
+
+            return await asyncio.gather(*map(one, animals))
 
     assert asyncio.run(ask()) == want
 
@@ -374,8 +441,8 @@ def test_streams_say_that_they_want_no_buffer_and_pages_that_they_load_nothing_e
 
 def test_only_the_key_opens_and_other_sites_pages_are_kept_out(served: Served) -> None:
     key = {"Authorization": "Bearer sesame"}
-    flags = ("--allow_origin", "https://friend.example", "--model_name", "fox")
-    with Served(*FLAGS, *flags, LLAMA_API_KEY="sesame") as locked:
+    flags = ("--allow_origin", "https://friend.example", "--model_name", "fox", "--api_key", "sesame")
+    with Served(*FLAGS, *flags, LLAMA_API_KEY="what the flag outdoes") as locked:
         for headers in ({}, {"Authorization": "Bearer sesam"}, {"Authorization": "sesame"}):
             for path in ("/v1/models", "/v1/models/fox"):
                 assert httpx.get(locked.url + path, headers=headers).status_code == 401
@@ -389,6 +456,10 @@ def test_only_the_key_opens_and_other_sites_pages_are_kept_out(served: Served) -
         friend = {"Origin": "https://friend.example"}
         answer = httpx.get(f"{locked.url}/v1/models", headers=key | friend)
         assert answer.headers["access-control-allow-origin"] == "https://friend.example"
+        asking = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+        answer = httpx.options(f"{locked.url}/v1/chat/completions", headers=friend | asking)  # before a page's own
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == "https://friend.example"
         stranger = httpx.get(f"{locked.url}/v1/models", headers=key | {"Origin": "https://stranger.example"})
         assert stranger.status_code == 403 and "--allow_origin" in stranger.json()["error"]["message"]
     assert locked.status == 0
@@ -398,8 +469,10 @@ def test_only_the_key_opens_and_other_sites_pages_are_kept_out(served: Served) -
     assert own.status_code == 200
 
 
-def test_prompts_are_not_logged() -> None:
-    with Served(*FLAGS) as served:
-        post(served, "/v1/completions", prompt="hippopotamus", max_tokens=1)
-        post(served, "/v1/completions", prompt="hippopotamus", temperature="x")
-    assert "hippopotamus" not in served.log and served.status == 0
+def test_prompts_are_not_logged_and_the_key_may_come_from_the_environment() -> None:
+    with Served(*FLAGS, LLAMA_API_KEY="sesame") as served:
+        assert post(served, "/v1/completions", prompt="hippopotamus").status_code == 401
+        key = {"Authorization": "Bearer sesame"}
+        for body in ({"max_tokens": 1}, {"temperature": "x"}, {"temperature": -1}, {"suffix": "x"}, {"stream": True}):
+            httpx.post(f"{served.url}/v1/completions", json={"prompt": "hippopotamus"} | body, headers=key)
+    assert not re.search("hippopotamus|sesame", served.log) and served.status == 0
