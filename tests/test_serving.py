@@ -424,6 +424,18 @@ def test_what_a_stop_string_takes_back_is_not_subtracted_from_the_metrics(tiny: 
     assert min(service.metrics.between_tokens.counts) >= 0 and service.metrics.between_tokens.sum >= 0
 
 
+def test_tokens_that_are_seen_together_are_all_counted(tiny: Llama) -> None:
+    service = Service(lambda: tiny, 1)
+    requests = make_requests(tiny.tokenizer, [[1, 2]], Settings(5), 256)
+    call = service.calls[0] = Call(0, requests)
+    call.answers = [Answer(requests[0], tiny.tokenizer)]
+    for together in (2, 3):
+        for _ in range(together):
+            call.answers[0].append(300, Score(0.0))
+        service._look()
+    assert (sum(service.metrics.first_token.counts), sum(service.metrics.between_tokens.counts)) == (1, 4)
+
+
 def test_streams_say_that_they_want_no_buffer_and_pages_that_they_load_nothing_else(served: Served) -> None:
     body = {"messages": FOX, "stream": True}
     with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body) as stream:

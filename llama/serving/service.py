@@ -146,6 +146,7 @@ class Service:
                         metrics.between_tokens.observe((now - call.seen[i]) / new, new)
                     else:
                         metrics.first_token.observe(now - call.seen[i])
+                        metrics.between_tokens.observe(0.0, new - 1)  # those that were seen with it
                     metrics.generation_tokens += new
                     call.counted[i], call.seen[i] = count, now
             if call.over:
