@@ -22,6 +22,7 @@ setup(
             "openai",
             "peft",
             "pexpect",
+            "protobuf",
             "pytest",
             "ruff",
             "safetensors",

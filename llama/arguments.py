@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import operator
+import sys
 from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
@@ -157,7 +157,7 @@ def check_settings(max_gen_len: int, temperature: Any, top_p: Any) -> None:
             raise TypeError(f"{name} is {value!r}: use a number")
     if max_gen_len < 0:
         raise ValueError(f"max_gen_len is {max_gen_len}: use 0 or more")
-    if not 0 <= temperature < math.inf:
+    if not 0 <= temperature <= sys.float_info.max:
         raise ValueError(f"temperature is {temperature}: use 0 for greedy decoding, or a positive number")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}: use more than 0 and at most 1")

@@ -123,5 +123,15 @@ def test_a_completion_with_a_suffix_is_infilling(code_llm: Llama) -> None:
     asked = TextCompletion({"prompt": "def add(", "suffix": "):"}, code_llm, "model")
     prompt = list(asked.requests[0].prompt)
     assert prompt.count(code_llm.tokenizer.suffix_id) == 1 and prompt[-1] != code_llm.tokenizer.eos_id
+    assert asked.requests[0].continues, "its first word's space stays"
+    (want,) = code_llm.text_infilling(["def add("], ["):"], temperature=0, max_gen_len=12)
+    asked = TextCompletion(
+        {"prompt": "def add(", "suffix": "):", "temperature": 0, "max_tokens": 12}, code_llm, "model"
+    )
+    (answer,) = [code_llm.engine.submit(request) for request in asked.requests]
+    while not answer.over:
+        code_llm.engine.step()
+    (choice,) = asked.whole([answer])["choices"]
+    assert (choice["text"], choice["finish_reason"]) == (want["generation"], want["finish_reason"])
     with pytest.raises(BadRequest, match="send no ids"):
         TextCompletion({"prompt": [1, 2], "suffix": "):"}, code_llm, "model")

@@ -7,19 +7,23 @@ import base64
 import json
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
+import tiktoken
 import torch
 from conftest import TINY
 from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
 from serving import Served
 
 from llama import Llama
+from llama.arguments import Settings, make_requests
+from llama.request import Answer, Score
 from llama.serving.openai import NOT_SUPPORTED
+from llama.serving.service import Call, Service
 
 FOX = [{"role": "user", "content": "Where does the fox live?"}]
 FLAGS = ("--max_seq_len", "256", "--max_batch_size", "4", "--dtype", "float32")
@@ -122,6 +126,35 @@ def test_prompts_are_texts_or_ids_alone_or_in_lists(client: openai.OpenAI, tiny:
     assert complete(client, texts[0]).usage.completion_tokens <= 16, "as many as OpenAI's where none are asked for"
 
 
+@pytest.mark.parametrize("echo", [False, True])
+def test_a_text_is_scored_as_the_library_scores_it(client: openai.OpenAI, tiny: Llama, echo: bool) -> None:
+    asked: dict[str, Any] = {"temperature": 0, "echo": echo}
+    want = tiny.text_completion(["The fox lives"], max_gen_len=8, logprobs=True, top_logprobs=3, **asked)[0]
+    choice = complete(client, "The fox lives", max_tokens=8, logprobs=3, echo=echo).choices[0]
+    assert (choice.text, choice.finish_reason) == (want["generation"], want["finish_reason"])
+    got, given = choice.logprobs, int(echo)  # nothing comes before an echo's first token
+    assert "".join(got.tokens[given:]).strip() == want["generation"]
+    assert got.token_logprobs[given:] == pytest.approx(want["logprobs"][given:], abs=1e-4)
+    for scores, top in zip(got.top_logprobs[given:], want["top_logprobs"][given:], strict=True):
+        assert {text: scores[text] for text, _ in top} == pytest.approx(dict(top), abs=1e-4)
+    ends = [*got.text_offset[1:], len(choice.text)]
+    pieces = [choice.text[begin:end] for begin, end in zip(got.text_offset, ends, strict=True)]
+    assert pieces == want["tokens"]
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_as_many_tokens_come_as_are_asked_for(client: openai.OpenAI, max_tokens: int) -> None:
+    for answer in (
+        complete(client, ["The fox", "The owl"], max_tokens=max_tokens),
+        chat(client, max_tokens=max_tokens),
+    ):
+        assert answer.usage.completion_tokens == max_tokens * len(answer.choices)
+        assert {choice.finish_reason for choice in answer.choices} == {"length"}
+    assert complete(client, "The fox", max_tokens=max_tokens, echo=True).choices[0].text.startswith("The fox")
+    *_, last = chat(client, max_tokens=max_tokens, stream=True)
+    assert last.choices[0].finish_reason == "length"
+
+
 def test_texts_are_scored_as_evaluations_ask(served: Served, tiny: Llama) -> None:
     question = "[INST] What does the cow eat? [/INST] Grass."
     whole = [*tiny.tokenizer.encode(question, bos=True, eos=False)]
@@ -144,6 +177,18 @@ def test_texts_are_scored_as_evaluations_ask(served: Served, tiny: Llama) -> Non
     assert first["text"][offsets[3] :].startswith(first["logprobs"]["tokens"][3].strip())
 
 
+def test_a_stream_waits_for_the_scores_of_a_prompt_that_it_echoes(client: openai.OpenAI) -> None:
+    prompts = [f"The {animal} lives" for animal in ("fox", "owl", "cow", "bear", "frog", "mouse")]  # more than rows
+    options = {"echo": True, "logprobs": 2, "max_tokens": 12}
+    want = [choice.logprobs for choice in complete(client, prompts, **options).choices]
+    got: list[dict[str, list[Any]]] = [{name: [] for name in logprobs.to_dict()} for logprobs in want]
+    for chunk in complete(client, prompts, stream=True, **options):
+        (choice,) = chunk.choices
+        for name, values in choice.logprobs.to_dict().items():
+            got[choice.index][name] += values
+    assert got == [logprobs.to_dict() for logprobs in want]
+
+
 def test_embeddings_come_as_floats_and_in_base64(client: openai.OpenAI, tiny: Llama, served: Served) -> None:
     texts = ["The fox lives in the forest.", "Grass"]
     want = torch.nn.functional.normalize(tiny.embed(texts))
@@ -162,9 +207,17 @@ def test_embeddings_come_as_floats_and_in_base64(client: openai.OpenAI, tiny: Ll
 def test_models_are_listed_and_others_are_not_there(client: openai.OpenAI) -> None:
     (model,) = client.models.list().data
     assert model.id == "llama-2-tiny" and client.models.retrieve("llama-2-tiny").id == model.id
-    for call in (lambda: client.models.retrieve("gpt-4"), lambda: chat(client, model="gpt-4")):
+    calls: list[Callable[[], Any]] = [
+        lambda: client.models.retrieve("gpt-4"),
+        lambda: chat(client, model="gpt-4"),
+        lambda: complete(client, "x", model="gpt-4"),
+        lambda: client.embeddings.create(model="gpt-4", input="x"),
+    ]
+    for call in calls:
         with pytest.raises(openai.NotFoundError, match="no model 'gpt-4' is here: use 'llama-2-tiny'"):
             call()
+    with pytest.raises(openai.NotFoundError):
+        client.responses.create(model="llama-2-tiny", input="x")
 
 
 def test_langchain_chats_completes_and_embeds(served: Served, tiny: Llama) -> None:
@@ -181,6 +234,18 @@ def test_langchain_chats_completes_and_embeds(served: Served, tiny: Llama) -> No
     assert vector == pytest.approx(torch.nn.functional.normalize(tiny.embed(["Grass"]))[0].tolist(), abs=1e-5)
 
 
+def test_ids_of_another_model_are_refused_with_the_switch_that_sends_texts(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bytes_of = {bytes([byte]): byte for byte in range(256)}  # stands in for a file that tiktoken would download
+    encoding = tiktoken.Encoding("bytes", pat_str=".", mergeable_ranks=bytes_of, special_tokens={})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
+    base: dict[str, Any] = {"base_url": f"{served.url}/v1", "api_key": "none", "model": "llama-2-tiny"}
+    with pytest.raises(openai.BadRequestError, match="use text \\(langchain: check_embedding_ctx_length=False\\)"):
+        OpenAIEmbeddings(**base).embed_query("Grass")
+    assert len(OpenAIEmbeddings(check_embedding_ctx_length=False, **base).embed_documents(["Grass", "Honey"])) == 2
+
+
 def test_many_clients_at_once_are_each_answered_as_if_alone(served: Served, tiny: Llama) -> None:
     animals = ["fox", "owl", "cow", "bear", "rabbit", "hedgehog", "frog", "mouse"]
     dialogs = [[{"role": "user", "content": f"What does the {animal} eat?"}] for animal in animals]
@@ -193,6 +258,23 @@ def test_many_clients_at_once_are_each_answered_as_if_alone(served: Served, tiny
                 for dialog in dialogs
             ]
             return [answer.choices[0].message.content for answer in await asyncio.gather(*asked)]
+
+    assert asyncio.run(ask()) == want
+
+
+def test_streams_of_an_async_client_come_at_once(served: Served, client: openai.OpenAI) -> None:
+    animals = ["fox", "owl", "cow"]
+    want = [complete(client, f"The {animal}", max_tokens=12).choices[0].text for animal in animals]
+
+    async def ask() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none") as several:
+
+            async def one(animal: str) -> str:
+                options: dict[str, Any] = {"model": "llama-2-tiny", "temperature": 0, "max_tokens": 12, "stream": True}
+                stream = await several.completions.create(prompt=f"The {animal}", **options)
+                return "".join([chunk.choices[0].text async for chunk in stream])
+
+            return await asyncio.gather(*map(one, animals))
 
     assert asyncio.run(ask()) == want
 
@@ -220,6 +302,7 @@ def test_mistakes_are_told_by_the_library_sentence_and_the_field(client: openai.
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "surrogates not allowed"),
         ({"temperature": "hot"}, "temperature is 'hot': use a number"),
         ({"temperature": -1}, "temperature is -1: use 0 for greedy decoding"),
+        ({"temperature": 10**400}, "use 0 for greedy decoding"),
         ({"top_p": 0}, "top_p is 0: use more than 0 and at most 1"),
         ({"max_tokens": -1}, "max_tokens is -1: use 0 or more"),
         ({"max_tokens": True}, "max_tokens is True: use an integer"),
@@ -242,6 +325,28 @@ def test_mistakes_are_told_by_the_library_sentence_and_the_field(client: openai.
     assert httpx.get(f"{served.url}/v1/nothing").status_code == 404
     assert httpx.get(f"{served.url}/v1/completions").status_code == 405
     assert httpx.get(f"{served.url}/v1/completions").json()["error"]["message"] == "Method Not Allowed"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("chat/completions", {"messages": FOX, "temperature": -1}, "temperature"),
+        ("chat/completions", {"messages": FOX, "top_p": 2}, "top_p"),
+        ("chat/completions", {"messages": FOX, "stop": [1]}, "stop"),
+        ("chat/completions", {"messages": FOX, "top_logprobs": 2}, "top_logprobs"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "fox " * 300}]}, "messages"),
+        ("completions", {"prompt": [1] * 300}, "prompt"),
+        ("completions", {"prompt": [1] * 256}, "prompt"),
+        ("completions", {"prompt": ["a"] * 2049}, "prompt"),
+        ("completions", {"prompt": "a", "suffix": "b"}, "suffix"),
+        ("embeddings", {"input": "fox " * 300}, "input"),
+        ("embeddings", {"input": "fox", "encoding_format": "int8"}, "encoding_format"),
+    ],
+)
+def test_a_refusal_names_the_field_that_it_is_about(
+    served: Served, path: str, body: dict[str, Any], param: str
+) -> None:
+    assert refusal(served, f"/v1/{path}", **body)["param"] == param
 
 
 @pytest.mark.parametrize("field", NOT_SUPPORTED)
@@ -297,6 +402,38 @@ def test_metrics_count_under_vllms_names(served: Served) -> None:
     assert after[first] - before[first] == 1 and after[between] - before[between] == 4
     length = 'vllm:request_success_total{model_name="llama-2-tiny",finished_reason="length"}'
     assert after[length] - before[length] == 1
+    scored = post(served, "/v1/completions", prompt="The fox", max_tokens=0, echo=True, logprobs=1).json()["usage"]
+    embedded = post(served, "/v1/embeddings", input=["The fox", "Grass"]).json()["usage"]
+    read_too = scored["prompt_tokens"] + embedded["prompt_tokens"]
+    assert read()[name % "prompt_tokens_total"] - after[name % "prompt_tokens_total"] == read_too
+
+
+def test_what_a_stop_string_takes_back_is_not_subtracted_from_the_metrics(tiny: Llama) -> None:
+    ids = tiny.tokenizer.encode("The hedgehog lives", bos=True, eos=False)
+    requests = make_requests(tiny.tokenizer, [ids[:2]], Settings(9, stop=tiny.tokenizer.decode(ids)[4:]), 256)
+    service = Service(lambda: tiny, 1)
+    call = service.calls[0] = Call(0, requests)
+    call.answers = [Answer(requests[0], tiny.tokenizer)]
+    seen = []
+    for token in ids[2:]:
+        call.answers[0].append(token, Score(0.0))
+        service._look()
+        seen.append(service.metrics.generation_tokens)
+    assert call.answers[0].finish_reason == "stop" and len(call.answers[0].pieces) < seen[-1]
+    assert seen == sorted(seen)
+    assert min(service.metrics.between_tokens.counts) >= 0 and service.metrics.between_tokens.sum >= 0
+
+
+def test_tokens_that_are_seen_together_are_all_counted(tiny: Llama) -> None:
+    service = Service(lambda: tiny, 1)
+    requests = make_requests(tiny.tokenizer, [[1, 2]], Settings(5), 256)
+    call = service.calls[0] = Call(0, requests)
+    call.answers = [Answer(requests[0], tiny.tokenizer)]
+    for together in (2, 3):
+        for _ in range(together):
+            call.answers[0].append(300, Score(0.0))
+        service._look()
+    assert (sum(service.metrics.first_token.counts), sum(service.metrics.between_tokens.counts)) == (1, 4)
 
 
 def test_streams_say_that_they_want_no_buffer_and_pages_that_they_load_nothing_else(served: Served) -> None:
@@ -316,8 +453,8 @@ def test_streams_say_that_they_want_no_buffer_and_pages_that_they_load_nothing_e
 
 def test_only_the_key_opens_and_other_sites_pages_are_kept_out(served: Served) -> None:
     key = {"Authorization": "Bearer sesame"}
-    flags = ("--allow_origin", "https://friend.example", "--model_name", "fox")
-    with Served(*FLAGS, *flags, LLAMA_API_KEY="sesame") as locked:
+    flags = ("--allow_origin", "https://friend.example", "--model_name", "fox", "--api_key", "sesame")
+    with Served(*FLAGS, *flags, LLAMA_API_KEY="what the flag outdoes") as locked:
         for headers in ({}, {"Authorization": "Bearer sesam"}, {"Authorization": "sesame"}):
             for path in ("/v1/models", "/v1/models/fox"):
                 assert httpx.get(locked.url + path, headers=headers).status_code == 401
@@ -331,6 +468,10 @@ def test_only_the_key_opens_and_other_sites_pages_are_kept_out(served: Served) -
         friend = {"Origin": "https://friend.example"}
         answer = httpx.get(f"{locked.url}/v1/models", headers=key | friend)
         assert answer.headers["access-control-allow-origin"] == "https://friend.example"
+        asking = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+        answer = httpx.options(f"{locked.url}/v1/chat/completions", headers=friend | asking)  # before a page's own
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == "https://friend.example"
         stranger = httpx.get(f"{locked.url}/v1/models", headers=key | {"Origin": "https://stranger.example"})
         assert stranger.status_code == 403 and "--allow_origin" in stranger.json()["error"]["message"]
     assert locked.status == 0
@@ -340,8 +481,10 @@ def test_only_the_key_opens_and_other_sites_pages_are_kept_out(served: Served) -
     assert own.status_code == 200
 
 
-def test_prompts_are_not_logged() -> None:
-    with Served(*FLAGS) as served:
-        post(served, "/v1/completions", prompt="hippopotamus", max_tokens=1)
-        post(served, "/v1/completions", prompt="hippopotamus", temperature="x")
-    assert "hippopotamus" not in served.log and served.status == 0
+def test_prompts_are_not_logged_and_the_key_may_come_from_the_environment() -> None:
+    with Served(*FLAGS, LLAMA_API_KEY="sesame") as served:
+        assert post(served, "/v1/completions", prompt="hippopotamus").status_code == 401
+        key = {"Authorization": "Bearer sesame"}
+        for body in ({"max_tokens": 1}, {"temperature": "x"}, {"temperature": -1}, {"suffix": "x"}, {"stream": True}):
+            httpx.post(f"{served.url}/v1/completions", json={"prompt": "hippopotamus"} | body, headers=key)
+    assert not re.search("hippopotamus|sesame", served.log) and served.status == 0

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 import torch
 from conftest import TINY, run_python
@@ -98,6 +99,35 @@ def test_beyond_the_queue_clients_are_told_to_come_again_at_once(scripted: Serve
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
         assert refused.json()["error"]["message"] == "1 requests wait already, and no more than 1 may"
     assert waiting.result().json()["choices"][0]["message"]["content"] == "waited"
+
+
+def test_no_queue_still_fills_every_row() -> None:
+    flags, slow = ("--max_batch_size", "2", "--max_waiting", "0"), say("slow:800")
+    with Served(*FLAGS, *flags, script=SCRIPTED) as served, started(served, slow), started(served, slow):
+        assert metric(served, "num_requests_running") == 2
+        assert httpx.post(served.url + CHAT, json=say("say:no")).status_code == 503
+    assert served.status == 0
+
+
+def test_openais_client_comes_again_as_late_as_it_is_told_to(scripted: Served) -> None:
+    came: list[float] = []
+    with contextlib.ExitStack() as stack, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        stack.enter_context(started(scripted, say("slow:800")))
+        waiting = pool.submit(httpx.post, scripted.url + CHAT, json=say("say:waited"), timeout=60)
+        until(lambda: metric(scripted, "num_requests_waiting") == 1)
+
+        class Transport(openai.DefaultHttpxClient):
+            def send(self, *arguments: Any, **options: Any) -> Any:
+                came.append(time.monotonic())
+                answer = super().send(*arguments, **options)
+                if answer.status_code == 503:
+                    stack.close()  # the row is free by the time that it comes again
+                return answer
+
+        client = openai.OpenAI(base_url=f"{scripted.url}/v1", api_key="none", http_client=Transport())
+        answer = client.chat.completions.create(model="llama-2-tiny", **say("say:at last"))
+    assert answer.choices[0].message.content == "at last" and waiting.result().status_code == 200
+    assert len(came) == 2 and came[1] - came[0] >= 1, "its own patience would end after half a second"
 
 
 def test_who_reads_slowly_holds_up_nobody(scripted: Served) -> None:
@@ -324,6 +354,39 @@ def test_a_signal_while_the_model_loads_ends_at_once(tmp_path: Path) -> None:
     served = Served(*FLAGS, script=script)
     served.wait_for(re.compile("loading"))
     served.end()
+    assert served.status == 0
+
+
+def test_a_server_that_loads_says_so_and_is_well_once_it_has(tmp_path: Path) -> None:
+    (tmp_path / "patient.py").write_text(
+        "import pathlib, sys, time\nfrom llama import Llama\nbuild = Llama.build\n"
+        "def wait(*arguments, **options):\n"
+        "    while not pathlib.Path(__file__).with_name('go').exists():\n"
+        "        time.sleep(0.02)\n"
+        "    return build(*arguments, **options)\n"
+        "Llama.build = wait\nfrom llama.__main__ import main\nmain()"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+
+    def is_up() -> bool:
+        with contextlib.suppress(httpx.ConnectError):
+            return bool(httpx.get(f"{url}/health").status_code)
+        return False
+
+    served = Served(*FLAGS, "--port", str(port), script=tmp_path / "patient.py")
+    try:
+        until(is_up)
+        for answer in (httpx.get(f"{url}/health"), httpx.post(url + TEXT, json={"prompt": "x"})):
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+            assert answer.json()["error"]["message"] == "the model is loading"
+        (tmp_path / "go").touch()
+        with served:
+            assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+            assert httpx.post(url + TEXT, json={"prompt": "x", "max_tokens": 1}).status_code == 200
+    finally:
+        served.end()
     assert served.status == 0
 
 

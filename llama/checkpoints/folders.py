@@ -119,6 +119,8 @@ def convert(ckpt_dir: str, out: str, to: str) -> str:
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
         config = config_of(args, checkpoint.dtype, checkpoint.source.max_positions)
         (folder / "config.json").write_text(json.dumps(config, indent=2))
+        kind = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}  # else a text's first space is forgotten
+        (folder / "tokenizer_config.json").write_text(json.dumps(kind, indent=2))
     return f"{out}: {len(parts)} file(s) of weights"
 
 

@@ -109,6 +109,7 @@ class Asked:
     object: str  # what OpenAI calls a whole answer
     chunk: str  # and a part of one
     prefix: str  # of its id
+    source: str  # the field that its prompts come in
 
     def __init__(self, body: Any, llm: Llama, model: str):
         self.fields, self.llm, self.tokenizer, self.model = Fields(body, model), llm, llm.tokenizer, model
@@ -130,7 +131,8 @@ class Asked:
     def make(self, prompts: Sequence[Any], max_tokens: int | None, what: str, **options: Any) -> list[Request]:
         """n requests for each prompt."""
         if len(prompts) * self.n > MAX_REQUESTS:
-            raise BadRequest(f"{len(prompts)} prompts × n {self.n} are too many: send at most {MAX_REQUESTS} in a call")
+            too_many = f"{len(prompts)} prompts × n {self.n} are too many: send at most {MAX_REQUESTS} in a call"
+            raise BadRequest(too_many, self.source)
         fields, max_seq_len = self.fields, self.llm.model.params.max_seq_len
         stop = fields._read("stop", (), (str, list), "a string or a list of strings")
         seed = fields.integer("seed", None, low=-(2**63))
@@ -143,12 +145,17 @@ class Asked:
             *self.scores(),
         )
         repeated = [prompt for prompt in prompts for _ in range(self.n)]
-        requests = make_requests(self.tokenizer, repeated, settings, max_seq_len, what=what, **options)
+        try:
+            requests = make_requests(self.tokenizer, repeated, settings, max_seq_len, what=what, **options)
+        except (TypeError, ValueError) as error:  # its sentence begins with what it is about
+            name = str(error).split()[0]
+            raise BadRequest(str(error), name if name in fields.body else self.source) from None
         for request in requests:
             if request.max_tokens == 0 and max_tokens != 0:
                 raise BadRequest(
                     f"{what} {request.index // self.n} has {len(request.prompt)} tokens, which leaves no room for an "
-                    f"answer in max_seq_len {max_seq_len}: shorten it"
+                    f"answer in max_seq_len {max_seq_len}: shorten it",
+                    self.source,
                 )
         return requests
 
@@ -176,7 +183,7 @@ class Asked:
     def news(self, index: int, answer: Answer, whole: bool) -> dict[str, Any] | None:
         told = self.told[index]
         text, over = answer.news(told.characters)
-        if told.over or not (text or over):
+        if told.over or not (over or (text and not answer.wants_states)):  # an echo comes with its scores
             return None
         first, begin = not told.characters, told.tokens
         told.add(text, answer, over)
@@ -210,7 +217,7 @@ class Told:
 
 
 class ChatCompletion(Asked):
-    object, chunk, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+    object, chunk, prefix, source = "chat.completion", "chat.completion.chunk", "chatcmpl", "messages"
 
     def read(self) -> list[Request]:
         messages = [message_of(number, message) for number, message in enumerate(self.fields.sequence("messages"))]
@@ -264,7 +271,7 @@ def message_of(number: int, message: Any) -> Any:
 
 
 class TextCompletion(Asked):
-    object, chunk, prefix = "text_completion", "text_completion", "cmpl"
+    object, chunk, prefix, source = "text_completion", "text_completion", "cmpl", "prompt"
 
     def read(self) -> list[Request]:
         prompts = prompts_of(self.fields.body.get("prompt"))
@@ -276,7 +283,10 @@ class TextCompletion(Asked):
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         if len(texts) < len(prompts):
             raise BadRequest("suffix goes with a prompt of text: send no ids", "suffix")
-        check_infilling(self.tokenizer, texts, [suffix] * len(texts))
+        try:
+            check_infilling(self.tokenizer, texts, [suffix] * len(texts))
+        except ValueError as error:
+            raise BadRequest(f"suffix: {error}", "suffix") from None
         encoded = [encode_infilling(prompt, suffix, self.tokenizer) for prompt in texts]
         return self.make(encoded, max_tokens, "prompt", continues=True, end_ids=[self.tokenizer.eot_id])
 
@@ -344,13 +354,18 @@ class Embeddings:
             raise BadRequest(f"input is {reason}", "input")
         self.base64 = fields.text("encoding_format", "float") == "base64"
         if fields.text("encoding_format", "float") not in ("float", "base64"):
-            raise BadRequest(f"encoding_format is {shown(body['encoding_format'])}: use 'float' or 'base64'")
+            message = f"encoding_format is {shown(body['encoding_format'])}: use 'float' or 'base64'"
+            raise BadRequest(message, "encoding_format")
         if len(texts) > MAX_REQUESTS:
             raise BadRequest(f"input has {len(texts)} texts: send at most {MAX_REQUESTS} in a call", "input")
         prompts = [llm.tokenizer.encode(text, bos=True, eos=False) for text in texts]
-        self.requests = make_requests(
-            llm.tokenizer, prompts, Settings(0), llm.model.params.max_seq_len, what="input", pooling="mean"
-        )
+        max_seq_len = llm.model.params.max_seq_len
+        try:
+            self.requests = make_requests(
+                llm.tokenizer, prompts, Settings(0), max_seq_len, what="input", pooling="mean"
+            )
+        except ValueError as error:
+            raise BadRequest(str(error), "input") from None
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         data = []

@@ -34,7 +34,8 @@ class Call:
         self.answers: list[Answer] = []
         self.error: Exception | None = None
         self.changed = asyncio.Event()  # a step was run, or the call has failed
-        self.counted = [0] * len(requests)  # tokens of each answer that the metrics know of
+        self.read = [False] * len(requests)  # whether the metrics know of each answer's prompt
+        self.counted = [0] * len(requests)  # and of how many of its tokens
         self.seen = [time.monotonic()] * len(requests)  # when each answer's last token came, or the call
 
     @property
@@ -91,18 +92,17 @@ class Service:
             raise Busy(f"the engine has not finished a step for {STALLED_SECONDS} s")
         return self.llm
 
-    def load(self) -> tuple[int, int]:
-        """How many requests are running, and how many wait for a row."""
-        pending = sum(len(call.requests) for call in self.calls.values())
+    def load(self, more: int = 0) -> tuple[int, int]:
+        """How many requests are running, and how many wait for a row; `more` ones counted too."""
+        pending = more + sum(len(call.requests) for call in self.calls.values())
         rows = self.llm.model.params.max_batch_size if self.llm else 0
         return min(pending, rows), max(0, pending - rows)
 
     def submit(self, requests: Sequence[Request]) -> Call:
         """Hand requests to the engine; the call's `changed` tells when to look at its answers. Raises Busy."""
         self.check()
-        running, waiting = self.load()
-        if running + waiting and waiting + len(requests) > self.max_waiting:
-            raise Busy(f"{waiting} requests wait already, and no more than {self.max_waiting} may")
+        if self.calls and self.load(len(requests))[1] > self.max_waiting:
+            raise Busy(f"{self.load()[1]} requests wait already, and no more than {self.max_waiting} may")
         call = Call(next(self.numbers), requests)
         self.calls[call.number] = call
         with self.wake:
@@ -137,14 +137,18 @@ class Service:
         for call in list(self.calls.values()):
             before = sum(call.counted)
             for i, answer in enumerate(call.answers):
-                if new := len(answer.pieces) - call.counted[i]:
+                count = len(answer.pieces)  # which the engine's thread may change; a stop string takes some back
+                if not call.read[i] and (count or answer.finish_reason is not None):
+                    metrics.prompt_tokens += len(answer.request.prompt)
+                    call.read[i] = True
+                if (new := count - call.counted[i]) > 0:
                     if call.counted[i]:
                         metrics.between_tokens.observe((now - call.seen[i]) / new, new)
                     else:
                         metrics.first_token.observe(now - call.seen[i])
-                        metrics.prompt_tokens += len(answer.request.prompt)
+                        metrics.between_tokens.observe(0.0, new - 1)  # those that were seen with it
                     metrics.generation_tokens += new
-                    call.counted[i], call.seen[i] = len(answer.pieces), now
+                    call.counted[i], call.seen[i] = count, now
             if call.over:
                 metrics.successes.update(answer.finish_reason or "error" for answer in call.answers)
                 del self.calls[call.number]
