@@ -73,8 +73,7 @@ def run(command: Command | Mapping[str, Command], name: str | None = None) -> No
     Nothing runs unless every word is understood; text arrives as typed. In place of a function may stand a class whose
     objects are called. A string that comes back is printed. For programs that torchrun may start.
     """
-    is_first = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(format="%(message)s", level=logging.INFO if is_first else logging.WARNING)
+    logging.basicConfig(format="%(message)s", level=logging.INFO if is_first() else logging.WARNING)
     repair_streams()
     if REPORT not in os.environ:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half written is removed
@@ -82,7 +81,7 @@ def run(command: Command | Mapping[str, Command], name: str | None = None) -> No
         signal.signal(signal.SIGINT, interrupt)
     try:
         call, words = understand(command, sys.argv[1:], name or f"python {Path(sys.argv[0]).name}")
-        fire.Fire(call, command=words, serialize=lambda said: said if is_first else None)
+        fire.Fire(call, command=words, serialize=lambda said: said if is_first() else None)
         sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)  # the number that shells give it
@@ -95,6 +94,11 @@ def run(command: Command | Mapping[str, Command], name: str | None = None) -> No
             sys.stdout.flush()
         except OSError:  # Python would flush once more at its end, and complain
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def is_first() -> bool:
+    """Whether this is the first rank, or the only one, before any process group says so."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def fail(sentence: str, status: int = 1) -> None:

@@ -202,7 +202,7 @@ class Store(NamedTuple):
     hold: Callable[[Tensor], nn.Module | None]
     bytes_per_weight: float
     spare_tokens: int = 0  # so many beside a row's next one take little longer than it does alone
-    chunk_tokens: int = 24  # so many of a prompt take some three times as long as it
+    chunk_tokens: int = 0  # so many of a prompt take some three times as long as it, if more than elsewhere
 
 
 STORES = {"int8": Store(Int8, 1), "int4": Store(Int4, 0.5 + 4 / 32)}

@@ -20,10 +20,9 @@ from selenium.webdriver.common.by import By
 
 SCRIPTED = Path(__file__).with_name("serving.py")
 FLAGS = ("--max_seq_len", "16384", "--max_batch_size", "2", "--dtype", "float32")
-needs_browser = pytest.mark.skipif(
+pytestmark = pytest.mark.skipif(
     not (shutil.which("chromium") and shutil.which("chromedriver")), reason="needs chromium and chromedriver"
 )
-pytestmark = needs_browser
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ class Fields:
         if asked != model:
             raise BadRequest(f"no model {shown(asked)} is here: use {model!r}", "model", 404, "model_not_found")
 
-    def _read(self, name: str, default: Any, kinds: tuple[type, ...], what: str) -> Any:
+    def read(self, name: str, default: Any, kinds: tuple[type, ...], what: str) -> Any:
         value = self.body.get(name)
         if value is None:
             return default
@@ -73,26 +73,26 @@ class Fields:
         return value
 
     def text(self, name: str, default: str | None = None) -> Any:
-        return self._read(name, default, (str,), "a string")
+        return self.read(name, default, (str,), "a string")
 
     def number(self, name: str, default: float) -> Any:
-        return self._read(name, default, (int, float), "a number")
+        return self.read(name, default, (int, float), "a number")
 
     def integer(self, name: str, default: int | None = None, low: int = 0, high: float = float("inf")) -> Any:
-        value = self._read(name, default, (int,), "an integer")
+        value = self.read(name, default, (int,), "an integer")
         if value is not None and not low <= value <= high:
             raise BadRequest(f"{name} is {shown(value)}: use {low} or more" + f", at most {high}" * (high < 1e9), name)
         return value
 
-    def flag(self, name: str) -> bool:
-        value: bool = self._read(name, False, (bool,), "true or false")
+    def flag(self, name: str, default: bool = False) -> bool:
+        value: bool = self.read(name, default, (bool,), "true or false")
         return value
 
     def object(self, name: str) -> Any:
-        return self._read(name, {}, (dict,), "an object")
+        return self.read(name, {}, (dict,), "an object")
 
     def sequence(self, name: str) -> Any:
-        value = self._read(name, None, (list,), "a list")
+        value = self.read(name, None, (list,), "a list")
         if value is None:
             raise BadRequest(f"no {name} is given: send a list", name)
         return value
@@ -124,7 +124,7 @@ class Asked:
     def read(self) -> list[Request]:
         raise NotImplementedError
 
-    def choice(self, index: int, answer: Answer, text: str, tokens: slice, first: bool, whole: bool) -> dict[str, Any]:
+    def choice(self, index: int, answer: Answer, text: str, tokens: slice, whole: bool) -> dict[str, Any]:
         """What is told of choice `index`: some text, and the tokens that it ends with it, in OpenAI's shape."""
         raise NotImplementedError
 
@@ -134,7 +134,7 @@ class Asked:
             too_many = f"{len(prompts)} prompts × n {self.n} are too many: send at most {MAX_REQUESTS} in a call"
             raise BadRequest(too_many, self.source)
         fields, max_seq_len = self.fields, self.llm.model.params.max_seq_len
-        stop = fields._read("stop", (), (str, list), "a string or a list of strings")
+        stop = fields.read("stop", (), (str, list), "a string or a list of strings")
         seed = fields.integer("seed", None, low=-(2**63))
         settings = Settings(
             max_tokens,
@@ -185,9 +185,9 @@ class Asked:
         text, over = answer.news(told.characters)
         if told.over or not (over or (text and not answer.wants_states)):  # an echo comes with its scores
             return None
-        first, begin = not told.characters, told.tokens
+        begin = told.tokens
         told.add(text, answer, over)
-        choice = self.choice(index, answer, text, slice(begin, told.tokens), first, whole)
+        choice = self.choice(index, answer, text, slice(begin, told.tokens), whole)
         return choice | {"index": index, "finish_reason": answer.finish_reason if over else None}
 
     def usage_of(self, answers: Sequence[Answer]) -> dict[str, int]:
@@ -208,8 +208,10 @@ class Told:
         self.over = False
 
     def add(self, text: str, answer: Answer, over: bool) -> None:
-        """Some more text, and the tokens whose text is now whole."""
+        """Some more text and, where they have scores, the tokens whose text is now whole."""
         self.characters, self.over = self.characters + len(text), over
+        if not answer.request.logprobs:
+            return
         pieces = answer.prompt_pieces + answer.pieces
         while self.tokens < len(pieces) and (over or self.offset + len(pieces[self.tokens]) <= self.characters):
             self.offset += len(pieces[self.tokens])
@@ -239,7 +241,7 @@ class ChatCompletion(Asked):
         roles = [{"index": i, "delta": message, "finish_reason": None} for i in range(len(self.requests))]
         return [self._object(self.chunk, [role]) for role in roles]
 
-    def choice(self, index: int, answer: Answer, text: str, tokens: slice, first: bool, whole: bool) -> dict[str, Any]:
+    def choice(self, index: int, answer: Answer, text: str, tokens: slice, whole: bool) -> dict[str, Any]:
         logprobs = None
         if answer.request.logprobs:
             pairs = zip(answer.tokens[tokens], answer.scores[tokens], strict=True)
@@ -294,7 +296,7 @@ class TextCompletion(Asked):
         likeliest = self.fields.integer("logprobs", None, 0, MAX_TOP_LOGPROBS)
         return likeliest is not None, likeliest or 0, self.fields.flag("echo")
 
-    def choice(self, index: int, answer: Answer, text: str, tokens: slice, first: bool, whole: bool) -> dict[str, Any]:
+    def choice(self, index: int, answer: Answer, text: str, tokens: slice, whole: bool) -> dict[str, Any]:
         over = self.told[index].over
         return {"text": text, "logprobs": self._logprobs(answer, tokens, over) if answer.request.logprobs else None}
 
@@ -343,6 +345,8 @@ def prompts_of(prompt: Any) -> list[str] | list[list[int]]:
 class Embeddings:
     """A call for embeddings: the mean of each text's final hidden states, of length 1 as OpenAI's are."""
 
+    stream = False
+
     def __init__(self, body: Any, llm: Llama, model: str):
         self.model, fields = model, Fields(body, model)
         texts = fields.body.get("input")
@@ -352,10 +356,10 @@ class Embeddings:
             advice = "of another model, perhaps: use text (langchain: check_embedding_ctx_length=False)"
             reason = f"token ids, {advice}" if ids else f"{shown(texts)}: use a string or a list of strings"
             raise BadRequest(f"input is {reason}", "input")
-        self.base64 = fields.text("encoding_format", "float") == "base64"
-        if fields.text("encoding_format", "float") not in ("float", "base64"):
-            message = f"encoding_format is {shown(body['encoding_format'])}: use 'float' or 'base64'"
-            raise BadRequest(message, "encoding_format")
+        encoding = fields.text("encoding_format", "float")
+        if encoding not in ("float", "base64"):
+            raise BadRequest(f"encoding_format is {shown(encoding)}: use 'float' or 'base64'", "encoding_format")
+        self.base64 = encoding == "base64"
         if len(texts) > MAX_REQUESTS:
             raise BadRequest(f"input has {len(texts)} texts: send at most {MAX_REQUESTS} in a call", "input")
         prompts = [llm.tokenizer.encode(text, bos=True, eos=False) for text in texts]
@@ -386,7 +390,7 @@ def tokenize(body: Any, llm: Llama, model: str) -> dict[str, Any]:
     if fields.body.get("messages") is not None:
         ids = list(ChatCompletion(body | {"stream": False}, llm, model).requests[0].prompt)
     else:
-        special = fields._read("add_special_tokens", True, (bool,), "true or false")
+        special = fields.flag("add_special_tokens", default=True)
         ids = llm.tokenizer.encode(fields.text("prompt", ""), bos=special, eos=False)
     return {"count": len(ids), "max_model_len": max_seq_len, "tokens": ids}
 

@@ -9,10 +9,11 @@ import logging
 import os
 import signal
 import socket
-from pathlib import Path
 from typing import Any, Literal
 
+from ..checkpoints.files import path_of
 from ..generation import Llama
+from ..launch import is_first
 from .service import Service
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,6 @@ def serve(
     Ready when /health answers 200. Ctrl-C or SIGTERM lets running answers end, for as long as --drain says; a second
     one ends at once.
     """
-
     try:
         from .web import App, Server
     except ImportError as error:
@@ -55,11 +55,11 @@ def serve(
         return Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, compile=compile, **kind)
 
     service = Service(build, max_waiting)
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first():
         follow(service)
     else:
         key = os.environ.get(KEY) if api_key is None else api_key
-        name = model_name or Path(os.path.expanduser(ckpt_dir)).resolve().name
+        name = model_name or path_of("ckpt_dir", ckpt_dir).resolve().name
         listener = listen(host, port)
         url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         if not key and not is_loopback(host):

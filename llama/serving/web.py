@@ -32,6 +32,7 @@ from .openai import (
     BadRequest,
     ChatCompletion,
     Embeddings,
+    Fields,
     TextCompletion,
     detokenize,
     error_of,
@@ -46,6 +47,8 @@ MAX_BODY = 8 * 2**20  # bytes; the text of a hundred thousand tokens is half a m
 READ_SECONDS = 30  # for the head of a request, and again for its body
 IDLE_SECONDS = 60  # that a connection is kept for another request
 SILENT_SECONDS = 10  # after which a stream says that it is still there
+
+NO_STORE, NO_SNIFF = {"Cache-Control": "no-store"}, {"X-Content-Type-Options": "nosniff"}
 
 # The page's own style and script, its own server, and nothing else.
 POLICY = (
@@ -167,7 +170,7 @@ class App:
         llm, body = self.service.check(), await body_of(request)
         asked = await asyncio.to_thread(checked, kind, body, llm, self.model)
         call = self.service.submit(asked.requests)
-        if getattr(asked, "stream", False):
+        if asked.stream:
             return EventStream(self.service, asked, call)
         gone = asyncio.ensure_future(disconnected(request))
         gone.add_done_callback(lambda _: call.changed.set())
@@ -196,8 +199,7 @@ class App:
         name = request.path_params.get("name")
         if name is None:
             return answer_of(listed)
-        if name != self.model:
-            raise BadRequest(f"no model {name!r} is here: use {self.model!r}", "model", 404, "model_not_found")
+        Fields({"model": name}, self.model)  # which refuses another
         return answer_of(listed["data"][0])
 
     async def health(self, request: Request) -> Response:
@@ -213,9 +215,6 @@ class App:
         html = Path(__file__).with_name("page.html").read_text(encoding="utf-8").replace("{{nonce}}", nonce)
         headers = {"Content-Security-Policy": POLICY.format(nonce=nonce), "Referrer-Policy": "no-referrer"}
         return Response(html, media_type="text/html", headers=headers | NO_STORE | NO_SNIFF)
-
-
-NO_STORE, NO_SNIFF = {"Cache-Control": "no-store"}, {"X-Content-Type-Options": "nosniff"}
 
 
 class EventStream(StreamingResponse):
