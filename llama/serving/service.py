@@ -176,8 +176,8 @@ class Service:
         while (todo := ranks.ask_first(lambda: self._wait(llm))) is not None:
             for number, requests in todo.calls:
                 running[number] = [llm.engine.submit(request) for request in requests]
-                if number in self.calls:
-                    self.calls[number].answers = running[number]
+                if call := self.calls.get(number):  # the event loop may let go of it at any moment
+                    call.answers = running[number]
             for number in todo.cancelled:
                 for answer in running.get(number, ()):
                     llm.engine.cancel(answer)
