@@ -65,8 +65,15 @@ class Protocol(H11Protocol):
         super().on_response_complete()
         self._expect()
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.patience.cancel()  # its timer holds all that is known of the last request
+
     def _expect(self) -> None:
-        self.loop.call_later(READ_SECONDS + (IDLE_SECONDS if self.cycle else 0), self._give_up, self.cycle)
+        if self.cycle:
+            self.patience.cancel()
+        seconds = READ_SECONDS + (IDLE_SECONDS if self.cycle else 0)
+        self.patience = self.loop.call_later(seconds, self._give_up, self.cycle)
 
     def _give_up(self, last: Any) -> None:
         if self.cycle is last:
