@@ -160,7 +160,7 @@ class App:
 
     def admit(self, request: Request) -> None:
         """Raise HTTPException for who lacks the key, and for pages of other servers, which a browser would let ask."""
-        given = request.headers.get("authorization", "").encode(errors="replace")
+        given = request.headers.get("authorization", "").encode("latin-1")  # the bytes that came
         if self.key and not hmac.compare_digest(given, self.key):
             raise HTTPException(401, "no valid API key: send the header Authorization: Bearer KEY")
         origin = request.headers.get("origin")
@@ -185,7 +185,7 @@ class App:
             if not call.over:
                 raise ClientDisconnect
             call.check()
-            return answer_of(asked.whole(call.answers))
+            return await asyncio.to_thread(lambda: answer_of(asked.whole(call.answers)))  # it may be long
         except ValueError as error:  # the request's own: its logits are not finite
             return answer_of(error_of(str(error), 500), 500)
         finally:
