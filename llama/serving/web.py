@@ -106,14 +106,19 @@ class Server(uvicorn.Server):
         self.service.on_end = lambda: setattr(self, "should_exit", True)
         self.loop = asyncio.get_running_loop()
         await self.serve([listener])
-        self.service.stop()
-        await asyncio.to_thread(self.thread.join, 5)
-        if self.thread.is_alive():  # loading, or in a long step: nothing that it does is wanted
-            os._exit(0)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.thread = self.service.start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        self.service.stop()
+        end = time.monotonic() + (5 if self.service.llm else 0.2)
+        while self.thread.is_alive() and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        if self.thread.is_alive():  # loading, or in a long step: nothing that it does is wanted
+            os._exit(0)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         self.loop.call_soon_threadsafe(self._end, self.should_exit)
@@ -121,8 +126,9 @@ class Server(uvicorn.Server):
 
     def _end(self, now: bool) -> None:
         error = Busy("the server is shutting down")
-        if not now and self.service.calls:
-            logger.info("ending %d calls first; another signal ends at once", len(self.service.calls))
+        unread = any(connection.transport.get_write_buffer_size() for connection in self.server_state.connections)
+        if not now and (self.service.calls or unread):
+            logger.info("ending what is being answered first; another signal ends at once")
             self.loop.call_later(self.drain, self.service.fail, error)
             return
         self.service.fail(error)
