@@ -57,6 +57,8 @@ POLICY = (
 class Protocol(H11Protocol):
     """Closes a connection on which the head of a request has not come in time; uvicorn would wait for ever."""
 
+    patience: asyncio.TimerHandle
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._expect()
