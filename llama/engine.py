@@ -77,6 +77,7 @@ class Engine:
     def cancel(self, answer: Answer) -> None:
         """Let an answer go at the next step, whether it waits, is half fed or being answered."""
         answer.cancelled = answer.cancelled or not answer.over
+        self.schedule.left = True
 
     @property
     def busy(self) -> bool:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import contextlib
+import gc
 import json
 import os
 import random
 import re
 import signal
 import socket
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving import Served
 
-from llama.serving.openai import NOT_SUPPORTED
+from llama import Llama
+from llama.request import Request
+from llama.serving.openai import NOT_SUPPORTED, BadRequest, TextCompletion
+from llama.serving.serve import listen
+from llama.serving.service import Call, Service
+from llama.serving.web import App, Protocol, Server
 
 SCRIPTED = Path(__file__).with_name("serving.py")
 FLAGS = ("--max_seq_len", "1024", "--dtype", "float32")
@@ -249,6 +257,159 @@ def test_memory_stays_flat_over_two_thousand_requests(served: Served) -> None:
     assert resident(served) < 1.03 * before
 
 
+@contextlib.asynccontextmanager
+async def serving(key: str | None = None) -> AsyncIterator[tuple[Service, httpx.AsyncClient]]:
+    """A service in this process, of one row, and a client of its endpoints."""
+    service = Service(lambda: Llama.build(TINY, max_seq_len=256, max_batch_size=1, device="cpu", dtype="float32"), 8)
+    ready = asyncio.Event()
+    service.on_ready = ready.set
+    thread = service.start()
+    await ready.wait()
+    transport = httpx.ASGITransport(App(service, "llama-2-tiny", key, None).asgi)
+    async with httpx.AsyncClient(transport=transport, base_url="http://x", timeout=60) as client:
+        yield service, client
+    service.stop()
+    await asyncio.to_thread(thread.join, 20)
+
+
+def fox(max_tokens: int = 1) -> Request:
+    return Request([1, 5, 9], max_tokens=max_tokens, end_ids=frozenset())
+
+
+def test_a_client_that_leaves_while_its_call_is_taken_up_does_not_end_the_engine() -> None:
+    class Leaving(dict[int, Call]):
+        """Loses a call as soon as it was looked for."""
+
+        def __contains__(self, number: object) -> bool:
+            return self.pop(number, None) is not None  # type: ignore[call-overload, no-any-return]
+
+        def get(self, number: int, default: Any = None) -> Any:
+            return self.pop(number, default)
+
+    async def leave_and_ask() -> None:
+        async with serving() as (service, client):
+            service.calls = Leaving()
+            service.submit([fox()])
+            await asyncio.to_thread(until, lambda: service.llm.engine.schedule.steps > 0 or service.error is not None)  # type: ignore[union-attr]
+            service.calls = {}
+            assert service.error is None
+            assert (await client.post(TEXT, json={"prompt": "The fox", "max_tokens": 1})).status_code == 200
+
+    asyncio.run(leave_and_ask())
+
+
+def test_health_tells_of_a_step_that_does_not_end_whoever_waits_and_of_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("llama.serving.service.STALLED_SECONDS", 0.3)
+    go_on = threading.Event()
+
+    async def stall() -> None:
+        async with serving() as (service, client):
+            assert service.llm is not None
+            await asyncio.sleep(0.6)  # idle for longer than a step may take
+            for call in [service.submit([fox()]) for _ in range(2)]:
+                await call.changed.wait()
+            step = service.llm.engine.step
+            monkeypatch.setattr(service.llm.engine, "step", lambda: (go_on.wait(20), step()))
+            call = service.submit([fox()])
+            await asyncio.sleep(0.6)
+            service.cancel(call)  # nobody waits
+            assert (await client.get("/health")).status_code == 503
+            go_on.set()
+            await asyncio.to_thread(until, lambda: service.began is None)
+            assert (await client.get("/health")).status_code == 200
+
+    asyncio.run(stall())
+
+
+def test_who_leaves_the_queue_is_forgotten_at_the_next_step() -> None:
+    engine = Llama.build(TINY, max_seq_len=64, max_batch_size=1, device="cpu", dtype="float32").engine
+    running, *waiting, last = [engine.submit(fox(20)) for _ in range(5)]
+    engine.step()
+    for answer in waiting:
+        engine.cancel(answer)
+    engine.step()
+    assert list(engine.schedule.waiting) == [last] and not running.over
+    while not last.over:
+        engine.step()
+    assert len(running.tokens) == len(last.tokens) == 20
+
+
+def test_connections_that_have_ended_are_forgotten() -> None:
+    async def connect() -> int:
+        service = Service(lambda: Llama.build(TINY, max_seq_len=64, max_batch_size=1, device="cpu"), 8)
+        listener = listen("127.0.0.1", 0)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/metrics"
+        server = Server(App(service, "tiny", None, None).asgi, service, 1)
+        answering = asyncio.create_task(server.answer(listener, "ready"))
+        await asyncio.to_thread(lambda: [httpx.get(url) for _ in range(50)])
+        gc.collect()
+        left = sum(isinstance(thing, Protocol) for thing in gc.get_objects())
+        await asyncio.to_thread(until, lambda: service.llm is not None)
+        server.should_exit = True
+        await answering
+        return left
+
+    assert asyncio.run(connect()) < 10
+
+
+def test_a_long_answer_is_written_while_others_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    writing, go_on, whole = threading.Event(), threading.Event(), TextCompletion.whole
+
+    def slow(asked: TextCompletion, answers: Any) -> Any:
+        writing.set()
+        go_on.wait(5)
+        return whole(asked, answers)
+
+    monkeypatch.setattr(TextCompletion, "whole", slow)
+
+    async def ask() -> None:
+        async with serving() as (_, client):
+            long = asyncio.create_task(client.post(TEXT, json={"prompt": "The fox"}))
+            await asyncio.to_thread(writing.wait, 20)
+            assert (await client.get("/health")).status_code == 200 and not long.done()
+            go_on.set()
+            assert (await long).status_code == 200
+
+    asyncio.run(ask())
+
+
+def test_a_key_may_be_any_text() -> None:
+    async def ask() -> None:
+        async with serving("schlüssel") as (_, client):
+            for key, status in {"schlüssel": 200, "schlussel": 401, "": 401}.items():
+                headers = {b"Authorization": b"Bearer " + key.encode()}
+                assert (await client.get("/v1/models", headers=headers)).status_code == status
+
+    asyncio.run(ask())
+
+
+def test_what_would_take_long_to_refuse_is_refused_unread(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = httpx.post(served.url + TEXT, json={"prompt": "The fox", "stop": [f"{i:06d}" for i in range(1000)]})
+    assert answer.status_code == 400 and "stop has 6000 characters: send at most 4096" in answer.text
+    llm = Llama.build(TINY, max_seq_len=64, max_batch_size=1, device="cpu")
+    monkeypatch.setattr(llm.tokenizer, "encode", None)
+    with pytest.raises(BadRequest, match="1025 prompts are too many: send at most 1024 in a call"):
+        TextCompletion({"prompt": ["a"] * 1025, "n": 2}, llm, "tiny")
+
+
+def test_an_answer_that_is_still_being_read_is_not_cut_by_a_signal() -> None:
+    with Served(*FLAGS) as served:
+        host, port = served.url.removeprefix("http://").split(":")
+        body = json.dumps({"prompt": "a" * 3_000_000})
+        with socket.create_connection((host, int(port))) as slow:
+            slow.sendall(f"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+            said = slow.recv(100)
+            served.job.terminate()
+            time.sleep(2)
+            while part := slow.recv(2**20):
+                said += part
+        head, _, answer = said.partition(b"\r\n\r\n")
+        assert f"content-length: {len(answer)}".encode() in head.lower()
+    assert served.status == 0
+
+
 SHORT_TIMES = """
 import sys
 from llama.serving import web, service
@@ -353,7 +514,9 @@ def test_a_signal_while_the_model_loads_ends_at_once(tmp_path: Path) -> None:
     )
     served = Served(*FLAGS, script=script)
     served.wait_for(re.compile("loading"))
+    began = time.monotonic()
     served.end()
+    assert time.monotonic() - began < 4
     assert served.status == 0
 
 

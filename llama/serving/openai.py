@@ -23,6 +23,7 @@ from ..request import Answer, Request, Score
 
 MAX_TOP_LOGPROBS = 20
 MAX_REQUESTS = 2048  # of one call: prompts × n
+MAX_STOP = 4096  # characters of a call's stop strings, all of which are looked for after each token
 COMPLETION_TOKENS = 16  # of a text completion that does not say how many
 
 # What is refused, and the values that ask for nothing.
@@ -130,11 +131,10 @@ class Asked:
 
     def make(self, prompts: Sequence[Any], max_tokens: int | None, what: str, **options: Any) -> list[Request]:
         """n requests for each prompt."""
-        if len(prompts) * self.n > MAX_REQUESTS:
-            too_many = f"{len(prompts)} prompts × n {self.n} are too many: send at most {MAX_REQUESTS} in a call"
-            raise BadRequest(too_many, self.source)
         fields, max_seq_len = self.fields, self.llm.model.params.max_seq_len
         stop = fields.read("stop", (), (str, list), "a string or a list of strings")
+        if (size := sum(len(part) for part in stop if isinstance(part, str))) > MAX_STOP:
+            raise BadRequest(f"stop has {size} characters: send at most {MAX_STOP} in a call", "stop")
         seed = fields.integer("seed", None, low=-(2**63))
         settings = Settings(
             max_tokens,
@@ -276,7 +276,7 @@ class TextCompletion(Asked):
     object, chunk, prefix, source = "text_completion", "text_completion", "cmpl", "prompt"
 
     def read(self) -> list[Request]:
-        prompts = prompts_of(self.fields.body.get("prompt"))
+        prompts = prompts_of(self.fields.body.get("prompt"), MAX_REQUESTS // self.n)
         max_tokens = self.fields.integer("max_tokens", COMPLETION_TOKENS)
         suffix = self.fields.text("suffix")
         if suffix is None:
@@ -330,7 +330,7 @@ class TextCompletion(Asked):
         }
 
 
-def prompts_of(prompt: Any) -> list[str] | list[list[int]]:
+def prompts_of(prompt: Any, most: int) -> list[str] | list[list[int]]:
     """A text, a list of texts, ids, or a list of lists of ids, as a list of prompts."""
     if isinstance(prompt, str):
         return [prompt]
@@ -338,6 +338,8 @@ def prompts_of(prompt: Any) -> list[str] | list[list[int]]:
         if all(isinstance(part, int) and not isinstance(part, bool) for part in prompt):
             return [prompt]
         if all(isinstance(part, str) for part in prompt) or all(isinstance(part, list) for part in prompt):
+            if len(prompt) > most:
+                raise BadRequest(f"{len(prompt)} prompts are too many: send at most {most} in a call", "prompt")
             return prompt
     raise BadRequest(f"prompt is {shown(prompt)}: use a string, token ids, or a list of either", "prompt")
 

@@ -67,7 +67,7 @@ class Service:
         self.calls: dict[int, Call] = {}  # those that are not over
         self.numbers = itertools.count()
         self.new, self.stopping = Todo([], []), False
-        self.stepped = time.monotonic()
+        self.began: float | None = None  # when the step that runs did
         self.looking = False  # the event loop was told of a step, and has not looked yet
         self.wake = threading.Condition()  # guards `new` and `stopping`
         self.loop: asyncio.AbstractEventLoop | None = None  # there is none on the other ranks
@@ -88,7 +88,8 @@ class Service:
             raise Busy("the server is shutting down")
         if self.llm is None:
             raise Busy("the model is loading")
-        if self.calls and time.monotonic() - self.stepped > STALLED_SECONDS:
+        began = self.began
+        if began is not None and time.monotonic() - began > STALLED_SECONDS:
             raise Busy(f"the engine has not finished a step for {STALLED_SECONDS} s")
         return self.llm
 
@@ -183,7 +184,6 @@ class Service:
                     llm.engine.cancel(answer)
             llm.engine.step()
             running = {number: answers for number, answers in running.items() if not all(a.over for a in answers)}
-            self.stepped = time.monotonic()
             if not self.looking:  # else a busy event loop would fall behind, step by step
                 self.looking = True
                 self._tell(self._look)
@@ -192,8 +192,9 @@ class Service:
         """What came since the last step, as soon as there is work; None once the thread is to end."""
         with self.wake:
             while not (self.stopping or any(self.new) or llm.engine.busy):
+                self.began = None
                 self.wake.wait()
-                self.stepped = time.monotonic()  # there was nothing to do until now
+            self.began = time.monotonic()
             todo, self.new = self.new, Todo([], [])
             return None if self.stopping else todo
 

@@ -60,6 +60,8 @@ POLICY = (
 class Protocol(H11Protocol):
     """Closes a connection on which the head of a request has not come in time; uvicorn would wait for ever."""
 
+    patience: asyncio.TimerHandle
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._expect()
@@ -68,8 +70,15 @@ class Protocol(H11Protocol):
         super().on_response_complete()
         self._expect()
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.patience.cancel()  # its timer holds all that is known of the last request
+
     def _expect(self) -> None:
-        self.loop.call_later(READ_SECONDS + (IDLE_SECONDS if self.cycle else 0), self._give_up, self.cycle)
+        if self.cycle:
+            self.patience.cancel()
+        seconds = READ_SECONDS + (IDLE_SECONDS if self.cycle else 0)
+        self.patience = self.loop.call_later(seconds, self._give_up, self.cycle)
 
     def _give_up(self, last: Any) -> None:
         if self.cycle is last:
@@ -102,14 +111,19 @@ class Server(uvicorn.Server):
         self.service.on_end = lambda: setattr(self, "should_exit", True)
         self.loop = asyncio.get_running_loop()
         await self.serve([listener])
-        self.service.stop()
-        await asyncio.to_thread(self.thread.join, 5)
-        if self.thread.is_alive():  # loading, or in a long step: nothing that it does is wanted
-            os._exit(0)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.thread = self.service.start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        self.service.stop()
+        end = time.monotonic() + (5 if self.service.llm else 0.2)
+        while self.thread.is_alive() and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        if self.thread.is_alive():  # loading, or in a long step: nothing that it does is wanted
+            os._exit(0)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         self.loop.call_soon_threadsafe(self._end, self.should_exit)
@@ -117,8 +131,9 @@ class Server(uvicorn.Server):
 
     def _end(self, now: bool) -> None:
         error = Busy("the server is shutting down")
-        if not now and self.service.calls:
-            logger.info("ending %d calls first; another signal ends at once", len(self.service.calls))
+        unread = any(connection.transport.get_write_buffer_size() for connection in self.server_state.connections)
+        if not now and (self.service.calls or unread):
+            logger.info("ending what is being answered first; another signal ends at once")
             self.loop.call_later(self.drain, self.service.fail, error)
             return
         self.service.fail(error)
@@ -156,7 +171,7 @@ class App:
 
     def admit(self, request: Request) -> None:
         """Raise HTTPException for who lacks the key, and for pages of other servers, which a browser would let ask."""
-        given = request.headers.get("authorization", "").encode(errors="replace")
+        given = request.headers.get("authorization", "").encode("latin-1")  # the bytes that came
         if self.key and not hmac.compare_digest(given, self.key):
             raise HTTPException(401, "no valid API key: send the header Authorization: Bearer KEY")
         origin = request.headers.get("origin")
@@ -181,7 +196,7 @@ class App:
             if not call.over:
                 raise ClientDisconnect
             call.check()
-            return answer_of(asked.whole(call.answers))
+            return await asyncio.to_thread(lambda: answer_of(asked.whole(call.answers)))  # it may be long
         except ValueError as error:  # the request's own: its logits are not finite
             return answer_of(error_of(str(error), 500), 500)
         finally:
