@@ -27,6 +27,7 @@ from speed import cpu_name
 
 from llama import Llama
 from llama.engine import Passes
+from llama.request import Score
 
 LONG_PROMPT = 1500
 NEW_TOKENS = 96
@@ -60,9 +61,9 @@ class Forced:
     def __init__(self, llm: Llama, texts: list[list[int]]):
         inner = functools.partial(Passes.choose, llm.engine.passes)
 
-        def choose(answers: list[Any], logits: torch.Tensor) -> list[tuple[int, float]]:
+        def choose(answers: list[Any], logits: torch.Tensor) -> list[tuple[int, Score]]:
             inner(answers, logits)  # its time counts
-            return [(texts[a.request.index][len(a.pieces)], 0.0) for a in answers]
+            return [(texts[a.request.index][len(a.pieces)], Score(0.0)) for a in answers]
 
         llm.engine.passes.choose = choose  # type: ignore[method-assign]
 

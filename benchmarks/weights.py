@@ -84,7 +84,7 @@ def as_huggingface(folder: Path) -> Path:
 
 
 def as_gguf(folder: Path, kind: str) -> Path:
-    """What llama.cpp reads, with linear weights and embeddings as f16, q8_0 or q4_0."""
+    """What llama.cpp reads, with linear weights and embeddings as f16, bf16, q8_0 or q4_0."""
     target = folder / f"{kind}.gguf"
     if target.exists():
         return target
@@ -93,6 +93,7 @@ def as_gguf(folder: Path, kind: str) -> Path:
     args, state = args_of(folder), load(folder)
     types = {
         "f16": gguf.GGMLQuantizationType.F16,
+        "bf16": gguf.GGMLQuantizationType.BF16,
         "q8_0": gguf.GGMLQuantizationType.Q8_0,
         "q4_0": gguf.GGMLQuantizationType.Q4_0,
     }

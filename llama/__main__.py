@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from . import launch, terminal
 from .checkpoints.folders import convert, info, reshard, verify
+from .serving import serve
 
 COMMANDS: dict[str, launch.Command] = {
     "chat": terminal.Chat,
     "run": terminal.Run,
+    "serve": serve,
     "info": info,
     "verify": verify,
     "reshard": reshard,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import operator
+import sys
 from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
@@ -14,13 +14,16 @@ from .tokenizer import Tokenizer
 
 
 class Settings(NamedTuple):
-    """How prompts are continued: each one value for all of them, or a list of one for each."""
+    """How prompts are continued: each one value for all of them, or a list of one for each; and what is told of it."""
 
     max_gen_len: int | Sequence[int] | None = None
     temperature: float | Sequence[float] = 0.0
     top_p: float | Sequence[float] = 1.0
     seed: int | Sequence[int] = 1
     stop: str | Sequence[str] | Sequence[Sequence[str]] | None = ()
+    logprobs: bool = False
+    top_logprobs: int = 0
+    echo: bool = False
 
 
 def make_requests(
@@ -30,8 +33,6 @@ def make_requests(
     max_seq_len: int,
     *,
     what: str = "prompt",
-    logprobs: bool = False,
-    echo: bool = False,
     continues: bool = False,
     pooling: Pooling | None = None,
     end_ids: Iterable[int] = (),
@@ -42,6 +43,11 @@ def make_requests(
     `end_ids` end them beside EOS. Raises ValueError or TypeError, with the prompt's number, for what cannot be run.
     """
     n = len(prompts)
+    top_logprobs = integer("top_logprobs", settings.top_logprobs)
+    if not 0 <= top_logprobs <= tokenizer.n_words:
+        raise ValueError(f"top_logprobs is {top_logprobs}: use 0 to {tokenizer.n_words}, the size of the vocabulary")
+    if top_logprobs and not settings.logprobs:
+        raise ValueError(f"top_logprobs is {top_logprobs}, and logprobs are not asked for: set logprobs=True too")
     max_gen_lens = per_prompt("max_gen_len", settings.max_gen_len, n)
     temperatures, top_ps = per_prompt("temperature", settings.temperature, n), per_prompt("top_p", settings.top_p, n)
     seeds = [integer("seed", seed) for seed in per_prompt("seed", settings.seed, n)]
@@ -62,8 +68,9 @@ def make_requests(
                 # Python hashes a str seed, so that streams of neighbouring numbers have nothing in common.
                 stream=f"{seeds[i]}/{i if one_seed else 0}",
                 stop=stops[i],
-                logprobs=bool(logprobs),
-                echo=bool(echo),
+                logprobs=bool(settings.logprobs),
+                top_logprobs=top_logprobs,
+                echo=bool(settings.echo),
                 continues=continues,
                 pooling=pooling,
                 refusal=refusal,
@@ -150,7 +157,7 @@ def check_settings(max_gen_len: int, temperature: Any, top_p: Any) -> None:
             raise TypeError(f"{name} is {value!r}: use a number")
     if max_gen_len < 0:
         raise ValueError(f"max_gen_len is {max_gen_len}: use 0 or more")
-    if not 0 <= temperature < math.inf:
+    if not 0 <= temperature <= sys.float_info.max:
         raise ValueError(f"temperature is {temperature}: use 0 for greedy decoding, or a positive number")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}: use more than 0 and at most 1")

@@ -6,13 +6,14 @@ import atexit
 import contextlib
 import io
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 import torch.distributed.nn  # unused; imported later, its default arguments would keep the process group alive
 from fairscale.nn.model_parallel import initialize as fs_init
 
-from .parallel import let_groups_go
+from .parallel import Ranks, let_groups_go
 
 
 def init_model_parallel(device: str | torch.device = "auto", model_parallel_size: int | None = None) -> torch.device:
@@ -43,6 +44,14 @@ def init_model_parallel(device: str | torch.device = "auto", model_parallel_size
         with contextlib.redirect_stdout(io.StringIO()):  # fairscale announces each step there
             fs_init.initialize_model_parallel(size)
     return device
+
+
+def patient_ranks() -> Ranks:
+    """All ranks, in a group that waits for ever: for a person to type, or a client to come. The model's own collectives
+    have a time limit."""
+    size = dist.get_world_size()
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=365)) if size > 1 else None
+    return Ranks(size, dist.get_rank(), group)
 
 
 def leave_process_group() -> None:

@@ -15,20 +15,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import Run
 from .model import Transformer
 from .parallel import Ranks
-from .request import Answer, Request
+from .request import Answer, Request, Score
 from .runner import Runner
 from .sampling import sample
 from .schedule import Schedule
 from .tokenizer import Tokenizer
 
-# Tokens of prompts in a pass while others wait for their next token: on a CPU as many as take three or four times as
-# long as a step of one row (benchmarks/README.md); a GPU reads the weights for about as long as it multiplies so many.
+# Tokens of prompts in a pass while others wait for their next token: as many as take three or four times as long as a
+# step of one row (benchmarks/README.md), on any CPU; a store may be good for more. A GPU reads the weights for about as
+# long as it multiplies so many.
 CHUNK, GPU_CHUNK = 24, 256
 
 # And while nobody waits. More gained nothing, and would need more memory.
@@ -48,16 +48,23 @@ class Engine:
     """
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, *, guess_tokens: int = 0, runner: Runner | None = None
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        guess_tokens: int = 0,
+        chunk_tokens: int = 0,
+        runner: Runner | None = None,
     ):
-        """`guess_tokens` are guessed by prompt lookup, and verified, in a pass over rows whose text repeats itself."""
+        """`guess_tokens` are guessed by prompt lookup, and verified, in a pass over rows whose text repeats itself.
+        On a CPU `chunk_tokens` of prompts are fed at once while others answer, if these are more than CHUNK."""
         runner = runner or Runner(model)
         self.model, self.tokenizer, self.cache = model, tokenizer, runner.cache
         self.version = model.version()
         self.schedule = Schedule(runner.cache)
         self.passes = Passes(runner, self.schedule, model.ranks)
         self.guess_tokens, self.long_chunk = guess_tokens, LONG_CHUNK
-        self.chunk = CHUNK if runner.device.type == "cpu" else GPU_CHUNK
+        self.chunk = max(CHUNK, chunk_tokens) if runner.device.type == "cpu" else GPU_CHUNK
         self.turn = threading.Condition()
         self.stepping: int | None = None  # the thread that does
 
@@ -70,6 +77,12 @@ class Engine:
     def cancel(self, answer: Answer) -> None:
         """Let an answer go at the next step, whether it waits, is half fed or being answered."""
         answer.cancelled = answer.cancelled or not answer.over
+        self.schedule.left = True
+
+    @property
+    def busy(self) -> bool:
+        """Whether an answer waits or has a row, if only until the next step lets it go."""
+        return bool(self.schedule.waiting) or any(answer is not None for answer in self.schedule.answers)
 
     @contextlib.contextmanager
     def answering(self, requests: Iterable[Request]) -> Iterator[list[Answer]]:
@@ -226,9 +239,9 @@ class Passes:
             for first in range(0, len(targets), SCORE_CHUNK):
                 chunk = torch.tensor(targets[first : first + SCORE_CHUNK], device=h.device)
                 logits = self.runner.logits(h[first : first + len(chunk)])
-                scores = self.ranks.share(-F.cross_entropy(logits, chunk, reduction="none")).tolist()
-                at = run.start + 1 + first
-                answer.prompt_logprobs[at : at + len(scores)] = scores
+                k, at = answer.request.top_logprobs, run.start + 1 + first
+                scores = self.ranks.share(score(logits, chunk, k)).tolist()
+                answer.prompt_scores[at : at + len(scores)] = [score_of(row, k) for row in scores]
         answer.kept = run.start + len(h)
 
     def _draw(self, runs: list[Run], logits: Tensor) -> None:
@@ -241,11 +254,11 @@ class Passes:
             answers = [self.schedule[runs[j].row] for j in alive]
             tokens = self.choose(answers, logits[:, i] if len(alive) == len(runs) else logits[alive, i])
             right = []
-            for j, answer, (token, logprob) in zip(alive, answers, tokens, strict=True):
+            for j, answer, (token, scored) in zip(alive, answers, tokens, strict=True):
                 if token < 0:
                     self._fail(answer, runs[j].row, runs[j].start + i)
                     continue
-                answer.append(token, logprob)
+                answer.append(token, scored)
                 drawn[j] += 1
                 if not answer.over and runs[j].ids[i + 1 : i + 2] == [token]:
                     right.append(j)
@@ -260,8 +273,8 @@ class Passes:
                 self.cache.forget(run.row, self.cache.known(run.row, self.schedule[run.row].ids))
             self.cache.wipe()
 
-    def choose(self, answers: list[Answer], logits: Tensor) -> list[tuple[int, float]]:
-        """The next token of each answer and, where asked for, its logprob; token -1 where logits are not finite.
+    def choose(self, answers: list[Answer], logits: Tensor) -> list[tuple[int, Score]]:
+        """The next token of each answer and, where asked for, its score; token -1 where logits are not finite.
 
         The first rank's choice counts on all of them: ranks may differ in a logit's last bit, and must not in a token.
         """
@@ -271,12 +284,13 @@ class Passes:
             top_p=[answer.request.top_p for answer in answers],
             uniform=[answer.uniform(len(answer.pieces)) for answer in answers],
         )
-        wanted = any(answer.request.logprobs for answer in answers)
-        logprobs = -F.cross_entropy(logits, tokens, reduction="none") if wanted else torch.zeros_like(tokens)
-        tokens = torch.where(logits.sum(dim=-1).isfinite(), tokens, -1)  # one pass: a sum keeps what is not finite
-        # Token ids are exact in float32, and one tensor takes one broadcast and one read by the host.
-        choice = self.ranks.share(torch.stack((tokens.float(), logprobs.float()))).tolist()
-        return [(int(token), logprob) for token, logprob in zip(*choice, strict=True)]
+        requests = [answer.request for answer in answers]
+        finite = logits.sum(dim=-1).isfinite()  # one pass: a sum keeps what is not finite
+        choice = torch.where(finite, tokens, -1).float()[:, None]
+        if any(request.logprobs for request in requests):
+            choice = torch.cat((choice, score(logits, tokens, max(r.top_logprobs for r in requests))), dim=1)
+        rows = self.ranks.share(choice).tolist()
+        return [(int(row[0]), score_of(row[1:], r.top_logprobs)) for row, r in zip(rows, requests, strict=True)]
 
     def _fail(self, answer: Answer, row: int, position: int) -> None:
         """End an answer whose logits are not finite; whoever calls wipes what it leaves, for a NaN would spread."""
@@ -291,6 +305,25 @@ class Passes:
     def _note(self, runs: list[Run]) -> None:
         self.count += 1
         self.tokens += sum(len(run.ids) for run in runs)
+
+
+def score(logits: Tensor, tokens: Tensor, k: int) -> Tensor:
+    """(n, 1 + 2k) float32 for logits (n, vocab_size): the logprob of each row's token, then the ids and the logprobs of
+    the k likeliest. Ids are exact in float32, and one tensor takes one broadcast and one read by the host."""
+    logprobs = logits.log_softmax(dim=-1)
+    own = logprobs.gather(1, tokens[:, None])
+    if not k:
+        return own
+    likeliest = logprobs.topk(k)
+    return torch.cat((own, likeliest.indices.float(), likeliest.values), dim=1)
+
+
+def score_of(row: list[float], k: int) -> Score:
+    """A row of `score`, of which no more than the `k` likeliest were asked for."""
+    if not row:
+        return Score(0.0)
+    at = 1 + len(row) // 2
+    return Score(row[0], tuple(zip(map(int, row[1 : 1 + k]), row[at : at + k], strict=True)))
 
 
 @contextlib.contextmanager

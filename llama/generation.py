@@ -76,6 +76,7 @@ Check = Callable[[str], "str | None"]
 class Prediction(TypedDict, total=False):
     tokens: list[str]  # with logprobs
     logprobs: list[float]  # with logprobs
+    top_logprobs: list[list[tuple[str, float]]]  # with top_logprobs: the likeliest in each token's place
     finish_reason: FinishReason
 
 
@@ -129,8 +130,8 @@ class Generator:
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
         self.engine = engine or Engine(model, tokenizer)
 
-    def _settings(self, max_gen_len: Any, temperature: Any, top_p: Any, seed: Any, stop: Any) -> Settings:
-        return Settings(max_gen_len, temperature, top_p, self.seed if seed is None else seed, stop)
+    def _settings(self, max_gen_len: Any, temperature: Any, top_p: Any, seed: Any, *others: Any) -> Settings:
+        return Settings(max_gen_len, temperature, top_p, self.seed if seed is None else seed, *others)
 
     def _requests(self, prompts: Callable[[], Sequence[Any]], settings: Settings, **options: Any) -> list[Request]:
         """Requests for the prompts that `prompts` makes: the same on every rank, or a ValueError on every rank."""
@@ -142,9 +143,7 @@ class Generator:
     def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
         return [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in listed("prompts", prompts)]
 
-    def _chat_requests(
-        self, dialogs: Sequence[Dialog], settings: Settings, logprobs: bool, check: Check | None
-    ) -> list[Request]:
+    def _chat_requests(self, dialogs: Sequence[Dialog], settings: Settings, check: Check | None) -> list[Request]:
         """One request per dialog; those of refused dialogs say so."""
         checked = self.model.ranks.alike(lambda: check_dialogs(dialogs))
         refusals = [UNSAFE_ERROR if has_special_tags(dialog, self.tokenizer) else None for dialog in checked]
@@ -157,7 +156,6 @@ class Generator:
             lambda: [[] if r is not None else encode_dialog(d, self.tokenizer) for r, d in pairs],
             settings,
             what="dialog",
-            logprobs=logprobs,
             end_ids=chat_end_ids(self.tokenizer),
             refusals=refusals,
         )
@@ -174,6 +172,20 @@ class Generator:
             if refusal is not None:
                 answer.refuse(refusal)
 
+    def _outcome(self, answer: Answer) -> Prediction:
+        """What text and chat results have in common."""
+        assert answer.finish_reason is not None, "the request was not run to its end"
+        result = Prediction(finish_reason=answer.finish_reason)
+        if answer.request.logprobs:
+            result["tokens"] = answer.prompt_pieces + answer.pieces
+            result["logprobs"] = logprobs_of(answer)
+        if answer.request.top_logprobs:
+            scores = answer.prompt_scores + answer.scores
+            result["top_logprobs"] = [
+                [(self.tokenizer.piece(token), logprob) for token, logprob in s.top] for s in scores
+            ]
+        return result
+
     def _stream(self, requests: Sequence[Request], output_check: Check | None = None) -> Iterator[Piece]:
         with self.engine.answering(requests) as answers:
             steps, going, sent = self.engine.progress(answers), list(range(len(answers))), [0] * len(answers)
@@ -188,7 +200,7 @@ class Generator:
                         going.remove(i)
                     if over or (text and output_check is None):  # a check sees all of it before anybody else does
                         sent[i] += len(text)
-                        yield Piece(index=i, text=text, **(outcome(answer) if over else {}))
+                        yield Piece(index=i, text=text, **(self._outcome(answer) if over else {}))
                 next(steps, None)
 
     def stream_text_completion(
@@ -202,14 +214,15 @@ class Generator:
         *,
         seed: int | Sequence[int] | None = None,
         stop: str | Sequence[str] | Sequence[Sequence[str]] = (),
+        top_logprobs: int = 0,
     ) -> Iterator[Piece]:
         """`text_completion` as it is generated: pieces of whole characters, of all prompts in turn.
 
         The pieces of one prompt join to its `generation`. A stream may be dropped before its end; on several ranks,
         after the same piece on each. Other calls meanwhile, and other streams, share its passes.
         """
-        settings = self._settings(max_gen_len, temperature, top_p, seed, stop)
-        return self._stream(self._requests(lambda: self._encode(prompts), settings, logprobs=logprobs, echo=echo))
+        settings = self._settings(max_gen_len, temperature, top_p, seed, stop, logprobs, top_logprobs, echo)
+        return self._stream(self._requests(lambda: self._encode(prompts), settings))
 
     def stream_chat_completion(
         self,
@@ -221,6 +234,7 @@ class Generator:
         *,
         seed: int | Sequence[int] | None = None,
         stop: str | Sequence[str] | Sequence[Sequence[str]] = (),
+        top_logprobs: int = 0,
         input_check: Check | None = None,
         output_check: Check | None = None,
     ) -> Iterator[Piece]:
@@ -228,8 +242,8 @@ class Generator:
 
         An answer that `output_check` is to see comes in one piece, once it is whole.
         """
-        settings = self._settings(max_gen_len, temperature, top_p, seed, stop)
-        return self._stream(self._chat_requests(dialogs, settings, logprobs, input_check), output_check)
+        settings = self._settings(max_gen_len, temperature, top_p, seed, stop, logprobs, top_logprobs)
+        return self._stream(self._chat_requests(dialogs, settings, input_check), output_check)
 
 
 class Llama(Generator):
@@ -297,10 +311,10 @@ class Llama(Generator):
             torch.manual_seed(seed)
             if model.ranks.rank:
                 sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        guess_tokens = prompt_lookup_num_tokens
-        if guess_tokens is None:
-            guess_tokens = store.spare_tokens if store else 0
-        engine = Engine(model, tokenizer, guess_tokens=guess_tokens, runner=runner)
+        best = {"guess_tokens": store.spare_tokens, "chunk_tokens": store.chunk_tokens} if store else {}
+        if prompt_lookup_num_tokens is not None:
+            best["guess_tokens"] = prompt_lookup_num_tokens
+        engine = Engine(model, tokenizer, runner=runner, **best)
         return Llama(model, tokenizer, seed=seed, engine=engine)
 
     def generate(
@@ -327,11 +341,11 @@ class Llama(Generator):
         Raises ValueError or TypeError, before any compute, for an argument out of range, an empty prompt, an id that
         is not in the vocabulary, and a prompt longer than `max_seq_len`.
         """
-        settings = self._settings(max_gen_len, temperature, top_p, seed, stop)
-        prompts = self._requests(lambda: listed("prompt_tokens", prompt_tokens), settings, logprobs=logprobs, echo=echo)
+        settings = self._settings(max_gen_len, temperature, top_p, seed, stop, logprobs, 0, echo)
+        prompts = self._requests(lambda: listed("prompt_tokens", prompt_tokens), settings)
         answers = self._run(prompts)
         tokens = [answer.ids if echo else answer.tokens for answer in answers]
-        return tokens, [a.prompt_logprobs + a.logprobs for a in answers] if logprobs else None
+        return tokens, [logprobs_of(answer) for answer in answers] if logprobs else None
 
     def text_completion(
         self,
@@ -344,15 +358,17 @@ class Llama(Generator):
         *,
         seed: int | Sequence[int] | None = None,
         stop: str | Sequence[str] | Sequence[Sequence[str]] = (),
+        top_logprobs: int = 0,
     ) -> list[CompletionPrediction]:
         """Continue each text; parameters and errors as in `generate`, `max_gen_len` up to `max_seq_len` by default.
 
         Each result has `generation` and `finish_reason` ("stop" at EOS or a stop string, else "length"); with
-        `logprobs` also `tokens`, one string per id whose concatenation is `generation`, and their `logprobs`.
+        `logprobs` also `tokens`, one string per id whose concatenation is `generation`, and their `logprobs`; with
+        `top_logprobs` as well, for each id as many (text, logprob) of the likeliest in its place, the first one first.
         """
-        settings = self._settings(max_gen_len, temperature, top_p, seed, stop)
-        requests = self._requests(lambda: self._encode(prompts), settings, logprobs=logprobs, echo=echo)
-        return [CompletionPrediction(generation=a.generation, **outcome(a)) for a in self._run(requests)]
+        settings = self._settings(max_gen_len, temperature, top_p, seed, stop, logprobs, top_logprobs, echo)
+        requests = self._requests(lambda: self._encode(prompts), settings)
+        return [CompletionPrediction(generation=a.generation, **self._outcome(a)) for a in self._run(requests)]
 
     def chat_completion(
         self,
@@ -364,6 +380,7 @@ class Llama(Generator):
         *,
         seed: int | Sequence[int] | None = None,
         stop: str | Sequence[str] | Sequence[Sequence[str]] = (),
+        top_logprobs: int = 0,
         input_check: Check | None = None,
         output_check: Check | None = None,
     ) -> list[ChatPrediction]:
@@ -374,12 +391,14 @@ class Llama(Generator):
         each answer and may replace it. On several ranks the first one's checks count.
         Raises ValueError, naming dialog and message, for roles out of order.
         """
-        settings = self._settings(max_gen_len, temperature, top_p, seed, stop)
-        answers = self._run(self._chat_requests(dialogs, settings, logprobs, input_check))
+        settings = self._settings(max_gen_len, temperature, top_p, seed, stop, logprobs, top_logprobs)
+        answers = self._run(self._chat_requests(dialogs, settings, input_check))
         if output_check is not None:
             for answer in answers:
                 self._check_output(answer, output_check)
-        return [ChatPrediction(generation=Message(role="assistant", content=a.text), **outcome(a)) for a in answers]
+        return [
+            ChatPrediction(generation=Message(role="assistant", content=a.text), **self._outcome(a)) for a in answers
+        ]
 
     def text_infilling(
         self,
@@ -393,6 +412,7 @@ class Llama(Generator):
         *,
         seed: int | Sequence[int] | None = None,
         stop: str | Sequence[str] | Sequence[Sequence[str]] = (),
+        top_logprobs: int = 0,
     ) -> list[InfillingPrediction]:
         """What Code Llama puts between each prefix and suffix; parameters and errors as in `text_completion`.
 
@@ -400,7 +420,7 @@ class Llama(Generator):
         `full_text` is prefix, generation and suffix. `suffix_first` is the format that shows the model the suffix
         first. Raises ValueError for a tokenizer without the pieces that mark the three.
         """
-        settings = self._settings(max_gen_len, temperature, top_p, seed, stop)
+        settings = self._settings(max_gen_len, temperature, top_p, seed, stop, logprobs, top_logprobs)
         pairs: list[tuple[str, str]] = []
 
         def encode() -> list[list[int]]:
@@ -409,9 +429,9 @@ class Llama(Generator):
             pairs.extend(zip(*texts, strict=True))
             return [encode_infilling(prefix, suffix, self.tokenizer, suffix_first) for prefix, suffix in pairs]
 
-        requests = self._requests(encode, settings, logprobs=logprobs, continues=True, end_ids=[self.tokenizer.eot_id])
+        requests = self._requests(encode, settings, continues=True, end_ids=[self.tokenizer.eot_id])
         return [
-            InfillingPrediction(generation=a.text, full_text=prefix + a.text + suffix, **outcome(a))
+            InfillingPrediction(generation=a.text, full_text=prefix + a.text + suffix, **self._outcome(a))
             for a, (prefix, suffix) in zip(self._run(requests), pairs, strict=True)
         ]
 
@@ -437,11 +457,5 @@ def refusal_of(check: Check, text: str) -> str | None:
     raise TypeError(f"a check returned {refusal!r}: return None, or the text of a refusal")
 
 
-def outcome(answer: Answer) -> Prediction:
-    """What text and chat results have in common."""
-    assert answer.finish_reason is not None, "the request was not run to its end"
-    result = Prediction(finish_reason=answer.finish_reason)
-    if answer.request.logprobs:
-        result["tokens"] = answer.prompt_pieces + answer.pieces
-        result["logprobs"] = answer.prompt_logprobs + answer.logprobs
-    return result
+def logprobs_of(answer: Answer) -> list[float]:
+    return [score.logprob for score in answer.prompt_scores + answer.scores]

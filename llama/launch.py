@@ -7,7 +7,6 @@ import contextlib
 import difflib
 import functools
 import inspect
-import io
 import json
 import logging
 import os
@@ -19,7 +18,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from types import NoneType
 from typing import Any, get_args
 
 import fire
@@ -53,6 +51,14 @@ FLAGS = {
     "device": "cuda, mps, cpu, or auto for the first of them that there is",
     "dtype": "float32, bfloat16, float16, or auto for the fastest of 16 bits or more",
     "quantize": "int8 or int4: hold linear weights in 8 or 4 bits",
+    "compile": "compile the decode step, which takes minutes once",
+    "host": "address to listen on; 0.0.0.0 for all of this machine's",
+    "port": "0 takes a free one, and says which",
+    "api_key": "what clients have to send; better in LLAMA_API_KEY, an environment variable, which nobody else sees",
+    "allow_origin": "another server whose pages may ask this one, as https://example.org; * for all",
+    "model_name": "what clients call the model, in place of its folder's name",
+    "max_waiting": "requests that wait while others run; beyond them, clients are told to come again",
+    "drain": "seconds that running answers have left when the server is told to end",
     "adapter_dir": "LoRA adapter in PEFT's layout, which is merged into the weights",
 }
 
@@ -90,6 +96,11 @@ def run(command: Command | Mapping[str, Command], name: str | None = None) -> No
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def is_first() -> bool:
+    """Whether this is the first rank, or the only one, before any process group says so."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def fail(sentence: str, status: int = 1) -> None:
     """Exit with the sentence as the last thing printed, once for all ranks.
 
@@ -106,10 +117,6 @@ def fail(sentence: str, status: int = 1) -> None:
     sys.exit(status)
 
 
-def is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
 def interrupt(*_: object) -> None:
     """The first Ctrl-C ends what runs; another ends the process at once, whatever the first is still tidying up."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -118,48 +125,33 @@ def interrupt(*_: object) -> None:
 
 def repair_streams() -> None:
     """Streams that were closed (<&-) are empty ones, and no character of a text ends the program."""
-    for name in ("stdin", "stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
-        elif isinstance(stream, io.TextIOWrapper):
+    for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
+        stream = getattr(sys, name) or open(os.devnull, mode)  # noqa: SIM115
+        if hasattr(stream, "reconfigure"):  # a test's or a notebook's own may not have it
             stream.reconfigure(errors="replace")
+        setattr(sys, name, stream)
 
 
 def understand(command: Command | Mapping[str, Command], words: list[str], name: str) -> tuple[Command, list[str]]:
     """What fire is to call, and with which words. Raises UsageError where there is no such thing."""
-    if not isinstance(command, Mapping):
-        if HELP & set(words):
-            return lambda: describe(command, name), []
-        return readable(command), [f"--{key}={text}" for key, text in arguments(command, words, name).items()]
-    word, *rest = words or ["--help"]
-    if word in command:
-        return understand(command[word], rest, f"{name} {word}")
-    if word in HELP:
-        # Of each, its docstring's first part.
-        rows = [(key, re.split(r"[.;]\s", f"{inspect.getdoc(function)} ")[0]) for key, function in command.items()]
-        return lambda: page(f"Usage: {name} COMMAND ...", f"{name} COMMAND --help describes a command.", rows), []
-    if word == "--version":
-        return lambda: f"llama {__version__} (torch {version('torch')})", []
-    raise UsageError(f"{word!r} is no command: {did_you_mean(word, command) or 'use ' + ', '.join(command)}")
+    if isinstance(command, Mapping):
+        word, *rest = words or ["--help"]
+        if word in command:
+            return understand(command[word], rest, f"{name} {word}")
+        if word == "--version":
+            return lambda: f"llama {__version__} (torch {version('torch')})", []
+        if word not in HELP:
+            raise UsageError(f"{word!r} is no command: {did_you_mean(word, command) or 'use ' + ', '.join(command)}")
+    elif not HELP & set(words):
+        parameters = inspect.signature(command, eval_str=True).parameters
+        readers = {key: functools.partial(value_of, key, p.annotation) for key, p in parameters.items()}
+        # By itself, fire would read numbers and lists in what is a text.
+        return fire.decorators.SetParseFns(**readers)(command), as_flags(words, parameters, name)
+    return lambda: describe(command, name), []
 
 
-def readable(command: Command) -> Command:
-    """A function that fire reads arguments for as `value_of` does, not as it does by itself."""
-
-    @functools.wraps(command, updated=())
-    def call(*positional: Any, **named: Any) -> Any:
-        said = command(*positional, **named)
-        return said() if callable(said) else said
-
-    for key, p in inspect.signature(command, eval_str=True).parameters.items():
-        fire.decorators.SetParseFn(functools.partial(value_of, key, p.annotation), key)(call)
-    return call
-
-
-def arguments(function: Command, words: list[str], name: str) -> dict[str, str]:
-    """What the words give to parameters. Raises UsageError for what has no place, before anything runs."""
-    parameters = inspect.signature(function, eval_str=True).parameters
+def as_flags(words: list[str], parameters: Mapping[str, inspect.Parameter], name: str) -> list[str]:
+    """The words as --key=text. Raises UsageError for what has no place, before anything runs."""
     texts, rest, see = [], list(words), f"see {name} --help"
     given: dict[str, str] = {}
     while rest:
@@ -185,39 +177,40 @@ def arguments(function: Command, words: list[str], name: str) -> dict[str, str]:
     for key, p in parameters.items():
         if p.default is p.empty and key not in given:
             raise UsageError(f"no {key} is given: {see}")
-    return given
+    return [f"--{key}={text}" for key, text in given.items()]
 
 
 def value_of(name: str, annotation: Any, text: str) -> Any:
     """What a parameter is given as `text`: numbers, True, False and None where its type has them, else the text."""
     kinds = get_args(annotation) or (annotation,)  # X | None are two
-    if text == "None" and NoneType in kinds and str not in kinds:
-        return None
-    if kinds[0] not in KINDS:
-        return os.fsencode(text).decode(errors="replace")  # bytes that are no text
-    with contextlib.suppress(SyntaxError, ValueError):
-        value = ast.literal_eval(text)
-        if type(value) in kinds or (type(value) is int and float in kinds):
-            return value
-    raise UsageError(f"--{name} is {text!r}: use {KINDS[kinds[0]]}")
+    if str not in kinds:
+        with contextlib.suppress(SyntaxError, ValueError):
+            value = ast.literal_eval(text)
+            if type(value) in kinds or (type(value) is int and float in kinds):
+                return value
+    if kinds[0] in KINDS:
+        raise UsageError(f"--{name} is {text!r}: use {KINDS[kinds[0]]}")
+    return os.fsencode(text).decode(errors="replace")  # bytes that are no text
 
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
     return "".join(f"did you mean {prefix}{match}?" for match in difflib.get_close_matches(word, known, 1))
 
 
-def describe(function: Command, name: str) -> str:
+def describe(command: Command | Mapping[str, Command], name: str) -> str:
     """The text of --help."""
-    usage, rows = f"Usage: {name}", []
-    for key, p in inspect.signature(function).parameters.items():
-        if p.kind is p.POSITIONAL_OR_KEYWORD:
-            usage += f" {key.upper()}" if p.default is p.empty else f" [{key.upper()}]"
-        default = "" if p.default in (p.empty, None) else f" (default {p.default})"
-        rows.append((f"--{key}", FLAGS.get(key, "") + default))
-    return page(f"{usage} [--FLAG VALUE ...]", inspect.getdoc(function) or "", rows)
-
-
-def page(usage: str, text: str, rows: list[tuple[str, str]]) -> str:
+    if isinstance(command, Mapping):
+        usage, text = f"Usage: {name} COMMAND ...", f"{name} COMMAND --help describes a command."
+        # Of each, its docstring's first part.
+        rows = [(key, re.split(r"[.;]\s", f"{inspect.getdoc(function)} ")[0]) for key, function in command.items()]
+    else:
+        usage, text, rows = f"Usage: {name}", inspect.getdoc(command) or "", []
+        for key, p in inspect.signature(command).parameters.items():
+            if p.kind is p.POSITIONAL_OR_KEYWORD:
+                usage += f" {key.upper()}" if p.default is p.empty else f" [{key.upper()}]"
+            default = "" if p.default in (p.empty, None) else f" (default {p.default})"
+            rows.append((f"--{key}", FLAGS.get(key, "") + default))
+        usage += " [--FLAG VALUE ...]"
     column = max(len(left) for left, _ in rows) + 4
     wrap = textwrap.TextWrapper(80, subsequent_indent=" " * column)
     table = "\n".join(wrap.fill(f"  {left}".ljust(column) + right) for left, right in rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -14,6 +14,13 @@ from .tokenizer import Detokenizer, Tokenizer
 
 FinishReason = Literal["stop", "length"]
 Pooling = Literal["mean", "last"]
+
+
+class Score(NamedTuple):
+    """How likely a token was, as a natural logarithm, and the likeliest in its place, (id, logprob), best first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,7 @@ class Request:
     stream: str = ""  # names the random numbers that it draws, its own, so that no neighbour changes its text
     stop: tuple[str, ...] = ()
     logprobs: bool = False
+    top_logprobs: int = 0  # how many of the likeliest in each token's place, with logprobs
     echo: bool = False
     continues: bool = False  # begins in the middle of a text, so that its first word's space stays
     pooling: Pooling | None = None  # asks for hidden states, not for tokens
@@ -48,10 +56,11 @@ class Answer:
     def __init__(self, request: Request, tokenizer: Tokenizer):
         self.request = request
         self.ids = list(request.prompt)
-        self.pieces: list[str] = []  # of the tokens, one each, and so are their logprobs
-        self.logprobs: list[float] = []
+        self.pieces: list[str] = []  # of the tokens, one each, and so are their scores
+        self.scores: list[Score] = []
+        self.end: tuple[int, Score] | None = None  # the id that ended it, which is no part of it
         self.text = ""  # of the pieces
-        self.prompt_logprobs = [0.0] * len(self.ids) if request.scores_prompt else []
+        self.prompt_scores = [Score(0.0)] * len(self.ids) if request.scores_prompt else []
         self.kept = 0  # how many of the prompt's ids their states were taken of, where they are wanted
         self.states: Tensor | None = None  # (len(prompt), dim) float32, where they are to be pooled
         self.finish_reason: FinishReason | None = None
@@ -101,13 +110,14 @@ class Answer:
             self._uniforms.append(self._random.random())
         return self._uniforms[i]
 
-    def append(self, token: int, logprob: float) -> None:
+    def append(self, token: int, score: Score) -> None:
         """Take the next token; may finish the answer."""
         if token in self.request.end_ids:
+            self.end = token, score
             return self.finish("stop")
         piece = self._detokenizer.push(token)
         self.ids.append(token)
-        self.logprobs.append(logprob)
+        self.scores.append(score)
         self.pieces.append(piece)
         if self._say(piece):
             self.finish_reason = "stop"
@@ -125,7 +135,7 @@ class Answer:
     def refuse(self, refusal: str) -> None:
         """Answer with `refusal` in place of what the model said or would have said."""
         del self.ids[len(self.request.prompt) :]
-        self.pieces, self.logprobs = [], []
+        self.pieces, self.scores = [], []
         self.text, self.finish_reason = refusal, "stop"
 
     def _say(self, piece: str) -> bool:
@@ -139,7 +149,7 @@ class Answer:
         ends = [(at + length, at) for at, length in found if at >= 0]
         end, (_, cut) = len(text), min(ends, default=(0, len(text)))
         while ends and self.pieces and (begin := end - len(self.pieces[-1])) >= cut:
-            for per_token in (self.ids, self.pieces, self.logprobs):
+            for per_token in (self.ids, self.pieces, self.scores):
                 per_token.pop()
             end = begin
         if ends and self.pieces:  # a token may hold wanted text before the stop string

@@ -19,6 +19,7 @@ class Schedule:
     def __init__(self, cache: KVCache):
         self.cache = cache
         self.waiting: deque[Answer] = deque()
+        self.left = False  # whether some of them may be cancelled
         self.answers: list[Answer | None] = [None] * cache.rows
         self.admitted = [0] * cache.rows  # the step at which each row's answer was
         self.used = [0] * cache.rows  # the step at which each row was let go
@@ -49,6 +50,11 @@ class Schedule:
         return answering, feeding
 
     def _admit(self) -> None:
+        if self.left:
+            self.left = False
+            for answer in list(self.waiting):
+                if answer.over:
+                    self.waiting.remove(answer)
         while self.waiting and None in self.answers:
             answer = self.waiting[0]  # leaves the queue last: an interrupt loses none
             if not answer.over and answer not in self.answers:

@@ -10,26 +10,24 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import KW_ONLY, dataclass, field
-from datetime import timedelta
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 import torch.distributed as dist
 
 from .chat import SPECIAL_TAGS, UNSAFE_ERROR, Message, encode_dialog, has_special_tags
+from .distributed import patient_ranks
 from .generation import Llama
 from .launch import did_you_mean
-from .parallel import Ranks
 
 try:
     import readline
     import termios
     import tty
+
+    HAS_TTY = True
 except ImportError:  # Windows: lines come as the system reads them, and Ctrl-C ends the program
     HAS_TTY = False
-else:
-    HAS_TTY = True
 
 WORDS = {
     "/system": "TEXT tells the model how to answer from here on; without a text, nothing does",
@@ -44,7 +42,7 @@ KEYS = re.compile(r"\x1b\[[\d;]*[A-Za-z~]|[\x00-\x08\x0b-\x1f\x7f]")  # those th
 
 @dataclass
 class Session:
-    """A model and a terminal, from the flags that chat and run share."""
+    """A model, from the flags that chat and run share."""
 
     ckpt_dir: str
     _: KW_ONLY
@@ -65,7 +63,7 @@ class Session:
         self.settings = {name: getattr(self, name) for name in ("temperature", "top_p", "max_gen_len")}
         kind = {name: getattr(self, name) for name in ("seed", "device", "dtype", "quantize", "adapter_dir")}
         self.llm = Llama.build(self.ckpt_dir, self.tokenizer_path, self.max_seq_len, 1, **kind)
-        self.terminal = Terminal()
+        self.ranks = patient_ranks()
 
 
 @dataclass
@@ -73,7 +71,8 @@ class Run(Session):
     """Answer one prompt as a chat model does, or with --plain continue its text. How fast is said on stderr."""
 
     prompt: str | None = None
-    plain: bool = field(default=False, kw_only=True)
+    _: KW_ONLY
+    plain: bool = False
 
     def __post_init__(self) -> None:
         if self.plain and self.system:
@@ -81,7 +80,7 @@ class Run(Session):
         super().__post_init__()
 
     def __call__(self) -> None:
-        text = self.terminal.read() if self.prompt in (None, "-") else str(self.prompt)
+        text = self.ranks.ask_first(read_stdin) if self.prompt in (None, "-") else str(self.prompt)
         if self.plain:
             stream = self.llm.stream_text_completion([text], logprobs=True, **self.settings)
         elif text.strip():
@@ -92,34 +91,32 @@ class Run(Session):
         start, waited = time.perf_counter(), 0.0
         for piece in stream:
             waited = waited or time.perf_counter() - start
-            self.terminal.say(piece["text"], end="")
-        self.terminal.say("\n", end="")
+            say(piece["text"])
+        say("\n")
         n, seconds = len(piece["tokens"]), time.perf_counter() - start
-        if self.terminal.first:
+        if self.ranks.rank == 0:
             print(f"{n} tokens, {n / seconds:.1f} tokens/s, the first after {waited:.2f} s", file=sys.stderr)
 
 
-@dataclass
 class Chat(Session):
     """Talk with a chat model at the terminal. Under torchrun, with one that is split over the ranks.
 
     When the conversation leaves less than a quarter of `max_seq_len` for an answer, its oldest exchanges are dropped.
     """
 
-    history: list[Message] = field(default_factory=list, init=False)  # what was said and is not forgotten
-
     def __call__(self) -> None:
+        self.history: list[Message] = []  # what was said and is not forgotten
         # Says now, not after the first message, what is wrong with the settings; a stream computes when it is read.
         self.llm.stream_chat_completion([[Message(role="user", content="")]], **self.settings)
-        self.terminal.say("Ctrl-C stops an answer, /help shows what else there is, /exit or Ctrl-D ends.\n")
-        with self.terminal:
-            while (text := self.terminal.ask()) not in (None, "/exit"):
+        say("Ctrl-C stops an answer, /help shows what else there is, /exit or Ctrl-D ends.\n\n")
+        with contextlib.closing(Terminal()) as self.terminal:
+            while (text := self.ranks.ask_first(self.terminal.ask)) not in (None, "/exit"):
                 try:
                     word, *rest = text.split(maxsplit=1) or [""]
                     said = self.obey(word, *rest) if re.fullmatch(r"/\w*", word) else self.answer(text)
                 except ValueError as error:
                     said = str(error)
-                self.terminal.say(said and f"{said}\n")
+                say(said and f"{said}\n\n")
 
     def obey(self, word: str, text: str = "") -> str:
         """Do what a /word asks for; returns what to say of it."""
@@ -137,7 +134,7 @@ class Chat(Session):
 
     def save(self, file: str) -> str:
         try:
-            if self.terminal.first:
+            if self.ranks.rank == 0:
                 with open(file, "x", encoding="utf-8") as stream:
                     json.dump(self.opening + self.history, stream, ensure_ascii=False, indent=2)
         except (OSError, ValueError) as error:
@@ -145,7 +142,7 @@ class Chat(Session):
         return f"({len(self.history)} messages are in {file})"
 
     def answer(self, text: str) -> str:
-        """Say what the model does to this; returns what else is to be said."""
+        """Say what the model does to this, until Ctrl-C; returns what is to be said instead."""
         turns = [*self.history, Message(role="user", content=text)]
         if not text or has_special_tags(turns[-1:], self.llm.tokenizer):
             return text and UNSAFE_ERROR
@@ -155,8 +152,15 @@ class Chat(Session):
         # What the model may say, the next prompt must be able to hold.
         stream = self.llm.stream_chat_completion([self.opening + turns], stop=SPECIAL_TAGS, **self.settings)
         if len(turns) <= len(self.history):
-            self.terminal.say("(the conversation has outgrown max_seq_len: its oldest exchange is forgotten)\n")
-        answer = self.terminal.show(piece["text"] for piece in stream)
+            say("(the conversation has outgrown max_seq_len: its oldest exchange is forgotten)\n\n")
+        answer = ""
+        for piece in stream:
+            say(piece["text"])
+            answer += piece["text"]
+            if self.ranks.ask_first(self.terminal.listen):
+                say(" (stopped)")
+                break
+        say("\n\n")
         self.history = [*turns, Message(role="assistant", content=answer)]
         return ""
 
@@ -169,76 +173,62 @@ def system_message(text: str | None) -> list[Message]:
     return opening
 
 
-class Terminal:
-    """One person's terminal, at rank 0; what is typed there is known on every rank.
+def say(text: str) -> None:
+    print(text, end="", flush=True)
 
-    Ctrl-C is read as a character, for the signal would also reach torchrun, which ends the job. The ranks that wait for
-    a person to type do so in a group of their own, whose time limit is not that of the model's collectives.
+
+def read_stdin() -> str:
+    """All of standard input, without its last newline."""
+    if HAS_TTY and sys.stdin.isatty():
+        print("(type the prompt, then Ctrl-D on a line of its own)", file=sys.stderr)
+    return sys.stdin.read().removesuffix("\n")
+
+
+class Terminal:
+    """One person's terminal, which the first rank has.
+
+    In a conversation, keys come one by one and without echo, but for the time in which a line is edited. Ctrl-C is one
+    of them: its signal would also reach torchrun, which ends the job.
     """
 
     def __init__(self) -> None:
-        size = dist.get_world_size()
-        group = dist.new_group(backend="gloo", timeout=timedelta(days=365)) if size > 1 else None
-        self.ranks = Ranks(size, dist.get_rank(), group)
-        self.first = self.ranks.rank == 0
-        self.tty = sys.stdin.fileno() if self.first and HAS_TTY and sys.stdin.isatty() else None
-        self.mode = [] if self.tty is None else termios.tcgetattr(self.tty)  # as the shell has it
         self.prompt = ""  # while a line is asked for
         self.typed = b""  # while none was
-
-    def __enter__(self) -> Terminal:
+        self.tty = sys.stdin.fileno() if HAS_TTY and sys.stdin.isatty() and dist.get_rank() == 0 else None
         if self.tty is not None:
-            own = termios.tcgetattr(self.tty)
-            own[6][termios.VINTR] = off = bytes([os.fpathconf(self.tty, "PC_VDISABLE")])
+            self.mode, self.editing = termios.tcgetattr(self.tty), termios.tcgetattr(self.tty)  # the shell's, and ours
+            self.editing[6][termios.VINTR] = off = bytes([os.fpathconf(self.tty, "PC_VDISABLE")])
             if dist.is_torchelastic_launched():
-                own[6][termios.VSUSP] = off  # Ctrl-Z would stop torchrun and none of its ranks
+                self.editing[6][termios.VSUSP] = off  # Ctrl-Z would stop torchrun and none of its ranks
             else:
                 signal.signal(signal.SIGTSTP, self._stop)
-            termios.tcsetattr(self.tty, termios.TCSADRAIN, own)
             readline.parse_and_bind('"\\C-c": kill-whole-line')
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         if self.tty is not None:
             termios.tcsetattr(self.tty, termios.TCSADRAIN, self.mode)
 
-    def say(self, text: str, end: str = "\n") -> None:
-        if self.first and text:
-            print(text, end=end, flush=True)
-
-    def read(self) -> str:
-        """All of standard input, without its last newline."""
-        if self.tty is not None:
-            print("(type the prompt, then Ctrl-D on a line of its own)", file=sys.stderr)
-        return self.ranks.ask_first(lambda: sys.stdin.read().removesuffix("\n"))
-
     def ask(self) -> str | None:
         """The next message, stripped; None at their end. What is pasted is one message, whatever its lines."""
-        return self.ranks.ask_first(self._message)
-
-    def show(self, pieces: Iterator[str]) -> str:
-        """Print pieces as they come, until their end or Ctrl-C; returns what was printed."""
-        shown = ""
-        with self._keys():
-            for piece in pieces:
-                self.say(piece, end="")
-                shown += piece
-                if self.ranks.ask_first(self._interrupted):
-                    self.say(" (stopped)", end="")
-                    break
-        self.say("\n")
-        return shown
-
-    def _message(self) -> str | None:
         typed_before = b"\n" in self.typed
         try:
             lines = [self._line("> ")]
-            while not typed_before and self._was_pasted():
+            while not typed_before and self.typed[:1] not in (b"", b"\x04"):
                 lines.append(self._line(""))
         except EOFError:
-            self.say("\n", end="")
+            say("\n")
             return None
         return "\n".join(lines).strip()
+
+    def listen(self, seconds: float = 0) -> bool:
+        """Keep what was typed, and what is within this time, for the next line; whether Ctrl-C was pressed."""
+        while self.tty is not None and select.select([self.tty], [], [], seconds)[0]:
+            if not (keys := os.read(self.tty, 1024)):
+                break
+            self.typed += keys.replace(b"\r", b"\n")
+        interrupted = b"\x03" in self.typed
+        self.typed = self.typed.replace(b"\x03", b"")
+        return interrupted
 
     def _line(self, prompt: str) -> str:
         """What was typed before, to the end of its line; if it has none, it can be gone on with."""
@@ -247,48 +237,18 @@ class Terminal:
         keys, newline, self.typed = self.typed.partition(b"\n")
         begun = KEYS.sub("", keys.decode(errors="replace"))
         if newline:
-            self.say(prompt + begun)
+            say(f"{prompt}{begun}\n")
             return begun
-        if self.tty is not None:
-            readline.set_startup_hook(lambda: readline.insert_text(begun))
+        if self.tty is None:
+            return input(prompt)
+        termios.tcsetattr(self.tty, termios.TCSADRAIN, self.editing)
+        readline.set_startup_hook(lambda: readline.insert_text(begun))
         self.prompt = prompt
         line = input(prompt)
         self.prompt = ""
-        return line
-
-    def _was_pasted(self) -> bool:
-        """Whether more came together with the line before."""
-        if not self.typed:
-            with self._keys():
-                self._read(PASTE_SECONDS)
-        return self.typed[:1] not in (b"", b"\x04")
-
-    @contextlib.contextmanager
-    def _keys(self) -> Iterator[None]:
-        """Keys come one by one, without echo."""
-        if self.tty is None:
-            yield
-            return
-        before = termios.tcgetattr(self.tty)
         tty.setcbreak(self.tty, termios.TCSADRAIN)
-        try:
-            yield
-        finally:
-            termios.tcsetattr(self.tty, termios.TCSADRAIN, before)
-
-    def _interrupted(self) -> bool:
-        """Whether Ctrl-C was pressed since; other keys are kept for the next line."""
-        self._read()
-        interrupted = b"\x03" in self.typed
-        self.typed = self.typed.replace(b"\x03", b"")
-        return interrupted
-
-    def _read(self, seconds: float = 0) -> None:
-        """Take what was typed, and what is within this time."""
-        while self.tty is not None and select.select([self.tty], [], [], seconds)[0]:
-            if not (keys := os.read(self.tty, 1024)):
-                break
-            self.typed += keys.replace(b"\r", b"\n")
+        self.listen(PASTE_SECONDS)
+        return line
 
     def _stop(self, *_: object) -> None:
         """Ctrl-Z: the shell has the terminal as it was; when it lets this go on, the terminal is again as it is now."""
@@ -300,4 +260,4 @@ class Terminal:
         signal.signal(signal.SIGTSTP, self._stop)
         termios.tcsetattr(self.tty, termios.TCSANOW, now)
         if self.prompt:
-            self.say(self.prompt + readline.get_line_buffer(), end="")
+            say(self.prompt + readline.get_line_buffer())

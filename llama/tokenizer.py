@@ -60,6 +60,16 @@ class Tokenizer:
         text: str = self.sp_model.decode(ids)
         return text
 
+    def piece_bytes(self, token: int) -> bytes:
+        """What an id stands for, wherever it stands: with its space, one byte of a character, a special id's name."""
+        if self.sp_model.is_byte(token):
+            return bytes([int(self.sp_model.id_to_piece(token)[1:-1], 16)])
+        piece: str = self.sp_model.id_to_piece(token)
+        return piece.replace("\u2581", " ").encode()
+
+    def piece(self, token: int) -> str:
+        return self.piece_bytes(token).decode(errors="replace")
+
     def decode_pieces(self, t: Sequence[int]) -> list[str]:
         """One string per id, whose concatenation is `decode(t)`; see Detokenizer."""
         detokenizer = Detokenizer(self)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import GOLDEN, TINY, random_state, run_python, write_release
 
-from llama import Llama, ModelArgs
+from llama import Llama, ModelArgs, Tokenizer
 from llama.checkpoints import Checkpoint
 from llama.checkpoints.folders import convert, info, reshard, verify
 
@@ -117,6 +117,16 @@ main()
     last = job.stderr.strip().splitlines()[-1]
     assert last.startswith(f"error: could not write to {out.parent} (") and "MB are needed, and" in last, job.stderr
     assert not list(out.parent.iterdir())
+
+
+def test_transformers_reads_the_tokenizer_of_a_converted_folder(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    convert(str(TINY), str(tmp_path / "hf"), "hf")
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "hf"), Tokenizer(TINY / "tokenizer.model")
+    for text in ("The fox lives", "[INST] Where does it live? [/INST]", "Question: x\n\nAnswer:", "über 2 ☺\t."):
+        assert theirs(text).input_ids == ours.encode(text, bos=True, eos=False)
+    assert theirs.eos_token_id == ours.eos_id
 
 
 def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

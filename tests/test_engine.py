@@ -20,7 +20,7 @@ from llama import Llama, encode_dialog
 from llama.arguments import Settings, make_requests
 from llama.cache import Batch, Runs
 from llama.engine import CHUNK, SCORE_CHUNK, Engine
-from llama.request import Request
+from llama.request import Request, Score
 from llama.tokenizer import Detokenizer
 
 
@@ -275,7 +275,7 @@ def test_what_was_computed_with_other_weights_is_not_reused(how: str) -> None:
 
 def test_a_users_own_pass_does_not_stand_in_for_what_is_scored(long_llm: Llama) -> None:
     engine, prompts = Engine(long_llm.model, long_llm.tokenizer), [[1, *range(300, 320)], [1, *range(100, 140)]]
-    requests = make_requests(long_llm.tokenizer, prompts, Settings([60, 2]), 256, logprobs=True, echo=True)
+    requests = make_requests(long_llm.tokenizer, prompts, Settings([60, 2], logprobs=True, echo=True), 256)
     answers = [engine.submit(requests[0])]
     while len(answers[0].pieces) < 2:
         engine.step()
@@ -285,7 +285,7 @@ def test_a_users_own_pass_does_not_stand_in_for_what_is_scored(long_llm: Llama) 
     for _ in engine.progress(answers):
         pass
     (want,) = long_llm.generate(prompts[1:], 2, 0, logprobs=True, echo=True)[1] or []
-    assert answers[1].prompt_logprobs == pytest.approx(want[: len(prompts[1])], abs=1e-4)
+    assert [score.logprob for score in answers[1].prompt_scores] == pytest.approx(want[: len(prompts[1])], abs=1e-4)
 
 
 def test_an_interrupt_leaves_no_answer_with_half_a_token(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,8 +373,8 @@ class Script:
     def __init__(self, llm: Llama, patch: pytest.MonkeyPatch, texts: list[str]):
         ids = [llm.tokenizer.encode(text, bos=False, eos=True) for text in texts]
 
-        def choose(answers: list[Any], logits: torch.Tensor) -> list[tuple[int, float]]:
-            return [(ids[a.request.index][len(a.tokens)], 0.0) for a in answers]
+        def choose(answers: list[Any], logits: torch.Tensor) -> list[tuple[int, Score]]:
+            return [(ids[a.request.index][len(a.tokens)], Score(0.0)) for a in answers]
 
         patch.setattr(llm.engine.passes, "choose", choose)
 

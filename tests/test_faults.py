@@ -185,13 +185,13 @@ def test_a_rank_that_fails_in_loading_ends_the_job_with_its_sentence(tmp_path: P
     script.write_text(
         FAULT
         + """
-inner = llama.checkpoints.release.map_pickle
+inner = llama.checkpoints.release.map_tensors
 def failing(path):
     if rank == 1:
         fault()
         path = path.with_name("consolidated.07.pth")
     return inner(path)
-llama.checkpoints.release.map_pickle = failing
+llama.checkpoints.release.map_tensors = failing
 run(example.main)
 """
     )

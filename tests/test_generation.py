@@ -58,6 +58,27 @@ def test_a_prompt_alone_and_in_any_batch_gives_the_same_tokens(llm: Llama) -> No
         assert llm.generate([prompts[i] for i in mixed], 20, **reordered)[0] == [alone[i] for i in mixed]
 
 
+def test_the_likeliest_tokens_and_their_logprobs_come_as_asked(llm: Llama) -> None:
+    (result,) = llm.text_completion(["The model is"], 0, 1.0, 12, logprobs=True, echo=True, top_logprobs=3)
+    assert len(result["top_logprobs"]) == len(result["tokens"])
+    first, *others = result["top_logprobs"]
+    assert first == []  # nothing is asked of BOS
+    ids = llm.tokenizer.encode("The model is", bos=True, eos=False)
+    ids += llm.generate([ids], 12, 0)[0][0]
+    with torch.inference_mode():
+        judged = llm.model(torch.tensor([ids]))[0].log_softmax(dim=-1).topk(3)
+    for n, (top, logprob) in enumerate(zip(others, result["logprobs"][1:], strict=True)):
+        assert [text for text, _ in top] == [llm.tokenizer.piece(token) for token in judged.indices[n].tolist()]
+        assert_close([[value for _, value in top]], [judged.values[n].tolist()])
+        if n >= len(ids) - 13:
+            assert logprob == top[0][1]  # what was generated greedily is the likeliest, to the last bit
+    assert "top_logprobs" not in llm.text_completion(["The"], 0, 1.0, 2, logprobs=True)[0]
+    with pytest.raises(ValueError, match="top_logprobs is 2, and logprobs are not asked for: set logprobs=True too"):
+        llm.text_completion(["The"], top_logprobs=2)
+    with pytest.raises(ValueError, match="top_logprobs is -1: use 0 to 512"):
+        llm.text_completion(["The"], logprobs=True, top_logprobs=-1)
+
+
 def test_step_by_step_logprobs_equal_those_of_one_pass(llm: Llama) -> None:
     prompts = [*random_prompts(5, 30), [1]]
     tokens, logprobs = llm.generate(prompts, 25, temperature=0.8, logprobs=True, echo=True)

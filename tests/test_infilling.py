@@ -10,6 +10,7 @@ from sentencepiece import SentencePieceTrainer
 
 from llama import Llama, ModelArgs, Tokenizer, Transformer
 from llama.code_llama import encode_infilling
+from llama.serving.openai import BadRequest, TextCompletion
 
 PIECES = ["▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"]
 
@@ -116,3 +117,21 @@ def test_folders_of_llama_1_and_code_llama_load_as_they_are(
     model.load_state_dict(state)
     tokens = torch.tensor([[1, 5, 9, 7, 12]])
     torch.testing.assert_close(llm.model(tokens, 0), model(tokens).detach(), atol=1e-4, rtol=0)
+
+
+def test_a_completion_with_a_suffix_is_infilling(code_llm: Llama) -> None:
+    asked = TextCompletion({"prompt": "def add(", "suffix": "):"}, code_llm, "model")
+    prompt = list(asked.requests[0].prompt)
+    assert prompt.count(code_llm.tokenizer.suffix_id) == 1 and prompt[-1] != code_llm.tokenizer.eos_id
+    assert asked.requests[0].continues, "its first word's space stays"
+    (want,) = code_llm.text_infilling(["def add("], ["):"], temperature=0, max_gen_len=12)
+    asked = TextCompletion(
+        {"prompt": "def add(", "suffix": "):", "temperature": 0, "max_tokens": 12}, code_llm, "model"
+    )
+    (answer,) = [code_llm.engine.submit(request) for request in asked.requests]
+    while not answer.over:
+        code_llm.engine.step()
+    (choice,) = asked.whole([answer])["choices"]
+    assert (choice["text"], choice["finish_reason"]) == (want["generation"], want["finish_reason"])
+    with pytest.raises(BadRequest, match="send no ids"):
+        TextCompletion({"prompt": [1, 2], "suffix": "):"}, code_llm, "model")

@@ -165,7 +165,7 @@ def test_without_a_command_the_commands_are_shown(start: Start) -> None:
 def test_an_unknown_command_is_told_with_a_suggestion(start: Start) -> None:
     assert start(COMMANDS, "chta")[2] == "error: 'chta' is no command: did you mean chat?\n"
     status, _, err = start(COMMANDS, "llama-2-tiny")
-    assert status == 2 and err.startswith("error: 'llama-2-tiny' is no command: use chat, run, info, ")
+    assert status == 2 and err.startswith("error: 'llama-2-tiny' is no command: use chat, run, serve, info, ")
 
 
 def test_the_version_is_that_of_the_package_and_the_changelog(start: Start) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import socket
@@ -84,7 +85,7 @@ BLOCKS = [commands(block) for block in blocks("bash") if commands(block)]
 
 @pytest.mark.parametrize(
     "block",
-    [block for block in BLOCKS if "download.sh" not in block[0]],
+    [block for block in BLOCKS if not re.search(r"download.sh|serve|curl", block[0])],
     ids=lambda block: re.sub(r"\W+", " ", block[0])[:50],
 )
 def test_every_command_runs_as_printed(block: list[str], house: Path, tmp_path: Path) -> None:
@@ -102,6 +103,24 @@ def test_every_command_runs_as_printed(block: list[str], house: Path, tmp_path: 
         if "example" in command:
             answers = 4 if "text" in command else 6
             assert sum(out.count("\n=====") for out, _ in printed) == answers, "the first rank of all prints, no other"
+
+
+def test_the_server_answers_what_the_readme_asks_it(house: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (serve,) = (command for block in BLOCKS for command in block if " serve " in command)
+    (curl,) = (command for block in BLOCKS for command in block if command.startswith("curl"))
+    (client,) = (block for block in blocks("python") if "openai" in block)
+    job = run_shell(f"exec {serve} --port 0", house)
+    assert job.stderr is not None
+    try:
+        url = next(found[0] for line in job.stderr if (found := re.search(r"http://[\d.:]+", line)))
+        answer = run_shell(curl.replace("http://127.0.0.1:8000", url), house).communicate(timeout=60)[0]
+        assert json.loads(answer)["choices"][0]["message"]["content"] == "The owl lives in the tower."
+        exec(client.replace("http://127.0.0.1:8000", url), {})
+        assert capfd.readouterr().out == "The owl lives in the tower.\n"
+    finally:
+        job.terminate()
+        job.communicate(timeout=60)
+    assert job.returncode == 0
 
 
 def test_the_download_command_runs_as_printed(release: Release, tmp_path: Path) -> None:
@@ -151,7 +170,8 @@ def test_the_python_examples_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.chdir(ROOT)
     names: dict[str, object] = {}
     for block in blocks("python"):
-        exec(block, names)
+        if "openai" not in block:  # which asks a server
+            exec(block, names)
     printed = capsys.readouterr().out
     assert "\nGrass.\n" in printed
     assert "\nI do not talk about foxes.\n" in printed

@@ -1,16 +1,14 @@
-"""Files are data: read without running or trusting them, and written whole or not at all."""
+"""Files are data: read without running or trusting them."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import json
 import mmap
 import os
 import re
-import shutil
-import uuid
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +23,7 @@ def size_text(n: int) -> str:
 
 
 def path_of(what: str, path: Any) -> Path:
-    """A path as users give it: with ~ for their home, or 7, which a command line makes of the folder named so.
-
-    Raises TypeError for what is no path.
-    """
+    """A path with ~ for a home, or 7, which a command line makes of a name. Raises TypeError for what is no path."""
     try:
         return Path(os.path.expanduser(str(path) if type(path) is int else path))
     except TypeError:
@@ -73,50 +68,42 @@ def read_json(path: Path) -> dict[str, Any]:
 def check_numbers(file: str, values: dict[str, Any], real: tuple[str, ...] = ()) -> None:
     """Raise ValueError unless all are positive integers, or positive numbers where they are named in `real`."""
     for key, value in values.items():
-        fits = isinstance(value, (int, float) if key in real else int) and not isinstance(value, bool)
-        if not (fits and 0 < value < 2**31):
-            kind = "number" if key in real else "integer"
+        kind, types = ("number", (int, float)) if key in real else ("integer", (int,))
+        if type(value) not in types or not 0 < value < 2**31:
             raise ValueError(f"{file} has {key} {value!r}: expected a positive {kind}")
 
 
-def map_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file of torch.save, in the page cache's memory. Code in the pickle is refused, not run."""
-    check_readable(path)
-    try:
-        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # what the unpickler raises over damaged bytes is any of a dozen types
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path} is not a whole PyTorch checkpoint: download it again ({reason})") from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise ValueError(f"{path} is not a dictionary of tensors: is it a checkpoint of Llama 2?")
-    return check_types(path, tensors)
-
-
 def import_safetensors(path: Path) -> Any:
+    """The package's functions for torch; `path` is what needs it."""
     try:
         import safetensors.torch
     except ImportError as error:
         raise ImportError(f"{path} needs the package safetensors: pip install safetensors") from error
-    return safetensors
+    return safetensors.torch
 
 
-def map_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, in the page cache's memory."""
-    safetensors = import_safetensors(path)
+def map_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of safetensors, or of torch.save, in the page cache's memory.
+
+    Code in a pickle is refused, not run. Raises ValueError for what is no whole file of dense floating-point tensors.
+    """
+    broken = f"{path} is not a whole PyTorch checkpoint: download it again"
+    load: Callable[[Path], Any] = partial(torch.load, map_location="cpu", mmap=True, weights_only=True)
+    if path.suffix == ".safetensors":
+        broken = f"{path} is not a whole safetensors file: download it again"
+        load = import_safetensors(path).load_file
     check_readable(path)
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file: download it again ({error})") from error
-    return check_types(path, tensors)
-
-
-def check_types(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        tensors = load(path)
+    except Exception as error:  # what the unpickler raises over damaged bytes is any of a dozen types
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{broken} ({reason})") from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise ValueError(f"{path} is not a dictionary of tensors: is it a checkpoint of Llama 2?")
     for name, tensor in tensors.items():
         if tensor.dtype not in TYPES or tensor.layout != torch.strided or tensor.is_meta:
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise ValueError(f"{path}: {name} is of {kind}: only dense float32, bfloat16 and float16 are read")
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"{path}: {name} is of {dtype}: only dense float32, bfloat16 and float16 are read")
     return tensors
 
 
@@ -129,30 +116,3 @@ def give_back(mapped: Tensor) -> None:
     extent = 1 + sum((n - 1) * stride for n, stride in zip(mapped.shape, mapped.stride(), strict=True))
     length = mapped.data_ptr() - first + extent * mapped.element_size()
     ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
-
-
-@contextlib.contextmanager
-def new_folder(out: Path, needed: int) -> Iterator[Path]:
-    """A folder to write to, of a temporary name beside `out`, that becomes `out` when all is written, else goes.
-
-    Raises FileExistsError if `out` exists, OSError if its disk has not the `needed` bytes or a write fails.
-    """
-    if out.exists():
-        raise FileExistsError(f"{out} exists: choose another name, or remove it")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"no folder {out.parent} to write {out.name} into: make it first")
-    scratch = out.with_name(f"{out.name}.{uuid.uuid4().hex}.part")
-    try:
-        if shutil.disk_usage(out.parent).free < needed:
-            raise OSError("too little space")
-        scratch.mkdir()  # not mkdtemp's: its permissions are not the umask's
-        yield scratch
-        for file in scratch.iterdir():
-            file.chmod(scratch.stat().st_mode & 0o666)  # safetensors' are for their owner alone
-        scratch.rename(out)
-    except Exception as error:  # torch raises a RuntimeError where a write fails, safetensors an error of its own
-        reason, free = str(error).strip().split("\n")[0], size_text(shutil.disk_usage(out.parent).free)
-        sizes = f"{size_text(needed)} are needed, and {free} are free"
-        raise OSError(f"could not write to {out.parent} ({reason}): {sizes}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

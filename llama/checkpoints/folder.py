@@ -1,16 +1,14 @@
-"""A checkpoint folder as users see it, whatever its layout, and this rank's part of it.
-
-Files are data: they are mapped, read with `weights_only`, and refused by name when they do not fit together.
-"""
+"""A checkpoint folder as users see it, whatever its layout, and this rank's part of it."""
 
 from __future__ import annotations
 
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial, reduce
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -20,11 +18,11 @@ from tqdm import tqdm
 from ..distributed import divisors, either
 from ..model import ModelArgs, Transformer
 from ..parallel import ShardedLinear, hold_together
-from .files import folder_of
-from .huggingface import HuggingFace
+from .files import folder_of, give_back
+from .huggingface import open_huggingface
 from .lora import Adapter
-from .names import shard_dim
-from .release import Release, Source
+from .names import Shapes, interleave, is_rotary, part_shape, shard_dim
+from .release import open_release
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +30,9 @@ Hold = Callable[[Tensor], "nn.Module | None"]  # makes a store of a weight, or N
 
 # Threads that pack or quantise; each holds a matrix and its temporaries beside the weights.
 MAX_LOADERS = 4
+
+EMBEDDING = "tok_embeddings.weight"
+IGNORED = ("rope.freqs", "rotary_emb.inv_freq")  # precomputed angles, which some files carry and no model needs
 
 
 class Checkpoint:
@@ -48,7 +49,11 @@ class Checkpoint:
         except OSError as error:
             raise type(error)(f"{ckpt_dir} cannot be read ({error.strerror}): check its permissions") from error
         in_hf_layout = "config.json" in names and "params.json" not in names
-        self.source: Source = HuggingFace(self.path) if in_hf_layout else Release(self.path)
+        self.source = open_huggingface(self.path) if in_hf_layout else open_release(self.path)
+        path, first = next(iter(self.source.shards.items()))
+        embedding = self.source.name_of(EMBEDDING)
+        if embedding not in first or first[embedding].dim() != 2:
+            raise ValueError(f"{path} lacks tensor {embedding}: is it a checkpoint of Llama 2?")
         self.adapter = None if adapter_dir is None else Adapter(adapter_dir)
 
     @property
@@ -58,7 +63,7 @@ class Checkpoint:
     @property
     def dtype(self) -> torch.dtype:
         """The type the weights are stored in."""
-        return self.source.dtype_of("tok_embeddings.weight")
+        return self.source.tensor(EMBEDDING).dtype
 
     @property
     def tokenizer_path(self) -> Path:
@@ -71,9 +76,8 @@ class Checkpoint:
 
     def model_args(self, max_seq_len: int, max_batch_size: int) -> ModelArgs:
         """The model's shape, with a cache of this size. Raises ValueError for a shape that the weights are not of."""
-        file, rows = self.source.params_file, self.source.vocab_size
-        said = self.source.params.get("vocab_size", -1)
-        if said not in (-1, rows):  # the releases say -1
+        file, rows = self.source.params_file, len(self.source.tensor(EMBEDDING))
+        if (said := self.source.params.get("vocab_size", rows)) != rows:
             raise ValueError(f"{file} has vocab_size {said}, the checkpoint's embedding {rows} rows: not of one model")
         sizes = {"vocab_size": rows, "max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
         args = ModelArgs(**self.source.params | sizes)
@@ -83,23 +87,54 @@ class Checkpoint:
                 "which do not divide: it is of no Llama 2"
             )
         last = f"layers.{args.n_layers - 1}.attention_norm.weight"
-        if last not in self.source:
+        if not any(self.source.name_of(last) in shard for shard in self.source.shards.values()):
             raise ValueError(f"{self.path} lacks tensor {last}: {file} is of another model")
         return args
 
-    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Raise ValueError unless the files hold exactly the tensors of these names and whole shapes."""
-        self.source.check(shapes)
+    def check(self, model: Transformer) -> Shapes:
+        """The shapes of the whole model's tensors. Raises ValueError unless the files hold these and nothing else."""
+        ranks, source, shards = model.ranks.size, self.source, len(self.source.shards)
+        shapes = {
+            name: tuple(n * ranks if d == shard_dim(name) else n for d, n in enumerate(part.shape))
+            for name, part in model.state_dict().items()
+        }
+        wanted = {source.name_of(name) for name in shapes}
+        for path, shard in source.shards.items():
+            held = {name for name in shard if not name.endswith(IGNORED)}
+            for what, names in (("holds unknown", held - wanted), ("lacks", wanted - held)):
+                if names:
+                    reason = f"{source.params_file} is of another model, or this is no Llama 2"
+                    raise ValueError(f"{path} {what} tensor {min(names)}: {reason}")
+            for name, whole in shapes.items():
+                tensor, first = shard[source.name_of(name)], source.tensor(name)
+                dim, shape = shard_dim(name), part_shape(name, whole, shards)
+                if tuple(tensor.shape) != shape or (dim is not None and whole[dim] % shards):
+                    found = f"{path}: {source.name_of(name)} has shape {tuple(tensor.shape)}"
+                    asked = f"{source.params_file} asks for {shape}" + f" in each of {shards} shards" * (shards > 1)
+                    raise ValueError(f"{found}, and {asked}: a shard is missing or of another model")
+                if dim is None and tensor is not first and not torch.equal(tensor, first):
+                    logger.warning("%s: %s is not that of shard 00: the shards may be of two models", path, name)
         if self.adapter is not None:
             self.adapter.check(shapes)
+        return shapes
 
     def copy(self, name: str, rank: int, out: Tensor) -> None:
-        """Fill `out`, of the shape of one rank's part, with this rank's part of a tensor."""
-        dim = shard_dim(name) or 0
-        start = 0 if shard_dim(name) is None else rank * out.shape[dim]
-        self.source.copy(name, dim, start, out)
+        """Fill `out`, of the shape of one rank's part, with this rank's part of a tensor, of one shard or several."""
+        source, head_dim = self.source, self.source.params["dim"] // self.source.params["n_heads"]
+        tensors = [shard[source.name_of(name)] for shard in source.shards.values()]
+        dim = shard_dim(name)
+        if dim is None:  # each shard has the whole of it
+            tensors, dim, rank = tensors[:1], 0, 0
+        size, start, end = tensors[0].shape[dim], rank * out.shape[dim], (rank + 1) * out.shape[dim]
+        for number, tensor in enumerate(tensors):
+            first, last = max(start, number * size), min(end, (number + 1) * size)
+            if first < last:
+                part = tensor.narrow(dim, first - number * size, last - first)
+                in_order = interleave(part, head_dim) if source.in_halves and is_rotary(name) else part
+                out.narrow(dim, first - start, last - first).copy_(in_order)
+                if source.gives_back:
+                    give_back(part)
         if self.adapter is not None:
-            head_dim = self.source.params["dim"] // self.source.params["n_heads"]
             self.adapter.add(name, dim, start, head_dim, out)
 
     def load(self, model: Transformer, device: torch.device, dtype: torch.dtype, hold: Hold | None = None) -> None:
@@ -110,20 +145,24 @@ class Checkpoint:
         do not hold exactly the model's tensors. Warns of values that are not finite, and of positions that the model
         was not made for.
         """
-        wanted, rank = model.state_dict(), model.ranks.rank
-        self.check(whole_shapes(wanted, model.ranks.size))
-        if rank == 0:
-            self._warn_of_length(model.params)
-        groups: dict[str, list[str]] = {}
-        firsts = first_joined(model) if hold else {}
-        for name in wanted:
-            groups.setdefault(firsts.get(name, name), []).append(name)
+        names, rank = list(self.check(model)), model.ranks.rank
+        # Whether the config's length is that before or after linear scaling, folders do not agree: the longer counts.
+        known = (self.source.max_positions or math.inf) * model.params.rope_scaling_factor
+        if rank == 0 and (asked := model.params.max_seq_len) > known:
+            made_for = f"{self.name} was made for {known:.0f} tokens ({self.source.params_file})"
+            logger.warning("max_seq_len is %d, and %s: text beyond them may make no sense", asked, made_for)
+        # Weights that multiply the same input can be held as one matrix.
+        groups = [
+            [f"{path}.{name}.weight" for name in module.joined]
+            for path, module in model.named_modules()
+            if hold and hasattr(module, "joined")
+        ]
+        groups += [[name] for name in names if name not in {*chain(*groups)}]
         load = partial(self._load_joined, model, device, dtype, hold)
         state: dict[str, Tensor] = {}
         # Packing and quantising are slow and release the interpreter's lock; plain copies are as fast from one thread.
         with ThreadPoolExecutor(min(torch.get_num_threads(), MAX_LOADERS) if hold else 1) as pool:
-            loaded = pool.map(load, groups.values())
-            quiet = rank > 0 or None
+            loaded, quiet = pool.map(load, groups), rank > 0 or None
             for tensors in tqdm(loaded, total=len(groups), desc="loading", unit="tensor", leave=False, disable=quiet):
                 state |= tensors
         model.load_state_dict(state, assign=True, strict=True)
@@ -136,7 +175,7 @@ class Checkpoint:
         modules = [model.get_submodule(name.removesuffix(".weight")) for name in names]
         weights = [model.get_parameter(name) for name in names]  # of this rank's shapes, on the meta device
         layers = [module for module in modules if isinstance(module, ShardedLinear)] if hold else []
-        stored = reduce(torch.promote_types, map(self.source.dtype_of, names)) if layers else dtype
+        stored = reduce(torch.promote_types, (self.source.tensor(name).dtype for name in names)) if layers else dtype
         rows = [len(weight) for weight in weights]
         joined = torch.empty(sum(rows), *weights[0].shape[1:], dtype=stored, device=device)
         for name, target in zip(names, joined.split(rows), strict=True):
@@ -148,49 +187,17 @@ class Checkpoint:
             return {}
         return dict(zip(names, joined.to(dtype).split(rows), strict=True))
 
-    def _warn_of_length(self, args: ModelArgs) -> None:
-        # Whether the config's length is that before or after linear scaling, folders do not agree: the longer counts.
-        known = (self.source.max_positions or math.inf) * args.rope_scaling_factor
-        if args.max_seq_len > known:
-            made_for = f"{self.name} was made for {known:.0f} tokens ({self.source.params_file})"
-            logger.warning("max_seq_len is %d, and %s: text beyond them may make no sense", args.max_seq_len, made_for)
-
-
-def first_joined(model: Transformer) -> dict[str, str]:
-    """Of the weights that multiply the same input, and can be held as one matrix: each one's name, and the first's."""
-    modules = [(path, module.joined) for path, module in model.named_modules() if hasattr(module, "joined")]
-    return {f"{path}.{name}.weight": f"{path}.{names[0]}.weight" for path, names in modules for name in names}
-
-
-def whole_shapes(local: Mapping[str, Tensor], world_size: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of the whole model's tensors, for those of one of `world_size` ranks."""
-    return {
-        name: tuple(n * world_size if d == shard_dim(name) else n for d, n in enumerate(tensor.shape))
-        for name, tensor in local.items()
-    }
-
-
-def split_sizes(args: ModelArgs) -> dict[str, int]:
-    """What is split over the ranks, all of which have to divide it."""
-    return {
-        "attention heads": args.n_heads,
-        "key/value heads": args.kv_heads,
-        "feed-forward channels": args.hidden_dim,
-        "model channels": args.dim,
-        "vocabulary pieces": args.vocab_size,
-    }
-
 
 def world_sizes(args: ModelArgs) -> list[int]:
-    """The numbers of ranks that can share the model."""
-    return divisors(math.gcd(*split_sizes(args).values()))
+    """The numbers of ranks that can share the model: what divides its key/value heads divides its other heads too."""
+    return divisors(math.gcd(args.kv_heads, args.hidden_dim, args.vocab_size))
 
 
 def check_world_size(name: str, args: ModelArgs, world_size: int) -> None:
     """Raise ValueError unless every split dimension of the model divides over the ranks."""
-    sizes = split_sizes(args)
-    uneven = [what for what, size in sizes.items() if world_size < 1 or size % world_size]
+    heads = {"attention heads": args.n_heads, "key/value heads": args.kv_heads}
+    others = {"feed-forward channels": args.hidden_dim, "vocabulary pieces": args.vocab_size}
+    uneven = heads if args.kv_heads % world_size else {what: n for what, n in others.items() if n % world_size}
     if uneven:
-        named = uneven if not uneven[0].endswith("heads") else ["attention heads", "key/value heads"]
-        listed = " and ".join(f"{sizes[what]} {what}" for what in named)
+        listed = " and ".join(f"{n} {what}" for what, n in uneven.items())
         raise ValueError(f"{name} has {listed}, which {world_size} ranks cannot share: use {either(world_sizes(args))}")

@@ -7,6 +7,8 @@ import hashlib
 import json
 import math
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -16,14 +18,12 @@ from tqdm import tqdm
 from ..arguments import check_positive
 from ..model import ModelArgs, Transformer
 from ..stores import STORES
-from .files import check_readable, folder_of, import_safetensors, new_folder, path_of, size_text
-from .folder import Checkpoint, check_world_size, whole_shapes, world_sizes
+from .files import check_readable, folder_of, import_safetensors, path_of, size_text
+from .folder import Checkpoint, check_world_size, world_sizes
 from .huggingface import config_of
 from .memory import memory_needs
-from .names import huggingface_name, is_rotary, part_shape, split_halves
+from .names import Shapes, huggingface_name, is_rotary, part_shape, split_halves
 from .release import OPTIONAL_PARAMS, REQUIRED_PARAMS
-
-Shapes = dict[str, tuple[int, ...]]  # of whole tensors, by their names
 
 PART_BYTES = 2 * 10**9  # of a safetensors file; one at a time is in memory
 
@@ -31,9 +31,9 @@ PART_BYTES = 2 * 10**9  # of a safetensors file; one at a time is in memory
 def info(ckpt_dir: str, max_seq_len: int = 512, max_batch_size: int = 8) -> str:
     """A folder's layout, size and type, the rank counts that can share it, and what each rank would need."""
     check_positive(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-    checkpoint = Checkpoint(ckpt_dir)
-    args = checkpoint.model_args(max_seq_len, max_batch_size)
-    shapes = shapes_of(checkpoint, args)
+    checkpoint, args, shapes = open_whole(ckpt_dir, max_seq_len, max_batch_size)
+    kinds = {"float32": (torch.float32, 4.0), "16 bits": (torch.bfloat16, 2.0)}
+    kinds |= {name: (torch.bfloat16, store.bytes_per_weight) for name, store in STORES.items()}
     lines = [
         f"{checkpoint.name}: {checkpoint.source.layout} layout, {len(checkpoint.source.files)} file(s) of weights, "
         f"{sum(map(math.prod, shapes.values())):,} parameters, {str(checkpoint.dtype).removeprefix('torch.')}",
@@ -41,15 +41,13 @@ def info(ckpt_dir: str, max_seq_len: int = 512, max_batch_size: int = 8) -> str:
         f"{args.hidden_dim} feed-forward channels, {args.vocab_size} pieces",
         "",
         f"Per rank; cache for max_batch_size {max_batch_size} and max_seq_len {max_seq_len}, and one pass, in 16 bits:",
-        f"{'ranks':>5}{'float32':>12}{'16 bits':>12}{'int8':>12}{'int4':>12}{'cache':>12}{'pass':>12}",
+        f"{'ranks':>5}" + "".join(f"{kind:>12}" for kind in (*kinds, "cache", "pass")),
     ]
-    quantised = [(torch.bfloat16, store.bytes_per_weight) for store in STORES.values()]
-    kinds = [(torch.float32, 4.0), (torch.bfloat16, 2.0), *quantised]
     for ranks in world_sizes(args):
-        needs = [memory_needs(args, ranks, dtype, bytes_per_weight) for dtype, bytes_per_weight in kinds]
-        weights = [need.weights for need in needs]
-        others = [max_batch_size * needs[1].cache_row, needs[1].pass_bytes]
-        lines.append(f"{ranks:>5}" + "".join(f"{size_text(n):>12}" for n in weights + others))
+        needs = {kind: memory_needs(args, ranks, *of_weights) for kind, of_weights in kinds.items()}
+        _, cache_row, pass_bytes = needs["16 bits"]
+        sizes = [*(need.weights for need in needs.values()), max_batch_size * cache_row, pass_bytes]
+        lines.append(f"{ranks:>5}" + "".join(f"{size_text(size):>12}" for size in sizes))
     return "\n".join(lines)
 
 
@@ -83,17 +81,16 @@ def verify(ckpt_dir: str) -> str:
 def reshard(ckpt_dir: str, out: str, model_parallel_size: int) -> str:
     """Write a folder of the release's layout with `model_parallel_size` shards; holds one shard at a time."""
     check_positive(model_parallel_size=model_parallel_size)
-    checkpoint = Checkpoint(ckpt_dir)
-    args = checkpoint.model_args(1, 1)
+    checkpoint, args, shapes = open_whole(ckpt_dir)
     check_world_size(checkpoint.name, args, model_parallel_size)
-    shapes = shapes_of(checkpoint, args)
-    with new_folder(path_of("out", out), size_of(checkpoint, shapes)) as folder:
+    with new_folder(out, checkpoint, shapes) as folder:
         for rank in range(model_parallel_size):
             shard = read(checkpoint, shapes, f"shard {rank}", rank, model_parallel_size)
             torch.save(shard, folder / f"consolidated.{rank:02}.pth")
             del shard
-        (folder / "params.json").write_text(json.dumps(params_of_release(args)))
-        copy_tokenizer(checkpoint, folder)
+        changed = [name for name in OPTIONAL_PARAMS if getattr(args, name) != getattr(ModelArgs, name)]
+        params = {name: getattr(args, name) for name in (*REQUIRED_PARAMS, *changed)}
+        (folder / "params.json").write_text(json.dumps(params | {"vocab_size": -1}))  # as the release's own has it
     return f"{out}: {model_parallel_size} shard(s)"
 
 
@@ -103,12 +100,10 @@ def convert(ckpt_dir: str, out: str, to: str) -> str:
         return reshard(ckpt_dir, out, 1)
     if to != "hf":
         raise ValueError(f"to is {to!r}: use 'hf' or 'meta'")
-    checkpoint = Checkpoint(ckpt_dir)
-    args = checkpoint.model_args(1, 1)
-    shapes = shapes_of(checkpoint, args)
-    parts, size = parts_of(checkpoint, shapes), size_of(checkpoint, shapes)
-    safetensors = import_safetensors(path_of("out", out))
-    with new_folder(path_of("out", out), size) as folder:
+    checkpoint, args, shapes = open_whole(ckpt_dir)
+    parts = parts_of(checkpoint, shapes)
+    save_file = import_safetensors(path_of("out", out)).save_file
+    with new_folder(out, checkpoint, shapes) as folder:
         weight_map: dict[str, str] = {}
         for number, part in enumerate(parts, 1):
             file = f"model-{number:05}-of-{len(parts):05}.safetensors" if len(parts) > 1 else "model.safetensors"
@@ -116,39 +111,39 @@ def convert(ckpt_dir: str, out: str, to: str) -> str:
                 huggingface_name(name): split_halves(tensor, args.head_dim) if is_rotary(name) else tensor
                 for name, tensor in read(checkpoint, part, file).items()
             }
-            safetensors.torch.save_file(tensors, folder / file, metadata={"format": "pt"})
+            save_file(tensors, folder / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, file)
             del tensors
         if len(parts) > 1:
-            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+            index = {"metadata": {"total_size": size_of(checkpoint, shapes)}, "weight_map": weight_map}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
         config = config_of(args, checkpoint.dtype, checkpoint.source.max_positions)
         (folder / "config.json").write_text(json.dumps(config, indent=2))
-        copy_tokenizer(checkpoint, folder)
+        kind = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}  # else a text's first space is forgotten
+        (folder / "tokenizer_config.json").write_text(json.dumps(kind, indent=2))
     return f"{out}: {len(parts)} file(s) of weights"
 
 
-def shapes_of(checkpoint: Checkpoint, args: ModelArgs) -> Shapes:
-    """The shapes of the whole model's tensors, which the files are checked to hold."""
+def open_whole(ckpt_dir: str, length: int = 1, rows: int = 1) -> tuple[Checkpoint, ModelArgs, Shapes]:
+    """A checkpoint, its model's shape, and the shapes of its tensors, which the files are checked to hold."""
+    checkpoint = Checkpoint(ckpt_dir)
+    args = checkpoint.model_args(max_seq_len=length, max_batch_size=rows)
     with torch.device("meta"):
-        state = Transformer(args).state_dict()
-    shapes = whole_shapes(state, 1)
-    checkpoint.check(shapes)
-    return shapes
+        return checkpoint, args, checkpoint.check(Transformer(args))
 
 
 def read(checkpoint: Checkpoint, shapes: Shapes, what: str, rank: int = 0, world_size: int = 1) -> dict[str, Tensor]:
     """A rank's parts, in their stored types, of tensors of these whole shapes."""
     tensors = {}
     for name, shape in tqdm(shapes.items(), desc=what, unit="tensor", leave=False, disable=None):
-        tensors[name] = torch.empty(part_shape(name, shape, world_size), dtype=checkpoint.source.dtype_of(name))
+        tensors[name] = torch.empty(part_shape(name, shape, world_size), dtype=checkpoint.source.tensor(name).dtype)
         checkpoint.copy(name, rank, tensors[name])
     return tensors
 
 
 def size_of(checkpoint: Checkpoint, shapes: Shapes) -> int:
     """Bytes of the tensors."""
-    return sum(math.prod(shape) * checkpoint.source.dtype_of(name).itemsize for name, shape in shapes.items())
+    return sum(math.prod(shape) * checkpoint.source.tensor(name).dtype.itemsize for name, shape in shapes.items())
 
 
 def parts_of(checkpoint: Checkpoint, shapes: Shapes) -> list[Shapes]:
@@ -161,12 +156,30 @@ def parts_of(checkpoint: Checkpoint, shapes: Shapes) -> list[Shapes]:
     return parts
 
 
-def params_of_release(args: ModelArgs) -> dict[str, object]:
-    """params.json of a model: what the release's own has, and what else is not as there."""
-    changed = [name for name in OPTIONAL_PARAMS if getattr(args, name) != getattr(ModelArgs, name)]
-    return {name: getattr(args, name) for name in (*REQUIRED_PARAMS, *changed)} | {"vocab_size": -1}
+@contextlib.contextmanager
+def new_folder(out: str, checkpoint: Checkpoint, shapes: Shapes) -> Iterator[Path]:
+    """A folder to write a checkpoint to, which gets its tokenizer and becomes `out` when all is written, else goes.
 
-
-def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):  # the weights are whole without it
-        shutil.copyfile(checkpoint.tokenizer_path, folder / "tokenizer.model")
+    Raises FileExistsError if `out` exists, OSError if its disk has too little space or a write fails.
+    """
+    path, needed = path_of("out", out), size_of(checkpoint, shapes)
+    if path.exists():
+        raise FileExistsError(f"{path} exists: choose another name, or remove it")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no folder {path.parent} to write {path.name} into: make it first")
+    try:
+        if shutil.disk_usage(path.parent).free < needed:
+            raise OSError("too little space")
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.", suffix=".part") as scratch:
+            folder = Path(scratch, path.name)
+            folder.mkdir()  # with the permissions of the umask, unlike the temporary one
+            yield folder
+            with contextlib.suppress(FileNotFoundError):  # the weights are whole without it
+                shutil.copyfile(checkpoint.tokenizer_path, folder / "tokenizer.model")
+            for file in folder.iterdir():
+                file.chmod(folder.stat().st_mode & 0o666)  # safetensors' are for their owner alone
+            folder.rename(path)
+    except Exception as error:  # torch raises a RuntimeError where a write fails, safetensors an error of its own
+        reason, free = str(error).strip().split("\n")[0], size_text(shutil.disk_usage(path.parent).free)
+        sizes = f"{size_text(needed)} are needed, and {free} are free"
+        raise OSError(f"could not write to {path.parent} ({reason}): {sizes}") from error

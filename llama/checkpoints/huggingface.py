@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..model import ModelArgs
-from .files import check_numbers, map_pickle, map_safetensors, read_json
-from .names import huggingface_name, interleave, is_rotary
+from .files import check_numbers, map_tensors, read_json
+from .names import huggingface_name
 from .release import Source
 
 # config.json's keys -> params.json's
@@ -22,6 +22,7 @@ CONFIG_KEYS = {
     "rms_norm_eps": "norm_eps",
     "vocab_size": "vocab_size",
 }
+NUMBERS = (*CONFIG_KEYS, "intermediate_size")
 MAX_POSITIONS = "max_position_embeddings"
 # What the model must say of itself, where it says anything, for our mathematics to be its own.
 REQUIRED_CONFIG = {
@@ -35,30 +36,19 @@ REQUIRED_CONFIG = {
 }
 
 
-class HuggingFace(Source):
+def open_huggingface(path: Path) -> Source:
     """A folder in this layout. Raises FileNotFoundError and ValueError as `find_files` and `params_of` do."""
-
-    layout = "Hugging Face"
-    params_file = "config.json"
-    ignored = "rotary_emb.inv_freq"
-
-    def __init__(self, path: Path):
-        config = read_json(path / self.params_file)
-        params = params_of(config)
-        files = find_files(path)
-        tensors: dict[str, Tensor] = {}
-        for file in files:
-            tensors |= map_safetensors(file) if file.suffix == ".safetensors" else map_pickle(file)
-        super().__init__(files, params, {path: tensors}, config.get(MAX_POSITIONS))
-        self.head_dim = params["dim"] // params["n_heads"]
-        if config.get("tie_word_embeddings"):
-            tensors[huggingface_name("output.weight")] = tensors[huggingface_name("tok_embeddings.weight")]
-
-    def name_of(self, name: str) -> str:
-        return huggingface_name(name)
-
-    def place(self, name: str, part: Tensor, out: Tensor) -> None:
-        out.copy_(interleave(part, self.head_dim) if is_rotary(name) else part)
+    config = read_json(path / "config.json")
+    params, files = params_of(config), find_files(path)
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= map_tensors(file)
+    embedding, shards, longest = huggingface_name("tok_embeddings.weight"), {path: tensors}, config.get(MAX_POSITIONS)
+    if config.get("tie_word_embeddings") and embedding in tensors:
+        tensors[huggingface_name("output.weight")] = tensors[embedding]
+    return Source(
+        "Hugging Face", "config.json", params, files, shards, huggingface_name, in_halves=True, max_positions=longest
+    )
 
 
 def find_files(path: Path) -> list[Path]:
@@ -86,13 +76,12 @@ def params_of(config: dict[str, Any]) -> dict[str, Any]:
         value = given.get(key, wanted)
         if value != wanted and str(value).lower() != str(wanted).lower():  # some have LLaMAForCausalLM
             raise ValueError(f"config.json has {key} {value!r}: not supported, only {wanted!r} is")
-    defaults = {"num_key_value_heads": config.get("num_attention_heads"), "rms_norm_eps": 1e-6}
-    values: dict[str, Any] = {key: (defaults | given).get(key) for key in (*CONFIG_KEYS, "intermediate_size")}
-    for key, value in values.items():
-        if value is None:
+    defaults: dict[str, Any] = {"num_key_value_heads": given.get("num_attention_heads"), "rms_norm_eps": 1e-6}
+    values = defaults | {key: given[key] for key in (*NUMBERS, MAX_POSITIONS) if key in given}
+    for key in NUMBERS:
+        if key not in values:
             raise ValueError(f"config.json lacks key '{key}': download it again")
-    optional = {key: given[key] for key in given.keys() & {MAX_POSITIONS}}
-    check_numbers("config.json", values | optional, real=("rms_norm_eps",))
+    check_numbers("config.json", values, real=("rms_norm_eps",))
     dim, heads = values["hidden_size"], values["num_attention_heads"]
     if config.get("head_dim") not in (None, dim // heads):
         raise ValueError(f"config.json has head_dim {config['head_dim']}: not supported, only {dim // heads} is")
@@ -105,11 +94,9 @@ def params_of(config: dict[str, Any]) -> dict[str, Any]:
 def feed_forward_params(dim: int, hidden_dim: int) -> dict[str, Any]:
     """Values from which ModelArgs computes this width, rounding down and then up: the release's where they give it."""
     base = int(8 * dim / 3)
-    if -(-base // 256) * 256 == hidden_dim:
-        return {"multiple_of": 256}
-    return {"multiple_of": hidden_dim} | (
-        {"ffn_dim_multiplier": (hidden_dim + 0.5) / base} if base > hidden_dim else {}
-    )
+    if base > hidden_dim:
+        return {"multiple_of": hidden_dim, "ffn_dim_multiplier": (hidden_dim + 0.5) / base}
+    return {"multiple_of": 256 if -(-base // 256) * 256 == hidden_dim else hidden_dim}
 
 
 def rope_params(config: dict[str, Any]) -> dict[str, Any]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .files import check_numbers, folder_of, map_safetensors, read_json
-from .names import TENSORS, huggingface_name, interleave, is_rotary
+from .files import check_numbers, folder_of, map_tensors, read_json
+from .names import Shapes, huggingface_name, interleave, is_rotary
 
 # What an adapter's config may say without a change of the merged weights. Anything else has to be unset.
 HARMLESS_CONFIG = (
@@ -17,9 +18,7 @@ HARMLESS_CONFIG = (
     | {"exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"}
     | {"lora_alpha", "lora_dropout", "qalora_group_size", "r", "revision", "runtime_config", "task_type", "use_rslora"}
 )
-PREFIX = "base_model.model."
-# What can be adapted: a layer's linear weights.
-MODULES = {names.huggingface.split(".")[-1] for name, names in TENSORS.items() if "*" in name and names.dim is not None}
+HARMLESS_VALUES: dict[str, list[Any]] = {"bias": ["none"], "init_lora_weights": [True, "gaussian"]}  # others change W
 
 
 class Adapter:
@@ -30,22 +29,29 @@ class Adapter:
 
     def __init__(self, adapter_dir: str | os.PathLike[str]):
         self.path = folder_of("adapter_dir", adapter_dir, "adapter_config.json")
-        config = read_json(self.path / "adapter_config.json")
-        self.scale = check_config(config)
+        config: dict[str, Any] = {"r": None, "lora_alpha": None} | read_json(self.path / "adapter_config.json")
+        if (kind := config.get("peft_type")) != "LORA":
+            raise ValueError(f"adapter_config.json has peft_type {kind!r}: not supported, only 'LORA' is")
+        for key, value in config.items():
+            if value and key not in HARMLESS_CONFIG and value not in HARMLESS_VALUES.get(key, []):
+                said = f"adapter_config.json has {key} {value!r}"
+                raise ValueError(f"{said}, which would change the result: not supported")
+        self.rank, alpha = config["r"], config["lora_alpha"]
+        check_numbers("adapter_config.json", {"r": self.rank, "lora_alpha": alpha}, real=("lora_alpha",))
+        self.scale = alpha / (math.sqrt(self.rank) if config.get("use_rslora") else self.rank)
         partial = config.get("layers_to_transform") is not None or config.get("exclude_modules")  # 0 is a layer
         targets = config.get("target_modules")
         self.whole_targets = targets if isinstance(targets, list) and not partial else []
-        self.tensors = map_safetensors(self.path / "adapter_model.safetensors")
-        self.rank = config["r"]
+        self.tensors = map_tensors(self.path / "adapter_model.safetensors")
 
     def stem_of(self, name: str) -> str:
-        return PREFIX + huggingface_name(name).removesuffix(".weight")
+        return "base_model.model." + huggingface_name(name).removesuffix(".weight")
 
-    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
+    def check(self, shapes: Shapes) -> None:
         """Raise ValueError unless every tensor of the adapter belongs to a linear weight of these names and shapes."""
         if not self.tensors:
             raise ValueError(f"adapter {self.path} has no tensors: download it again")
-        wanted: dict[str, tuple[int, ...]] = {}
+        wanted: Shapes = {}
         for name, shape in shapes.items():
             if len(shape) == 2 and name.startswith("layers."):
                 stem = self.stem_of(name)
@@ -56,7 +62,7 @@ class Adapter:
                 wanted |= pair
         for name, tensor in self.tensors.items():
             if name not in wanted:
-                modules = ", ".join(sorted(MODULES))
+                modules = ", ".join(sorted({key.split(".")[-3] for key in wanted}))
                 raise ValueError(f"adapter {self.path} has tensor {name}: only {modules} of the model can be adapted")
             if tuple(tensor.shape) != wanted[name]:
                 raise ValueError(
@@ -75,19 +81,3 @@ class Adapter:
         length = out.shape[dim]
         b, a = (b.narrow(0, start, length), a) if dim == 0 else (b, a.narrow(1, start, length))
         out.copy_(out.float().addmm_(b, a, alpha=self.scale))
-
-
-def check_config(config: dict[str, object]) -> float:
-    """The scale of the update. Raises ValueError for settings that would change the result otherwise."""
-    if (kind := config.get("peft_type")) != "LORA":
-        raise ValueError(f"adapter_config.json has peft_type {kind!r}: not supported, only 'LORA' is")
-    harmless = HARMLESS_CONFIG | {"bias"} if config.get("bias") == "none" else HARMLESS_CONFIG
-    if config.get("init_lora_weights") in (True, False, "gaussian"):  # others change W as well
-        harmless = harmless | {"init_lora_weights"}
-    for key, value in config.items():
-        if value and key not in harmless:
-            raise ValueError(f"adapter_config.json has {key} {value!r}, which would change the result: not supported")
-    r, alpha = config.get("r"), config.get("lora_alpha")
-    check_numbers("adapter_config.json", {"r": r, "lora_alpha": alpha}, real=("lora_alpha",))
-    assert isinstance(r, int) and isinstance(alpha, (int, float))
-    return alpha / (math.sqrt(r) if config.get("use_rslora") else r)

@@ -101,17 +101,14 @@ def container_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/pro
     """
     name = re.search("^0::/(.*)", own.read_text() if own.exists() else "", re.MULTILINE)
     group = root / name[1] if name else root
-    return min(map(group_memory, (group, *group.parents)))
-
-
-def group_memory(folder: Path) -> float:
-    """Bytes left in one control group. Its page cache counts as free, but not what of it is shared memory or tmpfs."""
-    try:
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        left = int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
-        return max(left + int(stat["file"]) - int(stat["shmem"]), 0)
-    except (OSError, KeyError, ValueError):  # no such files, or "max" for no limit
-        return math.inf
+    left = math.inf
+    for folder in (group, *group.parents):
+        with contextlib.suppress(OSError, KeyError, ValueError):  # no such files, or "max" for no limit
+            limit, used = (int((folder / f"memory.{what}").read_text()) for what in ("max", "current"))
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            # The page cache counts as free, but not what of it is shared memory or tmpfs.
+            left = min(left, max(limit - used + int(stat["file"]) - int(stat["shmem"]), 0))
+    return left
 
 
 def return_freed_memory() -> None:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+Shapes = dict[str, tuple[int, ...]]  # of whole tensors, by their names in the release
+
 
 class Entry(NamedTuple):
     dim: int | None  # along which a release splits it over its shards; None: whole in every shard

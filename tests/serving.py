@@ -1,0 +1,111 @@
+"""A server of llama-2-tiny in a process of its own, and a model in it that says what it is told to."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from conftest import ROOT, TINY, clean_environment
+
+URL = re.compile(r"answers at (http://[^,]+),")
+
+
+class Served:
+    """`python -m llama serve` with these flags, ready, until the block is left; `status` is what it ended with.
+
+    `script` stands in for `-m llama`; `ranks` more than 0 are torchrun's.
+    """
+
+    def __init__(
+        self, *flags: str | Path, folder: Path = TINY, script: Path | None = None, ranks: int = 0, **environment: str
+    ):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else []
+        program = [str(script)] if script else ["-m", "llama"]
+        command = [sys.executable, *launcher, *program, "serve", str(folder), "--port", "0", *map(str, flags)]
+        paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+        self.job = subprocess.Popen(
+            command, cwd=ROOT, env=clean_environment() | paths | environment, stderr=subprocess.PIPE, text=True
+        )
+        self.lines: list[str] = []
+        self.reader = threading.Thread(target=self._read, daemon=True)  # a full pipe would hold the server up
+        self.reader.start()
+        self.status: int | None = None
+
+    def __enter__(self) -> Served:
+        self.url = self.wait_for(URL)[1]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.end()
+
+    @property
+    def log(self) -> str:
+        return "".join(self.lines)
+
+    def _read(self) -> None:
+        assert self.job.stderr is not None
+        for line in self.job.stderr:
+            self.lines.append(line)
+
+    def wait_for(self, pattern: re.Pattern[str], seconds: float = 120) -> re.Match[str]:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            running = self.reader.is_alive()
+            if found := pattern.search(self.log):
+                return found
+            assert running, f"the server ended: {self.log}"
+            time.sleep(0.02)
+        raise AssertionError(f"the server does not say so: {self.log}")
+
+    def end(self) -> str:
+        """Let it end, with SIGTERM if it has not; returns its log."""
+        if self.job.poll() is None:
+            self.job.terminate()
+        try:
+            self.status = self.job.wait(60)
+        finally:
+            self.job.kill()
+        self.reader.join(10)
+        return self.log
+
+
+def told_to(prompt: str) -> tuple[str, float]:
+    """What to answer to a prompt that says so, and how many seconds each token takes."""
+    asked = re.findall(r"\[INST\] (.*?) \[/INST\]", prompt, re.DOTALL) or [prompt]
+    word, _, rest = asked[-1].partition(":")
+    if word in ("long", "slow"):
+        return " fox" * int(rest), 0.05 * (word == "slow")
+    return rest if word == "say" else "Yes.", 0
+
+
+def main() -> None:
+    """Serve with answers as prompts ask: say:TEXT, long:N words, slow:N words at 20 a second."""
+    from llama.__main__ import main
+    from llama.engine import Passes
+    from llama.request import Answer, Score
+
+    def choose(passes: Passes, answers: list[Answer], logits: torch.Tensor) -> list[tuple[int, Score]]:
+        chosen, slowest = [], 0.0
+        for answer in answers:
+            if not hasattr(answer, "script"):
+                own = answer._detokenizer.tokenizer
+                text, seconds = told_to(own.decode(list(answer.request.prompt)))
+                answer.script = [*own.encode(text, bos=False, eos=False), own.eos_id], seconds  # type: ignore[attr-defined]
+            ids, seconds = answer.script  # type: ignore[attr-defined]
+            chosen.append((ids[len(answer.tokens)], Score(0.0)))
+            slowest = max(slowest, seconds)
+        time.sleep(slowest)
+        return chosen
+
+    Passes.choose = choose  # type: ignore[method-assign]
+    main()
+
+
+if __name__ == "__main__":
+    main()
