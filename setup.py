@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 setup(
     name="llama",
@@ -9,6 +9,16 @@ setup(
     license="MIT",
     packages=["llama", "llama.checkpoints", "llama.serving"],
     package_data={"llama.serving": ["page.html"]},
+    # Optional: without a compiler, or OpenMP in it, other ways to multiply remain, and one line says so.
+    ext_modules=[
+        Extension(
+            "llama._kernels",
+            ["llama/kernels.c"],
+            depends=["llama/kernels.c"],
+            extra_compile_args=["-O3", "-fopenmp"],  # not for the linker: OpenMP's library is the one of PyTorch
+            optional=True,
+        )
+    ],
     python_requires=">=3.10",
     install_requires=Path(__file__).with_name("requirements.txt").read_text().split(),
     extras_require={

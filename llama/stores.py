@@ -1,8 +1,7 @@
-"""Ways to hold a linear weight: plain, packed in 16 bits, int8, int4. The model does not know which it is.
+"""Ways to hold a linear weight: plain, packed in 16 bits, or in 8 or 4 bits. The model does not know which it is.
 
 Each class is made from one rank's weight (out_features, in_features), multiplies (..., in_features) activations by it,
-and gives back the weight that it multiplies by. Activations are never quantised: Llama's outlier channels do not
-survive it.
+and gives back the weight that it multiplies by. Activations keep 16 bits: Llama's outlier channels do not survive 8.
 """
 
 from __future__ import annotations
@@ -15,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import kernels
+from .kernels import GROUP, PANEL
+
 # int8 is expanded so many rows at a time: temporaries stay in the processor's cache.
 BLOCK_ROWS = 512
 
@@ -25,9 +27,23 @@ QUANTISED_ROWS = 128
 SPARE_TOKENS = 3
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_bfloat16_products() -> bool:
     """Whether this CPU multiplies bfloat16 matrices natively (AVX512-BF16; every CPU with AMX has it too)."""
     return "AVX512" in torch.backends.cpu.get_cpu_capability() and torch.cpu._is_avx512_bf16_supported()
+
+
+def expand_tokens() -> int:
+    """From so many tokens of a row on, expanding a quantised weight takes less time than the kernels for few rows.
+
+    Rows do not count: the next token of a row is rounded in one way, however many others are decoded beside it.
+    """
+    return 32 if has_bfloat16_products() else 64
+
+
+def expand_dtype() -> torch.dtype:
+    """The type that this CPU multiplies fastest."""
+    return torch.bfloat16 if has_bfloat16_products() else torch.float32
 
 
 class Plain:
@@ -110,16 +126,81 @@ class PackedFloat16(Packed):
         return weight.half()
 
 
-class Int8(Held):
-    """weight ≈ q × scale, q in [-127, 127], one scale per output row: |error| <= scale / 2, scale = max |row| / 127.
+def float16_towards(x: Tensor, bound: float) -> Tensor:
+    """x in float16's values, rounded towards infinity or its negative."""
+    near = x.half()
+    short = near < x if bound > 0 else near > x
+    return torch.where(short, near.nextafter(torch.full_like(near, bound)), near).float()
 
-    Scales are rounded to bfloat16, which the kernel wants, before q is computed, so that this rounding costs nothing.
+
+class Grouped(Held):
+    """8 or 4 bits with a scale for every 32 inputs of a row, for our own kernels (kernels.c says how they lie).
+
+    8 bits: weight ≈ q × scale, q in [-127, 127]. 4 bits: weight ≈ q × scale + low, q in [0, 15].
+    |error| <= scale / 2: scales and lows are rounded to float16 before q is computed.
     """
 
-    # From so many tokens of a row on, expanding the weight takes less time than the kernel for few rows.
-    # Rows do not count: the next token of a row is rounded in one way, however many others are decoded beside it.
-    expand_tokens = 32 if has_bfloat16_products() else 64
-    expand_dtype = torch.bfloat16 if has_bfloat16_products() else torch.float32
+    def __init__(self, weight: Tensor, bits: int):
+        super().__init__()
+        self.rows, self.columns = weight.shape
+        if bits == 4:
+            check_groups(weight)
+        panels = [self._quantise(rows, bits) for rows in weight.split(QUANTISED_ROWS)]
+        q, scales, lows = (torch.cat(parts) for parts in zip(*panels, strict=True))
+        self.q = nn.Buffer(q, persistent=False)  # (panels, groups, lines, 32)
+        self.scales = nn.Buffer(scales, persistent=False)  # (panels, groups, 16)
+        self.lows = nn.Buffer(lows, persistent=False) if bits == 4 else None
+
+    @staticmethod
+    def _quantise(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+        rows, columns = weight.shape
+        groups = F.pad(weight.float(), (0, -columns % GROUP, 0, -rows % PANEL)).unflatten(1, (-1, GROUP))
+        low, high = groups.aminmax(dim=2)
+        if bits == 8:
+            low, high, steps, kind = torch.zeros_like(low), torch.maximum(high, -low), 127, torch.int8
+        else:
+            low, steps, kind = float16_towards(low, -torch.inf), 15, torch.uint8
+        scale = float16_towards((high - low) / steps, torch.inf)
+        q = ((groups - low[..., None]) / scale.clamp(min=1e-30)[..., None]).round_().to(kind)
+        # (panels, rows, groups, pairs, 2) -> the lines of a group, each a pair of inputs of all rows of a panel
+        lines = q.unflatten(0, (-1, PANEL)).unflatten(3, (-1, 2)).permute(0, 2, 3, 1, 4).flatten(3)
+        if bits == 4:
+            lines = lines[:, :, :8] | lines[:, :, 8:] << 4
+        return lines.contiguous(), *(t.half().unflatten(0, (-1, PANEL)).mT.contiguous() for t in (scale, low))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cpu and x.shape[-2] < expand_tokens() and kernels.available():
+            return kernels.multiply(x, self.q, self.scales, self.lows, self.rows).to(x.dtype)
+        near = x.to(expand_dtype() if x.is_cpu else x.dtype)
+        blocks = range(0, len(self.q), BLOCK_ROWS // PANEL)
+        y = torch.cat([F.linear(near, self._expand(first, near.dtype)) for first in blocks], dim=-1)
+        return y[..., : self.rows].to(x.dtype)
+
+    def _expand(self, first: int, dtype: torch.dtype) -> Tensor:
+        """(BLOCK_ROWS, in_features) of the weight, from a panel on."""
+        last = first + BLOCK_ROWS // PANEL
+        q, scales = self.q[first:last], self.scales[first:last]
+        lows = None if self.lows is None else self.lows[first:last]
+        if q.is_cpu and not torch.compiler.is_compiling() and kernels.available():
+            return kernels.expand(q, scales, lows, dtype)[:, : self.columns]
+        if lows is not None:
+            q = torch.cat((q & 15, q >> 4), dim=2)
+        weight = q.unflatten(3, (PANEL, 2)).to(torch.float32) * scales.float()[:, :, None, :, None]
+        if lows is not None:
+            weight += lows.float()[:, :, None, :, None]
+        return weight.permute(0, 3, 1, 2, 4).flatten(2).flatten(0, 1)[:, : self.columns].to(dtype)
+
+    def unpack(self) -> Tensor:
+        blocks = range(0, len(self.q), BLOCK_ROWS // PANEL)
+        return torch.cat([self._expand(first, torch.float32) for first in blocks])[: self.rows]
+
+
+class Int8(Held):
+    """8 bits where there are no kernels of ours: weight ≈ q × scale, q in [-127, 127], one scale per output row.
+
+    |error| <= scale / 2, scale = max |row| / 127. Scales are rounded to bfloat16, which the kernel wants, before q is
+    computed, so that this rounding costs nothing.
+    """
 
     def __init__(self, weight: Tensor):
         super().__init__()
@@ -133,43 +214,54 @@ class Int8(Held):
             q.copy_((rows / scales.float()[:, None]).round_().clamp_(-127, 127))
 
     def forward(self, x: Tensor) -> Tensor:
-        if not x.is_cpu:  # the kernel is the CPU's; elsewhere the expansion is left to a compiler to fuse
-            return F.linear(x, self.q.to(x.dtype)) * self.scales.to(x.dtype)
-        if x.shape[-2] < self.expand_tokens:
+        if not x.is_cpu:  # the operation is the CPU's; elsewhere the expansion is left to a compiler to fuse
+            return self.expanded(x)
+        if x.shape[-2] < expand_tokens() and x.shape[-1] % 16 == 0:  # else it reads beyond a row
             y = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), self.q, self.scales)
             return y.to(x.dtype).unflatten(0, x.shape[:-1])
-        near = x.to(self.expand_dtype)
+        near = x.to(expand_dtype())
         y = torch.cat([F.linear(near, q.to(near.dtype)) for q in self.q.split(BLOCK_ROWS)], dim=-1)
         return y.to(x.dtype) * self.scales.to(x.dtype)
+
+    def expanded(self, x: Tensor) -> Tensor:
+        """The product with the scaled weight: sums of unscaled integers may be beyond float16's range."""
+        return F.linear(x, self.q.to(x.dtype) * self.scales.to(x.dtype)[:, None])
 
     def unpack(self) -> Tensor:
         return self.q.float() * self.scales.float()[:, None]
 
 
-class Int4(Held):
-    """weight ≈ (q - 8) × scale + zero, q in [0, 15], a scale and a zero for every `group_size` inputs of a row.
+def check_groups(weight: Tensor, group_size: int = GROUP) -> None:
+    if weight.shape[1] % group_size:
+        raise ValueError(
+            f"int4 stores groups of {group_size} inputs, and this rank's weight has {weight.shape[1]}: "
+            "use fewer ranks or int8"
+        )
 
-    |error| <= scale / 2, scale = (max - min of the group) / 15.
+
+class Int4(Held):
+    """4 bits where there are no kernels of ours: weight ≈ (q - 8) × scale + zero, q in [0, 15].
+
+    A scale and a zero for every `group_size` inputs of a row; |error| <= scale / 2. The kernel wants both in bfloat16,
+    which is coarse beside a group of weights that are nearly the same: the scale is as large as the rounded zero needs.
     """
 
-    def __init__(self, weight: Tensor, group_size: int = 32):
+    def __init__(self, weight: Tensor, group_size: int = GROUP):
         super().__init__()
-        if weight.shape[1] % group_size:
-            raise ValueError(
-                f"int4 stores groups of {group_size} inputs, and this rank's weight has {weight.shape[1]}: "
-                "use fewer ranks or int8"
-            )
-        self.group_size, self.in_features = group_size, weight.shape[1]
-        packed, scales_and_zeros = zip(*map(self._quantise, weight.split(QUANTISED_ROWS)), strict=True)
+        check_groups(weight, group_size)
+        self.group_size, (self.rows, self.in_features) = group_size, weight.shape
+        padded = F.pad(weight, (0, 0, 0, -self.rows % 16))  # the kernels' tiles
+        packed, scales_and_zeros = zip(*map(self._quantise, padded.split(QUANTISED_ROWS)), strict=True)
         self.q = nn.Buffer(torch.cat(packed), persistent=False)
         self.scales_and_zeros = nn.Buffer(torch.cat(scales_and_zeros, dim=1), persistent=False)
 
     def _quantise(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The kernels' layouts: rows in tiles of q, and scales and zeros (in_features / group_size, rows, 2)."""
         groups = weight.float().unflatten(1, (-1, self.group_size))  # (rows, in_features / group_size, group_size)
-        low, high = groups.amin(dim=2), groups.amax(dim=2)
-        scales = ((high - low).clamp(min=1e-30) / 15).bfloat16()
-        zeros = (low + 8 * scales.float()).bfloat16()
+        low, high = groups.aminmax(dim=2)
+        zeros = (low + 8 * (high - low) / 15).bfloat16()
+        scales = torch.maximum((zeros.float() - low) / 8, (high - zeros.float()) / 7).clamp(min=1e-30)
+        scales = (scales * (1 + 2**-8)).bfloat16()  # rounded, it is not smaller
         q = ((groups - zeros.float()[..., None]) / scales.float()[..., None]).round_().add_(8).clamp_(0, 15)
         q = q.flatten(1).to(torch.int32)
         if weight.is_cuda:
@@ -181,7 +273,7 @@ class Int4(Held):
     def forward(self, x: Tensor) -> Tensor:
         multiply = torch._weight_int4pack_mm if x.is_cuda else torch._weight_int4pack_mm_for_cpu
         y = multiply(x.flatten(0, -2).bfloat16(), self.q, self.group_size, self.scales_and_zeros)
-        return y.to(x.dtype).unflatten(0, x.shape[:-1])
+        return y[:, : self.rows].to(x.dtype).unflatten(0, x.shape[:-1])
 
     def unpack(self) -> Tensor:
         # The layout of q is each kernel's own, so that it is the kernel that is asked, for some columns at a time.
@@ -204,7 +296,15 @@ class Store(NamedTuple):
     chunk_tokens: int = 0  # so many of a prompt take some three times as long as it, if more than elsewhere
 
 
-STORES = {"int8": Store(Int8, 1), "int4": Store(Int4, 0.5 + 4 / 32)}
+def hold_int8(weight: Tensor) -> nn.Module:
+    return Grouped(weight, 8) if weight.is_cpu and kernels.available() else Int8(weight)
+
+
+def hold_int4(weight: Tensor) -> nn.Module:
+    return Grouped(weight, 4) if weight.is_cpu and kernels.available() else Int4(weight)
+
+
+STORES = {"int8": Store(hold_int8, 1 + 2 / GROUP), "int4": Store(hold_int4, 0.5 + 4 / GROUP)}
 
 
 def select_dtype(dtype: str | torch.dtype, stored: torch.dtype, device: torch.device) -> torch.dtype:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,17 @@ import torch
 from conftest import GOLDEN, TINY, build_golden, expected
 from torch import Tensor, nn
 
-from llama import Llama, stores
+from llama import Llama, kernels, stores
 from llama.parallel import ShardedLinear
 from llama.stores import (
+    Grouped,
     Int4,
     Int8,
     PackedBFloat16,
     PackedFloat16,
     has_bfloat16_products,
+    hold_int4,
+    hold_int8,
     packed_float16_or_plain,
     select_store,
 )
@@ -78,9 +83,129 @@ def test_packed_bfloat16_is_the_bfloat16_weight() -> None:
     assert torch.equal(as_held(PackedBFloat16(weight), 64), weight.bfloat16().float())
 
 
+built = pytest.mark.skipif(kernels.library() is None, reason="our kernels were not built")
+grouped8 = pytest.param(partial(Grouped, bits=8), marks=built, id="grouped8")
+grouped4 = pytest.param(partial(Grouped, bits=4), marks=built, id="grouped4")
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("shape", [(64, 64), (96, 128), (521, 32)])
+def test_a_grouped_weight_is_off_by_at_most_half_a_scale(shape: tuple[int, int], bits: int) -> None:
+    weight = weight_of(*shape)
+    low, high = weight.unflatten(1, (-1, 32)).aminmax(dim=2)
+    scale = (high - low) / 15 if bits == 4 else torch.maximum(high, -low) / 127
+    error = (Grouped(weight, bits).unpack() - weight).abs()
+    # Scales and lows are rounded to float16, away from the weights.
+    bound = scale / 2 + (low.abs() + scale) / 1024
+    assert (error <= bound.repeat_interleave(32, 1)).all()
+
+
+@built
+def test_four_bits_of_weights_that_are_nearly_the_same() -> None:
+    weight = 1 + weight_of(64, 64).clamp(-1, 1) / 1000
+    error = (Grouped(weight, 4).unpack() - weight).abs().max()
+    assert error <= (0.002 + 2**-11) / 15 / 2 * 1.01  # 2^-11 is float16's spacing below 1, by which a low may be off
+    scales, zeros = Int4(weight).scales_and_zeros.float().repeat_interleave(32, 0).unbind(2)
+    assert (zeros - 8.5 * scales <= weight.T).all() and (zeros + 7.5 * scales >= weight.T).all()
+
+
+@pytest.fixture(params=[0, 1, 2], ids=["plain C", "AVX2", "AVX512"])
+def kernel(request: pytest.FixtureRequest) -> Any:
+    """Each kind of kernels that this processor runs."""
+    library = kernels.library()
+    if library is None or library.choose(request.param) != request.param:
+        pytest.skip("not built, or not for this processor")
+    yield library
+    library.choose(kernels.BEST)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("shape", [(16, 32), (48, 352), (521, 64), (40, 88), (16, 168)])
+def test_kernels_are_near_float64_of_the_same_weights(kernel: Any, bits: int, shape: tuple[int, int]) -> None:
+    if bits == 4 and shape[1] % 32:
+        return
+    store = Grouped(weight_of(*shape), bits)
+    for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 31):
+        x = torch.randn(rows, 1, shape[1], generator=torch.Generator().manual_seed(rows))
+        x[:, :, 5] *= 100  # the channel that is an outlier
+        exact = x.double() @ store.unpack().double().T
+        assert (store(x) - exact).norm() <= 2e-4 * exact.norm()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_kernels_take_what_the_plain_product_takes(kernel: Any, bits: int) -> None:
+    weight = torch.cat((weight_of(16, 64), torch.zeros(16, 64), torch.full((16, 64), 65504.0)))
+    store = Grouped(weight, bits)
+    x = torch.randn(4, 1, 64, generator=torch.Generator().manual_seed(0))
+    x[1] = 0
+    x[2, 0, 7] = torch.nan
+    x[3] *= 1e30
+    y, exact = store(x), x @ store.unpack().T
+    assert torch.equal(y[1], exact[1]) and torch.equal(y[:, :, 16:32][[0, 1, 3]], exact[:, :, 16:32][[0, 1, 3]])
+    assert y[2].isnan().all()
+    assert (y[[0, 3]] - exact[[0, 3]]).norm() <= 2e-4 * exact[[0, 3]].norm()
+    assert y[3].isfinite().all()
+
+
+def test_without_our_kernels_one_line_says_so_and_pytorchs_operations_multiply(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(kernels, "library", functools.cache(kernels.library.__wrapped__))
+    weight, x = weight_of(64, 64), torch.ones(2, 1, 64)
+    assert isinstance(hold_int8(weight), Int8) and isinstance(hold_int4(weight), Int4)
+    assert caplog.messages == [
+        "decoding without our own kernels, more slowly (they were not built: install again where there is a C compiler "
+        "with OpenMP)"
+    ]
+    torch.testing.assert_close(hold_int8(weight)(x), x @ weight.T, atol=0.5, rtol=0.02)
+
+
+@built
+def test_a_grouped_weight_multiplies_where_there_are_no_kernels_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 1, 64, generator=torch.Generator().manual_seed(1))
+    for bits in (8, 4):
+        store = Grouped(weight_of(50, 64), bits)
+        near, weight = store(x), store.unpack()
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "available", lambda: False)
+            patch.setattr(stores, "has_bfloat16_products", lambda: False)
+            assert torch.equal(store.unpack(), weight)
+            torch.testing.assert_close(store(x), near, atol=1e-3, rtol=1e-3)
+
+
+@built
+def test_the_compiler_takes_our_products_as_they_are() -> None:
+    store, x = Grouped(weight_of(48, 64), 4), torch.randn(3, 1, 64)
+    compiled = torch.compile(lambda x: store(x) * 2, fullgraph=True)
+    assert torch.equal(compiled(x), store(x) * 2)
+
+
+@pytest.mark.parametrize("width", [88, 168, 344])
+def test_int8_takes_any_width(width: int) -> None:
+    weight, x = weight_of(40, width), torch.randn(3, 1, width, generator=torch.Generator().manual_seed(0))
+    for hold in (Int8, hold_int8):
+        torch.testing.assert_close(hold(weight)(x), x @ weight.T, atol=1, rtol=0.02)
+
+
+@pytest.mark.parametrize("rows", [521, 88])
+def test_int4_takes_any_number_of_rows(rows: int) -> None:
+    weight, x = weight_of(rows, 64), torch.eye(64)[:, None]
+    for hold in (Int4, hold_int4):
+        assert hold(weight)(x).shape == (64, 1, rows)
+        torch.testing.assert_close(hold(weight)(x)[:, 0].T, hold(weight).unpack(), atol=0.02, rtol=0.01)
+
+
+def test_int8_expanded_stays_within_float16() -> None:
+    store, x = Int8(torch.full((8, 4096), 0.01)), torch.ones(1, 4096, dtype=torch.float16)
+    torch.testing.assert_close(store.expanded(x), torch.full((1, 8), 40.96).half(), atol=0.5, rtol=0)
+
+
 STORES = [
     Int8,
     Int4,
+    grouped8,
+    grouped4,
     pytest.param(PackedFloat16, marks=packs),
     pytest.param(PackedBFloat16, marks=packs_bfloat16),
 ]

@@ -1,0 +1,290 @@
+/* Products of few rows of activations with weights held in 4 or 8 bits: y (m, out) = x (m, in) times w (out, in).
+
+   A decoding step reads every weight once and does little with it, so a kernel's whole art is to keep up with memory.
+
+   Weights lie in panels of 16 rows, and a panel in groups of 32 inputs, each with a scale (and in 4 bits a low) for every
+   row: w = q scale + low. A group is made of lines of 32 bytes: a pair of neighbouring inputs of row 0, of row 1, and so
+   on; in 4 bits the pair 16 inputs further on lies in the higher halves of the same bytes. So a vector's lanes are rows,
+   the integers of a group add up where they are, and only once in a group become floats and meet their scales.
+   Activations are rounded to 16-bit integers with a scale for every 32 of them: no outlier costs its neighbours their
+   precision, and one instruction multiplies and adds pairs of integers.
+
+   The file includes itself once for every kind of processor; the best that this one has is chosen when it is loaded.
+   Work is divided over PyTorch's own threads: its OpenMP library is the one that is loaded already. */
+
+#ifndef KIND
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define GROUP 32 /* inputs that share a scale */
+#define PANEL 16 /* rows whose weights lie together */
+#define LINE 32  /* bytes that hold a pair of inputs, or in 4 bits two pairs, of a panel's rows */
+#define SWEEP 8  /* rows of activations that one reading of the weights serves */
+#define AHEAD 2048 /* bytes: weights are asked for so long before they are used */
+#define INLINE static inline __attribute__((always_inline)) TARGET
+#define JOIN_(a, b) a##_##b
+#define JOIN(a, b) JOIN_(a, b)
+#define OWN(name) JOIN(KIND, name)
+
+typedef struct {
+    int bits; /* 4 or 8 */
+    const uint8_t *w;              /* (panels, groups, lines, LINE), 16 lines or in 4 bits 8 */
+    const uint16_t *scales, *lows; /* float16 (panels, groups, PANEL) */
+    int64_t in, out, groups;
+} held;
+
+/* Activations of the rows of one sweep stand beside each other: rows that are a power of two apart share a cache set. */
+typedef struct {
+    const int16_t *q;           /* (groups, m, GROUP), x / scale */
+    const float *scales, *sums; /* (groups, m): of a group of x, its scale and the sum of q × scale */
+} rounded;
+
+static inline float float_of(uint32_t bits) { float f; memcpy(&f, &bits, 4); return f; }
+static inline uint32_t bits_of(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
+static inline float from_half(uint16_t h) {
+    const uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7fff;
+    const float tiny = rest * 0x1p-24f; /* a subnormal number, or zero */
+    if (rest < 0x400) return float_of(sign | bits_of(tiny));
+    return float_of(sign | (rest < 0x7c00 ? (rest << 13) + 0x38000000 : 0x7f800000 | (rest & 0x3ff) << 13));
+}
+
+/* ---- plain C, for which compilers find what instructions there are ---- */
+
+#define KIND plain
+#define TARGET
+#define LANES 16
+typedef struct { int16_t v[32]; } plain_ints;
+typedef struct { int32_t v[16]; } plain_sums;
+typedef struct { float v[16]; } plain_floats;
+#define EACH(n) for (int i = 0; i < n; i++)
+INLINE plain_ints plain_int8(const uint8_t *p) { plain_ints r; EACH(32) r.v[i] = (int8_t)p[i]; return r; }
+INLINE plain_ints plain_bytes(const uint8_t *p) { plain_ints r; EACH(32) r.v[i] = p[i]; return r; }
+INLINE plain_ints plain_low(plain_ints a) { EACH(32) a.v[i] &= 15; return a; }
+INLINE plain_ints plain_high(plain_ints a) { EACH(32) a.v[i] >>= 4; return a; }
+INLINE plain_sums plain_none(void) { return (plain_sums){{0}}; }
+INLINE plain_sums plain_dot(plain_sums s, plain_ints a, const int16_t *x) {
+    EACH(16) s.v[i] += a.v[2 * i] * x[0] + a.v[2 * i + 1] * x[1];
+    return s;
+}
+INLINE plain_floats plain_number(plain_sums a) { plain_floats r; EACH(16) r.v[i] = (float)a.v[i]; return r; }
+INLINE plain_floats plain_fill(float b) { plain_floats r; EACH(16) r.v[i] = b; return r; }
+INLINE plain_floats plain_halves(const uint16_t *p) { plain_floats r; EACH(16) r.v[i] = from_half(p[i]); return r; }
+INLINE plain_floats plain_mul(plain_floats a, plain_floats b) { EACH(16) a.v[i] *= b.v[i]; return a; }
+INLINE plain_floats plain_fma(plain_floats a, plain_floats b, plain_floats c) { EACH(16) c.v[i] += a.v[i] * b.v[i]; return c; }
+INLINE void plain_store(float *p, plain_floats a) { memcpy(p, a.v, sizeof a.v); }
+#undef EACH
+#include "kernels.c"
+
+#if defined(__x86_64__)
+#define KIND avx2
+#define TARGET __attribute__((target("avx2,fma,f16c")))
+#define LANES 8
+typedef __m256i avx2_ints, avx2_sums;
+typedef __m256 avx2_floats;
+INLINE __m256i avx2_int8(const uint8_t *p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p)); }
+INLINE __m256i avx2_bytes(const uint8_t *p) { return _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p)); }
+INLINE __m256i avx2_low(__m256i a) { return _mm256_and_si256(a, _mm256_set1_epi16(15)); }
+INLINE __m256i avx2_high(__m256i a) { return _mm256_srli_epi16(a, 4); }
+INLINE __m256i avx2_none(void) { return _mm256_setzero_si256(); }
+INLINE __m256i avx2_dot(__m256i s, __m256i a, const int16_t *x) {
+    int32_t pair;
+    memcpy(&pair, x, 4);
+    return _mm256_add_epi32(s, _mm256_madd_epi16(a, _mm256_set1_epi32(pair)));
+}
+INLINE __m256 avx2_number(__m256i a) { return _mm256_cvtepi32_ps(a); }
+INLINE __m256 avx2_fill(float b) { return _mm256_set1_ps(b); }
+INLINE __m256 avx2_halves(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+INLINE __m256 avx2_mul(__m256 a, __m256 b) { return _mm256_mul_ps(a, b); }
+INLINE __m256 avx2_fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE void avx2_store(float *p, __m256 a) { _mm256_storeu_ps(p, a); }
+#include "kernels.c"
+
+#define KIND avx512
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
+#define LANES 16
+typedef __m512i avx512_ints, avx512_sums;
+typedef __m512 avx512_floats;
+INLINE __m512i avx512_int8(const uint8_t *p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p)); }
+INLINE __m512i avx512_bytes(const uint8_t *p) { return _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)p)); }
+INLINE __m512i avx512_low(__m512i a) { return _mm512_and_si512(a, _mm512_set1_epi16(15)); }
+INLINE __m512i avx512_high(__m512i a) { return _mm512_srli_epi16(a, 4); }
+INLINE __m512i avx512_none(void) { return _mm512_setzero_si512(); }
+INLINE __m512i avx512_dot(__m512i s, __m512i a, const int16_t *x) {
+    int32_t pair;
+    memcpy(&pair, x, 4);
+    return _mm512_dpwssd_epi32(s, a, _mm512_set1_epi32(pair));
+}
+INLINE __m512 avx512_number(__m512i a) { return _mm512_cvtepi32_ps(a); }
+INLINE __m512 avx512_fill(float b) { return _mm512_set1_ps(b); }
+INLINE __m512 avx512_halves(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+INLINE __m512 avx512_mul(__m512 a, __m512 b) { return _mm512_mul_ps(a, b); }
+INLINE __m512 avx512_fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE void avx512_store(float *p, __m512 a) { _mm512_storeu_ps(p, a); }
+#include "kernels.c"
+#endif
+
+static void (*panels)(const held *, rounded, float *, int64_t, int64_t) = plain_panels;
+static void (*round_group)(const float *, int64_t, int16_t *, float *, float *) = plain_round;
+static void (*expand_panel)(const held *, int64_t, int, void *) = plain_expand;
+
+#define CHOOSE(kind) panels = kind##_panels, round_group = kind##_round, expand_panel = kind##_expand
+
+int choose(int level) { /* 0: plain, 1: AVX2, 2: AVX512 with VNNI; or what the processor has. Returns it. */
+    CHOOSE(plain);
+#if defined(__x86_64__)
+#define HAS(what) __builtin_cpu_supports(what)
+    if (level < 1 || !HAS("avx2") || !HAS("fma") || !HAS("f16c")) return 0;
+    CHOOSE(avx2);
+    if (level < 2 || !HAS("avx512bw") || !HAS("avx512vl") || !HAS("avx512dq") || !HAS("avx512vnni")) return 1;
+    CHOOSE(avx512);
+    return 2;
+#else
+    return 0;
+#endif
+}
+
+static held as_held(int bits, const void *w, const void *scales, const void *lows, int64_t in, int64_t out) {
+    return (held){bits, w, scales, lows, in, out, (in + GROUP - 1) / GROUP};
+}
+
+/* y (m, out) = x (m, in) wᵀ */
+void multiply(int bits, const void *w, const void *scales, const void *lows, const float *x, float *y, int64_t m,
+              int64_t in, int64_t out, int threads) {
+    const held h = as_held(bits, w, scales, lows, in, out);
+    const int64_t all = m * h.groups;
+    float *xs = malloc(all * (2 * sizeof(float) + GROUP * sizeof(int16_t)));
+    int16_t *q = (int16_t *)(xs + 2 * all);
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t g = 0; g < h.groups; g++) {
+            const int64_t first = i - i % SWEEP, n = m - first < SWEEP ? m - first : SWEEP;
+            const int64_t at = first * h.groups + g * n + i % SWEEP;
+            round_group(x + i * in + g * GROUP, in - g * GROUP, q + at * GROUP, xs + at, xs + all + at);
+        }
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t panel = 0; panel < (out + PANEL - 1) / PANEL; panel++)
+        panels(&h, (rounded){q, xs, xs + all}, y, m, panel);
+    free(xs);
+}
+
+/* the rows of all panels, as bfloat16 if `half`, else as float32: (out, in), both multiples of 16 and 32 */
+void expand(int bits, const void *w, const void *scales, const void *lows, int64_t in, int64_t out, int half, void *to,
+            int threads) {
+    const held h = as_held(bits, w, scales, lows, in, out);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t panel = 0; panel < out / PANEL; panel++)
+        expand_panel(&h, panel, half, (char *)to + panel * PANEL * in * (half ? 2 : 4));
+}
+
+#else /* ---- for each kind of processor ---- */
+
+/* Each 32 activations -> integers up to 32767 and their scale; NaN and what is infinite make the scale NaN. */
+TARGET static void OWN(round)(const float *x, int64_t n, int16_t *q, float *scale, float *sum_of) {
+    float part[GROUP] = {0};
+    memcpy(part, x, (n < GROUP ? n : GROUP) * sizeof(float));
+    uint32_t largest = 0; /* of bits: floats without their signs are ordered as integers are */
+    for (int i = 0; i < GROUP; i++) {
+        const uint32_t bits = bits_of(part[i]) & 0x7fffffff;
+        largest = bits > largest ? bits : largest;
+    }
+    const float top = float_of(largest), one = top > 1e-30f ? 32767 / top : 0;
+    int32_t sum = 0;
+    for (int i = 0; i < GROUP; i++) {
+        /* 1.5 × 2^23: what is added to it loses its fraction, rounded to the nearest even integer */
+        q[i] = (int16_t)(int32_t)(bits_of(part[i] * one + 12582912.0f) - 0x4b400000);
+        sum += q[i];
+    }
+    *scale = one ? top / 32767 : top * 0;
+    *sum_of = one ? sum * *scale : *scale;
+}
+
+/* m rows of activations times one panel. The weights' integers stay in registers for all of them. */
+INLINE void OWN(sweep)(const int bits, const held *h, rounded r, float *y, int64_t panel, const int m) {
+    const int lines = bits == 8 ? 16 : 8, parts = PANEL / LANES;
+    const uint8_t *w = h->w + panel * h->groups * lines * LINE;
+    const int64_t at = panel * h->groups * PANEL;
+    OWN(floats) sum[PANEL / LANES][SWEEP];
+    for (int part = 0; part < parts; part++) for (int i = 0; i < m; i++) sum[part][i] = OWN(fill)(0);
+    for (int64_t g = 0; g < h->groups; g++, w += lines * LINE) {
+        for (int part = 0; part < parts; part++) {
+            OWN(sums) dots[SWEEP];
+            for (int i = 0; i < m; i++) dots[i] = OWN(none)();
+            const int16_t *x = r.q + g * m * GROUP;
+#pragma GCC unroll 16
+            for (int j = 0; j < lines; j++) {
+                const uint8_t *line = w + j * LINE + part * 2 * LANES;
+                if (part == 0 && j % 2 == 0) __builtin_prefetch(line + AHEAD);
+                if (bits == 8) {
+                    const OWN(ints) q = OWN(int8)(line);
+                    for (int i = 0; i < m; i++) dots[i] = OWN(dot)(dots[i], q, x + i * GROUP + 2 * j);
+                } else {
+                    const OWN(ints) both = OWN(bytes)(line), low = OWN(low)(both), high = OWN(high)(both);
+                    for (int i = 0; i < m; i++) {
+                        dots[i] = OWN(dot)(dots[i], low, x + i * GROUP + 2 * j);
+                        dots[i] = OWN(dot)(dots[i], high, x + i * GROUP + 16 + 2 * j);
+                    }
+                }
+            }
+            const int64_t first = at + g * PANEL + part * LANES;
+            const OWN(floats) scale = OWN(halves)(h->scales + first);
+            for (int i = 0; i < m; i++) {
+                const OWN(floats) both = OWN(mul)(scale, OWN(fill)(r.scales[g * m + i]));
+                sum[part][i] = OWN(fma)(OWN(number)(dots[i]), both, sum[part][i]);
+                if (bits == 4) sum[part][i] = OWN(fma)(OWN(halves)(h->lows + first), OWN(fill)(r.sums[g * m + i]), sum[part][i]);
+            }
+        }
+    }
+    for (int i = 0; i < m; i++) {
+        float all[PANEL];
+        for (int part = 0; part < parts; part++) OWN(store)(all + part * LANES, sum[part][i]);
+        const int64_t left = h->out - panel * PANEL;
+        memcpy(y + i * h->out + panel * PANEL, all, (left < PANEL ? left : PANEL) * sizeof(float));
+    }
+}
+
+#define CASE(bits, n) case n: OWN(sweep)(bits, h, r, y, panel, n); break;
+#define SWEEPS(bits, n) switch (n) { \
+    CASE(bits, 1) CASE(bits, 2) CASE(bits, 3) CASE(bits, 4) CASE(bits, 5) CASE(bits, 6) CASE(bits, 7) CASE(bits, 8) }
+
+TARGET static void OWN(panels)(const held *h, rounded r, float *y, int64_t m, int64_t panel) {
+    for (; m > 0; m -= SWEEP, y += SWEEP * h->out, r.q += SWEEP * h->groups * GROUP) {
+        const int n = m < SWEEP ? (int)m : SWEEP;
+        if (h->bits == 8) SWEEPS(8, n) else SWEEPS(4, n)
+        r.scales += SWEEP * h->groups, r.sums += SWEEP * h->groups;
+    }
+}
+
+/* A panel's rows as they were before they were laid into lines. */
+TARGET static void OWN(expand)(const held *h, int64_t panel, int half, void *to) {
+    const int lines = h->bits == 8 ? 16 : 8;
+    const int64_t in = h->groups * GROUP;
+    for (int64_t g = 0; g < h->groups; g++) {
+        const int64_t group = panel * h->groups + g;
+        uint16_t pairs[PANEL][16];
+        for (int j = 0; j < lines; j++)
+            for (int row = 0; row < PANEL; row++) memcpy(&pairs[row][j], h->w + (group * lines + j) * LINE + 2 * row, 2);
+        for (int row = 0; row < PANEL; row++) {
+            const float scale = from_half(h->scales[group * PANEL + row]);
+            const float low = h->bits == 8 ? 0 : from_half(h->lows[group * PANEL + row]);
+            float values[GROUP];
+            uint8_t bytes[GROUP];
+            memcpy(bytes, pairs[row], GROUP);
+            for (int i = 0; i < GROUP; i++) {
+                const int q = h->bits == 8 ? (int8_t)bytes[i] : i < 16 ? bytes[i] & 15 : bytes[i - 16] >> 4;
+                values[i] = q * scale + low;
+            }
+            if (!half) memcpy((float *)to + row * in + g * GROUP, values, sizeof values);
+            else for (int i = 0; i < GROUP; i++) {
+                const uint32_t u = bits_of(values[i]);
+                ((uint16_t *)to)[row * in + g * GROUP + i] = (u + 0x7fff + (u >> 16 & 1)) >> 16;
+            }
+        }
+    }
+}
+#undef KIND
+#undef TARGET
+#undef LANES
+#endif
