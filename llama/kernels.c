@@ -1,14 +1,12 @@
 /* Products of few rows of activations with weights held in 4 or 8 bits: y (m, out) = x (m, in) times w (out, in).
 
    A decoding step reads every weight once and does little with it, so a kernel's whole art is to keep up with memory.
-
-   Weights lie in panels of 16 rows, and a panel in groups of 32 inputs, each with a scale (and in 4 bits a low) for every
-   row: w = q scale + low. A group is made of lines of 32 bytes: a pair of neighbouring inputs of row 0, of row 1, and so
-   on; in 4 bits the pair 16 inputs further on lies in the higher halves of the same bytes. So a vector's lanes are rows,
-   the integers of a group add up where they are, and only once in a group become floats and meet their scales.
+   Weights lie in panels of 16 rows, and a panel in groups of 32 inputs, each with a scale (and in 4 bits a low) for
+   every row: w = q scale + low. A group is made of lines of 32 bytes: a pair of neighbouring inputs of row 0, of row 1,
+   and so on; in 4 bits the pair 16 inputs on lies in the higher halves of the same bytes. So a vector's lanes are rows,
+   integers of a group add up where they are, and only once in a group become floats and meet their scales.
    Activations are rounded to 16-bit integers with a scale for every 32 of them: no outlier costs its neighbours their
    precision, and one instruction multiplies and adds pairs of integers.
-
    The file includes itself once for every kind of processor; the best that this one has is chosen when it is loaded.
    Work is divided over PyTorch's own threads: its OpenMP library is the one that is loaded already. */
 
@@ -16,11 +14,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 #define GROUP 32 /* inputs that share a scale */
+#define PAIRS (GROUP / 2)
 #define PANEL 16 /* rows whose weights lie together */
 #define LINE 32  /* bytes that hold a pair of inputs, or in 4 bits two pairs, of a panel's rows */
 #define SWEEP 8  /* rows of activations that one reading of the weights serves */
@@ -31,15 +27,15 @@
 #define OWN(name) JOIN(KIND, name)
 
 typedef struct {
-    int bits; /* 4 or 8 */
+    int bits;                      /* 4 or 8 */
     const uint8_t *w;              /* (panels, groups, lines, LINE), 16 lines or in 4 bits 8 */
     const uint16_t *scales, *lows; /* float16 (panels, groups, PANEL) */
     int64_t in, out, groups;
 } held;
 
-/* Activations of the rows of one sweep stand beside each other: rows that are a power of two apart share a cache set. */
+/* Rows of one sweep stand beside each other: those that are a power of two apart would share a cache set. */
 typedef struct {
-    const int16_t *q;           /* (groups, m, GROUP), x / scale */
+    const int32_t *q;           /* (groups, m, PAIRS), x / scale: two of 16 bits each */
     const float *scales, *sums; /* (groups, m): of a group of x, its scale and the sum of q × scale */
 } rounded;
 
@@ -47,90 +43,57 @@ static inline float float_of(uint32_t bits) { float f; memcpy(&f, &bits, 4); ret
 static inline uint32_t bits_of(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
 static inline float from_half(uint16_t h) {
     const uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7fff;
-    const float tiny = rest * 0x1p-24f; /* a subnormal number, or zero */
-    if (rest < 0x400) return float_of(sign | bits_of(tiny));
+    if (rest < 0x400) return float_of(sign | bits_of(rest * 0x1p-24f)); /* a subnormal number, or zero */
     return float_of(sign | (rest < 0x7c00 ? (rest << 13) + 0x38000000 : 0x7f800000 | (rest & 0x3ff) << 13));
 }
 
-/* ---- plain C, for which compilers find what instructions there are ---- */
+/* Vectors of GCC and Clang: plain operators, for whatever instructions the kind of processor has. Only a product of
+   pairs of integers, and float16, are better said in the processor's own words. */
+#define VECTOR(bytes) __attribute__((vector_size(bytes)))
+#define VECTORS(kind, lanes) \
+    typedef int8_t kind##_int8 VECTOR(2 * lanes); typedef uint8_t kind##_bytes VECTOR(2 * lanes); \
+    typedef int16_t kind##_ints VECTOR(4 * lanes); typedef int32_t kind##_sums VECTOR(4 * lanes); \
+    typedef float kind##_floats VECTOR(4 * lanes)
 
 #define KIND plain
 #define TARGET
-#define LANES 16
-typedef struct { int16_t v[32]; } plain_ints;
-typedef struct { int32_t v[16]; } plain_sums;
-typedef struct { float v[16]; } plain_floats;
-#define EACH(n) for (int i = 0; i < n; i++)
-INLINE plain_ints plain_int8(const uint8_t *p) { plain_ints r; EACH(32) r.v[i] = (int8_t)p[i]; return r; }
-INLINE plain_ints plain_bytes(const uint8_t *p) { plain_ints r; EACH(32) r.v[i] = p[i]; return r; }
-INLINE plain_ints plain_low(plain_ints a) { EACH(32) a.v[i] &= 15; return a; }
-INLINE plain_ints plain_high(plain_ints a) { EACH(32) a.v[i] >>= 4; return a; }
-INLINE plain_sums plain_none(void) { return (plain_sums){{0}}; }
-INLINE plain_sums plain_dot(plain_sums s, plain_ints a, const int16_t *x) {
-    EACH(16) s.v[i] += a.v[2 * i] * x[0] + a.v[2 * i + 1] * x[1];
-    return s;
+#define LANES 4
+VECTORS(plain, 4);
+INLINE plain_sums plain_dot(plain_sums sums, plain_ints a, int32_t x) {
+    const plain_sums pairs = (plain_sums)a; /* in memory's order the first of a pair is the lower half */
+    return sums + (pairs << 16 >> 16) * (x << 16 >> 16) + (pairs >> 16) * (x >> 16);
 }
-INLINE plain_floats plain_number(plain_sums a) { plain_floats r; EACH(16) r.v[i] = (float)a.v[i]; return r; }
-INLINE plain_floats plain_fill(float b) { plain_floats r; EACH(16) r.v[i] = b; return r; }
-INLINE plain_floats plain_halves(const uint16_t *p) { plain_floats r; EACH(16) r.v[i] = from_half(p[i]); return r; }
-INLINE plain_floats plain_mul(plain_floats a, plain_floats b) { EACH(16) a.v[i] *= b.v[i]; return a; }
-INLINE plain_floats plain_fma(plain_floats a, plain_floats b, plain_floats c) { EACH(16) c.v[i] += a.v[i] * b.v[i]; return c; }
-INLINE void plain_store(float *p, plain_floats a) { memcpy(p, a.v, sizeof a.v); }
-#undef EACH
+INLINE plain_floats plain_halves(const uint16_t *p) {
+    return (plain_floats){from_half(p[0]), from_half(p[1]), from_half(p[2]), from_half(p[3])};
+}
 #include "kernels.c"
 
 #if defined(__x86_64__)
+#include <immintrin.h>
 #define KIND avx2
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 #define LANES 8
-typedef __m256i avx2_ints, avx2_sums;
-typedef __m256 avx2_floats;
-INLINE __m256i avx2_int8(const uint8_t *p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p)); }
-INLINE __m256i avx2_bytes(const uint8_t *p) { return _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p)); }
-INLINE __m256i avx2_low(__m256i a) { return _mm256_and_si256(a, _mm256_set1_epi16(15)); }
-INLINE __m256i avx2_high(__m256i a) { return _mm256_srli_epi16(a, 4); }
-INLINE __m256i avx2_none(void) { return _mm256_setzero_si256(); }
-INLINE __m256i avx2_dot(__m256i s, __m256i a, const int16_t *x) {
-    int32_t pair;
-    memcpy(&pair, x, 4);
-    return _mm256_add_epi32(s, _mm256_madd_epi16(a, _mm256_set1_epi32(pair)));
+VECTORS(avx2, 8);
+INLINE avx2_sums avx2_dot(avx2_sums sums, avx2_ints a, int32_t x) {
+    return sums + (avx2_sums)_mm256_madd_epi16((__m256i)a, _mm256_set1_epi32(x));
 }
-INLINE __m256 avx2_number(__m256i a) { return _mm256_cvtepi32_ps(a); }
-INLINE __m256 avx2_fill(float b) { return _mm256_set1_ps(b); }
-INLINE __m256 avx2_halves(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
-INLINE __m256 avx2_mul(__m256 a, __m256 b) { return _mm256_mul_ps(a, b); }
-INLINE __m256 avx2_fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
-INLINE void avx2_store(float *p, __m256 a) { _mm256_storeu_ps(p, a); }
+INLINE avx2_floats avx2_halves(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 #include "kernels.c"
 
 #define KIND avx512
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
 #define LANES 16
-typedef __m512i avx512_ints, avx512_sums;
-typedef __m512 avx512_floats;
-INLINE __m512i avx512_int8(const uint8_t *p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p)); }
-INLINE __m512i avx512_bytes(const uint8_t *p) { return _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)p)); }
-INLINE __m512i avx512_low(__m512i a) { return _mm512_and_si512(a, _mm512_set1_epi16(15)); }
-INLINE __m512i avx512_high(__m512i a) { return _mm512_srli_epi16(a, 4); }
-INLINE __m512i avx512_none(void) { return _mm512_setzero_si512(); }
-INLINE __m512i avx512_dot(__m512i s, __m512i a, const int16_t *x) {
-    int32_t pair;
-    memcpy(&pair, x, 4);
-    return _mm512_dpwssd_epi32(s, a, _mm512_set1_epi32(pair));
+VECTORS(avx512, 16);
+INLINE avx512_sums avx512_dot(avx512_sums sums, avx512_ints a, int32_t x) {
+    return (avx512_sums)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)a, _mm512_set1_epi32(x));
 }
-INLINE __m512 avx512_number(__m512i a) { return _mm512_cvtepi32_ps(a); }
-INLINE __m512 avx512_fill(float b) { return _mm512_set1_ps(b); }
-INLINE __m512 avx512_halves(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
-INLINE __m512 avx512_mul(__m512 a, __m512 b) { return _mm512_mul_ps(a, b); }
-INLINE __m512 avx512_fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
-INLINE void avx512_store(float *p, __m512 a) { _mm512_storeu_ps(p, a); }
+INLINE avx512_floats avx512_halves(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((__m256i *)p)); }
 #include "kernels.c"
 #endif
 
 static void (*panels)(const held *, rounded, float *, int64_t, int64_t) = plain_panels;
-static void (*round_group)(const float *, int64_t, int16_t *, float *, float *) = plain_round;
+static void (*round_group)(const float *, int64_t, int32_t *, float *, float *) = plain_round;
 static void (*expand_panel)(const held *, int64_t, int, void *) = plain_expand;
-
 #define CHOOSE(kind) panels = kind##_panels, round_group = kind##_round, expand_panel = kind##_expand
 
 int choose(int level) { /* 0: plain, 1: AVX2, 2: AVX512 with VNNI; or what the processor has. Returns it. */
@@ -142,27 +105,22 @@ int choose(int level) { /* 0: plain, 1: AVX2, 2: AVX512 with VNNI; or what the p
     if (level < 2 || !HAS("avx512bw") || !HAS("avx512vl") || !HAS("avx512dq") || !HAS("avx512vnni")) return 1;
     CHOOSE(avx512);
     return 2;
-#else
-    return 0;
 #endif
-}
-
-static held as_held(int bits, const void *w, const void *scales, const void *lows, int64_t in, int64_t out) {
-    return (held){bits, w, scales, lows, in, out, (in + GROUP - 1) / GROUP};
+    return 0;
 }
 
 /* y (m, out) = x (m, in) wᵀ */
 void multiply(int bits, const void *w, const void *scales, const void *lows, const float *x, float *y, int64_t m,
               int64_t in, int64_t out, int threads) {
-    const held h = as_held(bits, w, scales, lows, in, out);
+    const held h = {bits, w, scales, lows, in, out, (in + GROUP - 1) / GROUP};
     const int64_t all = m * h.groups;
-    float *xs = malloc(all * (2 * sizeof(float) + GROUP * sizeof(int16_t)));
-    int16_t *q = (int16_t *)(xs + 2 * all);
+    float *xs = malloc(all * (2 * sizeof(float) + PAIRS * sizeof(int32_t)));
+    int32_t *q = (int32_t *)(xs + 2 * all);
     for (int64_t i = 0; i < m; i++)
         for (int64_t g = 0; g < h.groups; g++) {
             const int64_t first = i - i % SWEEP, n = m - first < SWEEP ? m - first : SWEEP;
             const int64_t at = first * h.groups + g * n + i % SWEEP;
-            round_group(x + i * in + g * GROUP, in - g * GROUP, q + at * GROUP, xs + at, xs + all + at);
+            round_group(x + i * in + g * GROUP, in - g * GROUP, q + at * PAIRS, xs + at, xs + all + at);
         }
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t panel = 0; panel < (out + PANEL - 1) / PANEL; panel++)
@@ -173,18 +131,20 @@ void multiply(int bits, const void *w, const void *scales, const void *lows, con
 /* the rows of all panels, as bfloat16 if `half`, else as float32: (out, in), both multiples of 16 and 32 */
 void expand(int bits, const void *w, const void *scales, const void *lows, int64_t in, int64_t out, int half, void *to,
             int threads) {
-    const held h = as_held(bits, w, scales, lows, in, out);
+    const held h = {bits, w, scales, lows, in, out, (in + GROUP - 1) / GROUP};
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t panel = 0; panel < out / PANEL; panel++)
         expand_panel(&h, panel, half, (char *)to + panel * PANEL * in * (half ? 2 : 4));
 }
 
-#else /* ---- for each kind of processor ---- */
+#else /* for each kind of processor */
 
 /* Each 32 activations -> integers up to 32767 and their scale; NaN and what is infinite make the scale NaN. */
-TARGET static void OWN(round)(const float *x, int64_t n, int16_t *q, float *scale, float *sum_of) {
+TARGET static void OWN(round)(const float *x, int64_t n, int32_t *pairs, float *scale, float *sum_of) {
     float part[GROUP] = {0};
-    memcpy(part, x, (n < GROUP ? n : GROUP) * sizeof(float));
+    int16_t q[GROUP];
+    if (n >= GROUP) memcpy(part, x, sizeof part); /* of a length that is known, it is no call */
+    else memcpy(part, x, n * sizeof(float));
     uint32_t largest = 0; /* of bits: floats without their signs are ordered as integers are */
     for (int i = 0; i < GROUP; i++) {
         const uint32_t bits = bits_of(part[i]) & 0x7fffffff;
@@ -197,51 +157,51 @@ TARGET static void OWN(round)(const float *x, int64_t n, int16_t *q, float *scal
         q[i] = (int16_t)(int32_t)(bits_of(part[i] * one + 12582912.0f) - 0x4b400000);
         sum += q[i];
     }
+    memcpy(pairs, q, sizeof q);
     *scale = one ? top / 32767 : top * 0;
     *sum_of = one ? sum * *scale : *scale;
 }
 
 /* m rows of activations times one panel. The weights' integers stay in registers for all of them. */
 INLINE void OWN(sweep)(const int bits, const held *h, rounded r, float *y, int64_t panel, const int m) {
-    const int lines = bits == 8 ? 16 : 8, parts = PANEL / LANES;
+    const int lines = 2 * bits, parts = PANEL / LANES;
     const uint8_t *w = h->w + panel * h->groups * lines * LINE;
-    const int64_t at = panel * h->groups * PANEL;
     OWN(floats) sum[PANEL / LANES][SWEEP];
-    for (int part = 0; part < parts; part++) for (int i = 0; i < m; i++) sum[part][i] = OWN(fill)(0);
-    for (int64_t g = 0; g < h->groups; g++, w += lines * LINE) {
+    for (int part = 0; part < parts; part++) for (int i = 0; i < m; i++) sum[part][i] = (OWN(floats)){0};
+    for (int64_t g = 0; g < h->groups; g++, w += lines * LINE)
         for (int part = 0; part < parts; part++) {
+            const int64_t at = (panel * h->groups + g) * PANEL + part * LANES;
+            const int32_t *pairs = r.q + g * m * PAIRS;
             OWN(sums) dots[SWEEP];
-            for (int i = 0; i < m; i++) dots[i] = OWN(none)();
-            const int16_t *x = r.q + g * m * GROUP;
+            for (int i = 0; i < m; i++) dots[i] = (OWN(sums)){0};
 #pragma GCC unroll 16
             for (int j = 0; j < lines; j++) {
                 const uint8_t *line = w + j * LINE + part * 2 * LANES;
                 if (part == 0 && j % 2 == 0) __builtin_prefetch(line + AHEAD);
+                OWN(bytes) bytes;
+                memcpy(&bytes, line, sizeof bytes);
                 if (bits == 8) {
-                    const OWN(ints) q = OWN(int8)(line);
-                    for (int i = 0; i < m; i++) dots[i] = OWN(dot)(dots[i], q, x + i * GROUP + 2 * j);
+                    const OWN(ints) q = __builtin_convertvector((OWN(int8))bytes, OWN(ints));
+                    for (int i = 0; i < m; i++) dots[i] = OWN(dot)(dots[i], q, pairs[i * PAIRS + j]);
                 } else {
-                    const OWN(ints) both = OWN(bytes)(line), low = OWN(low)(both), high = OWN(high)(both);
+                    const OWN(ints) both = __builtin_convertvector(bytes, OWN(ints)), low = both & 15, high = both >> 4;
                     for (int i = 0; i < m; i++) {
-                        dots[i] = OWN(dot)(dots[i], low, x + i * GROUP + 2 * j);
-                        dots[i] = OWN(dot)(dots[i], high, x + i * GROUP + 16 + 2 * j);
+                        dots[i] = OWN(dot)(dots[i], low, pairs[i * PAIRS + j]);
+                        dots[i] = OWN(dot)(dots[i], high, pairs[i * PAIRS + 8 + j]);
                     }
                 }
             }
-            const int64_t first = at + g * PANEL + part * LANES;
-            const OWN(floats) scale = OWN(halves)(h->scales + first);
+            const OWN(floats) scale = OWN(halves)(h->scales + at);
             for (int i = 0; i < m; i++) {
-                const OWN(floats) both = OWN(mul)(scale, OWN(fill)(r.scales[g * m + i]));
-                sum[part][i] = OWN(fma)(OWN(number)(dots[i]), both, sum[part][i]);
-                if (bits == 4) sum[part][i] = OWN(fma)(OWN(halves)(h->lows + first), OWN(fill)(r.sums[g * m + i]), sum[part][i]);
+                sum[part][i] += __builtin_convertvector(dots[i], OWN(floats)) * (scale * r.scales[g * m + i]);
+                if (bits == 4) sum[part][i] += OWN(halves)(h->lows + at) * r.sums[g * m + i];
             }
         }
-    }
     for (int i = 0; i < m; i++) {
+        const int64_t first = panel * PANEL, left = h->out - first;
         float all[PANEL];
-        for (int part = 0; part < parts; part++) OWN(store)(all + part * LANES, sum[part][i]);
-        const int64_t left = h->out - panel * PANEL;
-        memcpy(y + i * h->out + panel * PANEL, all, (left < PANEL ? left : PANEL) * sizeof(float));
+        for (int part = 0; part < parts; part++) memcpy(all + part * LANES, sum[part] + i, sizeof sum[part][i]);
+        memcpy(y + i * h->out + first, all, (left < PANEL ? left : PANEL) * sizeof(float));
     }
 }
 
@@ -250,7 +210,7 @@ INLINE void OWN(sweep)(const int bits, const held *h, rounded r, float *y, int64
     CASE(bits, 1) CASE(bits, 2) CASE(bits, 3) CASE(bits, 4) CASE(bits, 5) CASE(bits, 6) CASE(bits, 7) CASE(bits, 8) }
 
 TARGET static void OWN(panels)(const held *h, rounded r, float *y, int64_t m, int64_t panel) {
-    for (; m > 0; m -= SWEEP, y += SWEEP * h->out, r.q += SWEEP * h->groups * GROUP) {
+    for (; m > 0; m -= SWEEP, y += SWEEP * h->out, r.q += SWEEP * h->groups * PAIRS) {
         const int n = m < SWEEP ? (int)m : SWEEP;
         if (h->bits == 8) SWEEPS(8, n) else SWEEPS(4, n)
         r.scales += SWEEP * h->groups, r.sums += SWEEP * h->groups;
@@ -259,13 +219,13 @@ TARGET static void OWN(panels)(const held *h, rounded r, float *y, int64_t m, in
 
 /* A panel's rows as they were before they were laid into lines. */
 TARGET static void OWN(expand)(const held *h, int64_t panel, int half, void *to) {
-    const int lines = h->bits == 8 ? 16 : 8;
-    const int64_t in = h->groups * GROUP;
+    const int64_t lines = 2 * h->bits, in = h->groups * GROUP;
     for (int64_t g = 0; g < h->groups; g++) {
         const int64_t group = panel * h->groups + g;
         uint16_t pairs[PANEL][16];
         for (int j = 0; j < lines; j++)
-            for (int row = 0; row < PANEL; row++) memcpy(&pairs[row][j], h->w + (group * lines + j) * LINE + 2 * row, 2);
+            for (int row = 0; row < PANEL; row++)
+                memcpy(&pairs[row][j], h->w + (group * lines + j) * LINE + 2 * row, 2);
         for (int row = 0; row < PANEL; row++) {
             const float scale = from_half(h->scales[group * PANEL + row]);
             const float low = h->bits == 8 ? 0 : from_half(h->lows[group * PANEL + row]);
