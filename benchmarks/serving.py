@@ -16,6 +16,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -294,6 +295,7 @@ def main(
 ) -> None:
     """Measure. `quick`: shape tiny, one round. `contenders`, `clients`: with commas; `folder` keeps the weights;
     `llama_server`: where llama.cpp's is, if not on the PATH."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that the server that runs is ended too
     if quick:
         shape, rounds = "tiny", 1
     if llama_server:

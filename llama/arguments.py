@@ -134,13 +134,17 @@ def check_positive(**arguments: Any) -> None:
             raise ValueError(f"{name} is {value}: use 1 or more" + " and less than 2**31" * (value > 1))
 
 
+class TooLong(Refusal):
+    """A prompt does not fit into the model's positions."""
+
+
 def check_prompt(tokenizer: Tokenizer, name: str, prompt: Any, max_seq_len: int) -> list[int]:
     if not is_list(prompt):
         raise TypeError(f"{name} is {prompt!r}: use a list of token ids")
     if len(prompt) == 0:
         raise Refusal(f"{name} has no tokens: begin it with the tokenizer's bos_id, {tokenizer.bos_id}")
     if len(prompt) > max_seq_len:
-        raise Refusal(
+        raise TooLong(
             f"{name} has {len(prompt)} tokens, and max_seq_len is {max_seq_len}: "
             "shorten it or build with a larger max_seq_len"
         )

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..arguments import Settings, make_requests
+from ..arguments import Settings, TooLong, make_requests
 from ..chat import UNSAFE_ERROR, chat_end_ids, check_dialogs, encode_dialog, has_special_tags
 from ..code_llama import check_infilling, encode_infilling
 from ..generation import Llama
@@ -41,6 +41,8 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "dimensions": (),
 }
+
+TOO_LONG = "context_length_exceeded"  # the code by which clients know that a dialog has to be shortened
 
 
 class BadRequest(ValueError):
@@ -149,13 +151,15 @@ class Asked:
             requests = make_requests(self.tokenizer, repeated, settings, max_seq_len, what=what, **options)
         except (TypeError, ValueError) as error:  # its sentence begins with what it is about
             name = str(error).split()[0]
-            raise BadRequest(str(error), name if name in fields.body else self.source) from None
+            code = TOO_LONG if isinstance(error, TooLong) else None
+            raise BadRequest(str(error), name if name in fields.body else self.source, code=code) from None
         for request in requests:
             if request.max_tokens == 0 and max_tokens != 0:
                 raise BadRequest(
                     f"{what} {request.index // self.n} has {len(request.prompt)} tokens, which leaves no room for an "
                     f"answer in max_seq_len {max_seq_len}: shorten it",
                     self.source,
+                    code=TOO_LONG,
                 )
         return requests
 
