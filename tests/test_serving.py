@@ -315,7 +315,8 @@ def test_mistakes_are_told_by_the_library_sentence_and_the_field(client: openai.
     for body, sentence in bodies:
         answer = httpx.post(served.url + path, content=json.dumps({"messages": FOX} | body))
         assert answer.status_code == 400 and sentence in answer.json()["error"]["message"], (body, answer.text)
-    for n, sentence in ((300, "prompt 0 has 300 tokens, and max_seq_len is 256"), (256, "leaves no room for an answer")):
+    sentences = {300: "prompt 0 has 300 tokens, and max_seq_len is 256", 256: "leaves no room for an answer"}
+    for n, sentence in sentences.items():
         too_long = refusal(served, "/v1/completions", prompt=[1] * n)
         assert sentence in too_long["message"] and too_long["code"] == "context_length_exceeded"
     assert "token id 99999" in refusal(served, "/v1/completions", prompt=[1, 99999])["message"]
