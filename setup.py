@@ -14,7 +14,6 @@ setup(
         Extension(
             "llama._kernels",
             ["llama/kernels.c"],
-            depends=["llama/kernels.c"],
             extra_compile_args=["-O3", "-fopenmp"],  # not for the linker: OpenMP's library is the one of PyTorch
             optional=True,
         )

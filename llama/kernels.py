@@ -49,9 +49,8 @@ def available() -> bool:
 def _multiply(x: Tensor, q: Tensor, scales: Tensor, lows: Tensor | None, rows: int) -> Tensor:
     x, shape = x.float().contiguous(), (*x.shape[:-1], rows)
     y = x.new_empty(shape)
-    of = q.data_ptr(), scales.data_ptr(), None if lows is None else lows.data_ptr()
     sizes = x.numel() // x.shape[-1], x.shape[-1], rows, torch.get_num_threads()
-    _library().multiply(bits(q), *of, x.data_ptr(), y.data_ptr(), *sizes)
+    _library().multiply(*_held(q, scales, lows), x.data_ptr(), y.data_ptr(), *sizes)
     return y
 
 
@@ -61,9 +60,10 @@ def _library() -> ctypes.CDLL:
     return found
 
 
-def bits(q: Tensor) -> int:
-    """Of a weight in panels (panels, groups, lines, 32): a group has a line for each of 16 pairs, or for two."""
-    return 8 if q.shape[2] == GROUP // 2 else 4
+def _held(q: Tensor, scales: Tensor, lows: Tensor | None) -> tuple[int | None, ...]:
+    """A weight in panels, q (panels, groups, lines, 32), as the kernels take it: its bits, and where its parts lie."""
+    bits = 8 if q.shape[2] == GROUP // 2 else 4  # a group has a line for each of 16 pairs of inputs, or for two
+    return bits, q.data_ptr(), scales.data_ptr(), None if lows is None else lows.data_ptr()
 
 
 # The compiler cannot see into a call of C; an operation it calls as it is.
@@ -85,7 +85,6 @@ def multiply(x: Tensor, q: Tensor, scales: Tensor, lows: Tensor | None, rows: in
 def expand(q: Tensor, scales: Tensor, lows: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The rows of panels: (16 × panels, 32 × groups) in bfloat16 or float32."""
     weight = torch.empty(len(q) * PANEL, q.shape[1] * GROUP, dtype=dtype)
-    of = q.data_ptr(), scales.data_ptr(), None if lows is None else lows.data_ptr()
     sizes = weight.shape[1], weight.shape[0], int(dtype == torch.bfloat16)
-    _library().expand(bits(q), *of, *sizes, weight.data_ptr(), torch.get_num_threads())
+    _library().expand(*_held(q, scales, lows), *sizes, weight.data_ptr(), torch.get_num_threads())
     return weight

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import kernels
 from .kernels import GROUP, PANEL
 
-# int8 is expanded so many rows at a time: temporaries stay in the processor's cache.
+# Quantised weights are expanded so many rows at a time: temporaries stay in the processor's cache.
 BLOCK_ROWS = 512
 
 # Weights are quantised so many rows at a time, and int4 given back by so many columns: temporaries are small beside it.
