@@ -13,7 +13,7 @@ setup(
     ext_modules=[
         Extension(
             "llama._kernels",
-            ["llama/kernels.c"],
+            ["llama/kernels.c", "llama/half.c", "llama/fused.c"],
             extra_compile_args=["-O3", "-fopenmp"],  # not for the linker: OpenMP's library is the one of PyTorch
             optional=True,
         )

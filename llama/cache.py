@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import kernels
+
 
 class KVCache:
     """Keys and values, each (n_layers, rows, n_local_kv_heads, length, head_dim).
@@ -71,24 +73,33 @@ class KVCache:
                 cached[:, row, :, len(ids) :] = 0
 
 
+class Seen:
+    """What tokens at positions (n, seqlen) attend to: of their row's first `length` positions, those up to their own.
+
+    `groups` query heads share a key head.
+    """
+
+    def __init__(self, positions: Tensor, length: int, groups: int):
+        self.positions, self.length, self.groups = positions, length, groups
+        self.from_start = positions.shape[1] == length  # rows begin with these tokens
+        self._mask: Tensor | None = None
+
+    def mask(self, dtype: torch.dtype) -> Tensor | None:
+        """To be added to scores, (n, 1, groups × seqlen, length); None where a causal one does. Made when first asked
+        for: kernels that go by positions need none."""
+        if self._mask is None and not self.from_start:
+            unseen = torch.arange(self.length, device=self.positions.device) > self.positions[:, None, :, None]
+            self._mask = unseen.to(dtype).masked_fill_(unseen, -torch.inf).repeat(1, 1, self.groups, 1)
+        return self._mask
+
+
 class Attended(NamedTuple):
     """What some of a pass' tokens attend to."""
 
     tokens: slice  # which of them, along the sequence
     keys: Tensor  # (bsz, n_local_kv_heads, length, head_dim)
     values: Tensor
-    mask: Tensor | None  # added to scores, (bsz, 1, groups × seqlen, length); None: each token to itself and before
-
-
-def causal_mask(positions: Tensor, length: int, groups: int, dtype: torch.dtype) -> Tensor | None:
-    """The mask, as Attended has it, of tokens at positions (n, seqlen), each of which sees its row up to itself.
-
-    `length` is how much of the rows they attend to, and `groups` how many query heads share a key head.
-    """
-    if positions.shape[1] == length:
-        return None  # rows begin with these tokens
-    unseen = torch.arange(length, device=positions.device) > positions[:, None, :, None]
-    return unseen.to(dtype).masked_fill_(unseen, -torch.inf).repeat(1, 1, groups, 1)
+    seen: Seen | None  # None: each of these tokens sees itself and those before it
 
 
 class Batch:
@@ -99,17 +110,19 @@ class Batch:
 
     def __init__(self, cache: KVCache, positions: Tensor, length: int, groups: int):
         n = len(positions)
-        self.positions = positions
+        self.positions, self.seen = positions, Seen(positions, length, groups)
         self.rows = torch.arange(n, device=positions.device)[:, None]
         self.k, self.v = (t[:, :n, :, :length] for t in (cache.k, cache.v))
-        self.mask = causal_mask(positions, length, groups, cache.k.dtype)
 
     def update(self, layer_id: int, xk: Tensor, xv: Tensor) -> list[Attended]:
         """Cache a layer's keys and values (n, seqlen, n_local_kv_heads, head_dim)."""
         keys, values = self.k[layer_id], self.v[layer_id]
-        keys[self.rows, :, self.positions] = xk
-        values[self.rows, :, self.positions] = xv
-        return [Attended(slice(None), keys, values, self.mask)]
+        for x, cached in ((xk, keys), (xv, values)):
+            if kernels.fit(x, cached):
+                kernels.write_cache(x, self.positions, cached)
+            else:
+                cached[self.rows, :, self.positions] = x
+        return [Attended(slice(None), keys, values, self.seen)]
 
 
 class Run(NamedTuple):
@@ -131,19 +144,19 @@ class Runs:
         self.cache = cache
         positions = [torch.arange(run.start, run.end, device=cache.k.device)[None] for run in runs]
         self.positions = torch.cat(positions, dim=1)
-        self.parts: list[tuple[Run, slice, Tensor | None]] = []
+        self.parts: list[tuple[Run, slice, Seen]] = []
         first = 0
         for run, own in zip(runs, positions, strict=True):
             tokens = slice(first, first + len(run.ids))
-            self.parts.append((run, tokens, causal_mask(own, run.end, groups, cache.k.dtype)))
+            self.parts.append((run, tokens, Seen(own, run.end, groups)))
             first = tokens.stop
 
     def update(self, layer_id: int, xk: Tensor, xv: Tensor) -> list[Attended]:
         """Cache a layer's keys and values (1, total, n_local_kv_heads, head_dim)."""
         attended = []
-        for run, tokens, mask in self.parts:
+        for run, tokens, seen in self.parts:
             keys, values = (t[layer_id, run.row, None, :, : run.end] for t in (self.cache.k, self.cache.v))
             keys[0, :, run.start :] = xk[0, tokens].transpose(0, 1)
             values[0, :, run.start :] = xv[0, tokens].transpose(0, 1)
-            attended.append(Attended(tokens, keys, values, mask))
+            attended.append(Attended(tokens, keys, values, seen))
         return attended

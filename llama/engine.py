@@ -130,6 +130,7 @@ class Engine:
         idle = all(answer is None or answer.over for answer in self.schedule.answers)
         if idle and (version := self.model.version()) != self.version:
             self.cache.clear()  # the weights were trained, loaded or written to since
+            self.passes.runner.forget()
             self.version = version
         answering, feeding = self.schedule.advance()
         # Rows that were admitted together begin to answer together; those that answer do not wait for newer ones.

@@ -113,7 +113,7 @@ def load_model(
         model = Transformer(args)
     return_freed_memory()
     with allocating(checkpoint.name, args, needs, device):
-        checkpoint.load(model, device, dtype, store.hold if store else None)
+        checkpoint.load(model, device, dtype, *((store.hold, store.in_place) if store else ()))
         model.allocate_cache()
     if device.type == "cpu":
         keep_freed_memory()

@@ -1,7 +1,7 @@
-"""The products of kernels.c for PyTorch's tensors, on PyTorch's threads; or nobody, where it was not built.
+"""kernels.c, half.c and fused.c for PyTorch's tensors, on PyTorch's threads; or nobody, where they were not built.
 
-pip builds it where there is a C compiler with OpenMP. It is plain C without Python's headers: one library serves every
-Python.
+pip builds them where there is a C compiler with OpenMP. They are plain C without Python's headers: one library serves
+every Python.
 """
 
 from __future__ import annotations
@@ -10,13 +10,36 @@ import ctypes
 import functools
 import importlib.util
 import logging
+import threading
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from .tape import Tape
+
 logger = logging.getLogger(__name__)
 
 GROUP, PANEL = 32, 16  # as in kernels.c
+LANES, LARGEST_HEAD = 16, 256  # as in fused.c
+
+# Queries of a key head up to which our own attention is the faster one where each key has one head of queries (2 to 3
+# times for a token, 0.8 at eight), and equal where it has eight.
+FEW_QUERIES = 8
+
+# The arguments of each function: pointers, sizes of 64 bits, ints and floats.
+KINDS = {"p": ctypes.c_void_p, "s": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
+SIGNATURES = {
+    "multiply": "ipppppsssi",
+    "expand": "ipppssipi",
+    "multiply_bfloat16": "psppsssi",
+    "rms_norm": "ppfsspi",
+    "gate": "ppssspi",
+    "rotate": "pspsssspi",
+    "write_cache": "pspsssspss",
+    "attend": "pppsspsssssfpi",
+}
 
 BEST = 2  # the best kind of processor that there are kernels for: plain C, AVX2, AVX512
 
@@ -32,11 +55,11 @@ def library() -> ctypes.CDLL | None:
     except OSError as error:
         logger.warning("decoding without our own kernels, more slowly (%s)", error)
         return None
-    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    found.multiply.argtypes = [number, *[pointer] * 5, *[size] * 3, number]
-    found.expand.argtypes = [number, *[pointer] * 3, *[size] * 2, number, pointer, number]
-    for function in (found.multiply, found.expand):
-        function.restype = None
+    for name, arguments in SIGNATURES.items():
+        function = getattr(found, name, None)
+        if function is None:  # half.c is x86's only
+            continue
+        function.argtypes, function.restype = [KINDS[kind] for kind in arguments], None
     found.choose(BEST)
     return found
 
@@ -46,24 +69,35 @@ def available() -> bool:
     return library() is not None
 
 
+class Recorders(threading.local):
+    """The tape, if any, that this thread's calls are recorded on."""
+
+    current: Tape | None = None
+
+
+recorders = Recorders()
+_threads = torch.get_num_threads
+
+
+def _call(name: str, *args: Tensor | float | None) -> None:
+    """Call a function of the library, where tensors are passed as their memory's address."""
+    found = library()
+    assert found is not None, "ask whether they are available()"
+    function, plain = getattr(found, name), tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in args)
+    function(*plain)
+    if recorders.current is not None:
+        recorders.current.add(function, plain, keep=args)
+
+
 def _multiply(x: Tensor, q: Tensor, scales: Tensor, lows: Tensor | None, rows: int) -> Tensor:
     x, shape = x.float().contiguous(), (*x.shape[:-1], rows)
     y = x.new_empty(shape)
-    sizes = x.numel() // x.shape[-1], x.shape[-1], rows, torch.get_num_threads()
-    _library().multiply(*_held(q, scales, lows), x.data_ptr(), y.data_ptr(), *sizes)
+    _call("multiply", _bits(q), q, scales, lows, x, y, x.numel() // x.shape[-1], x.shape[-1], rows, _threads())
     return y
 
 
-def _library() -> ctypes.CDLL:
-    found = library()
-    assert found is not None, "ask whether they are available()"
-    return found
-
-
-def _held(q: Tensor, scales: Tensor, lows: Tensor | None) -> tuple[int | None, ...]:
-    """A weight in panels, q (panels, groups, lines, 32), as the kernels take it: its bits, and where its parts lie."""
-    bits = 8 if q.shape[2] == GROUP // 2 else 4  # a group has a line for each of 16 pairs of inputs, or for two
-    return bits, q.data_ptr(), scales.data_ptr(), None if lows is None else lows.data_ptr()
+def _bits(q: Tensor) -> int:
+    return 8 if q.shape[2] == GROUP // 2 else 4  # a group has a line for each of 16 pairs of inputs, or for two
 
 
 # The compiler cannot see into a call of C; an operation it calls as it is.
@@ -82,9 +116,90 @@ def multiply(x: Tensor, q: Tensor, scales: Tensor, lows: Tensor | None, rows: in
     return y
 
 
+def multiply_bfloat16(x: Tensor, weight: Tensor) -> Tensor:
+    """(..., rows) float32, for x (..., columns) and a bfloat16 weight (rows, columns), whose rows may be apart.
+
+    Only for processors with AVX512-BF16.
+    """
+    x, (rows, columns) = x.float().contiguous(), weight.shape
+    y = x.new_empty((*x.shape[:-1], rows))
+    _call("multiply_bfloat16", weight, weight.stride(0), x, y, x.numel() // columns, columns, rows, _threads())
+    return y
+
+
 def expand(q: Tensor, scales: Tensor, lows: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The rows of panels: (16 × panels, 32 × groups) in bfloat16 or float32."""
     weight = torch.empty(len(q) * PANEL, q.shape[1] * GROUP, dtype=dtype)
-    sizes = weight.shape[1], weight.shape[0], int(dtype == torch.bfloat16)
-    _library().expand(*_held(q, scales, lows), *sizes, weight.data_ptr(), torch.get_num_threads())
+    rows, columns = weight.shape
+    _call("expand", _bits(q), q, scales, lows, columns, rows, int(dtype == torch.bfloat16), weight, _threads())
     return weight
+
+
+def fit(*tensors: Tensor) -> bool:
+    """Whether the functions below take these: float32 on a CPU, without gradients, and seen by no compiler, which fuses
+    PyTorch's own operations as well."""
+    return (
+        all(x.is_cpu and x.dtype is torch.float32 for x in tensors)
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and available()
+    )
+
+
+def attends(queries: int, dim: int) -> bool:
+    """Whether `attend` takes so many queries of a key head of `dim`, and sooner than PyTorch's, made for more, does."""
+    return queries <= FEW_QUERIES and dim % LANES == 0 and dim <= LARGEST_HEAD
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) × weight over the last dimension."""
+    x, dim = x.contiguous(), x.shape[-1]
+    y = torch.empty_like(x)
+    _call("rms_norm", x, weight, eps, x.numel() // dim, dim, y, _threads())
+    return y
+
+
+def silu_multiply(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) × up, (..., width) each."""
+    y = gate.new_empty(gate.shape)
+    (gate, stride), (up, other) = _tokens(gate), _tokens(up)
+    if stride != other:
+        gate, up, stride = gate.contiguous(), up.contiguous(), gate.shape[1]
+    _call("gate", gate, up, stride, *gate.shape, y, _threads())
+    return y
+
+
+def rotate(x: Tensor, freqs_cis: Tensor) -> Tensor:
+    """As apply_rotary_emb does with one of its tensors."""
+    y = x.new_empty(x.shape)
+    *_, heads, dim = x.shape
+    flat, stride = _tokens(x, 2)
+    cis = freqs_cis.contiguous()
+    _call("rotate", flat, stride, cis, cis.numel() // cis.shape[-1], len(flat), heads, dim, y, _threads())
+    return y
+
+
+def write_cache(x: Tensor, positions: Tensor, cached: Tensor) -> None:
+    """Put x (n, seqlen, heads, dim) to positions (n, seqlen) of the rows cached (n, heads, length, dim)."""
+    flat, stride = _tokens(x, 2)
+    _call("write_cache", flat, stride, positions.contiguous(), *x.shape, cached, *cached.stride()[:2])
+
+
+def attend(xq: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+    """softmax(q kᵀ / √dim) v of queries (n, seqlen, heads, dim), each over its row's keys and values (n, kv_heads,
+    length, dim) up to its position (n, seqlen)."""
+    xq, positions = xq.contiguous(), positions.contiguous()
+    y = torch.empty_like(xq)
+    n, seqlen, heads, dim = xq.shape
+    sizes = n, seqlen, heads, keys.shape[1], dim
+    _call("attend", xq, keys, values, *keys.stride()[:2], positions, *sizes, dim**-0.5, y, _threads())
+    return y
+
+
+def _tokens(x: Tensor, dims: int = 1) -> tuple[Tensor, int]:
+    """x with its last `dims` dimensions as one, and those before as another, and how far apart its tokens are."""
+    flat = x.flatten(-dims) if dims > 1 else x
+    flat = flat.flatten(0, -2)
+    if flat.stride(1) != 1:
+        flat = flat.contiguous()
+    return flat, flat.stride(0)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import kernels
 from .cache import Attended, Batch, KVCache, Runs
 from .original import repeat_kv as repeat_kv  # old scripts look for them here
 from .original import reshape_for_broadcast as reshape_for_broadcast
@@ -69,6 +70,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        if kernels.fit(x, self.weight):
+            return kernels.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
@@ -87,6 +90,8 @@ def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor,
     (seqlen, head_dim / 2), or with a batch dimension before it where rows are at positions of their own."""
 
     def rotate(x: Tensor) -> Tensor:
+        if kernels.fit(x):
+            return kernels.rotate(x, freqs_cis)
         pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
         return torch.view_as_real(pairs * freqs_cis.unsqueeze(-2)).flatten(-2).type_as(x)
 
@@ -118,15 +123,18 @@ class Attention(nn.Module):
 
 
 def attend(xq: Tensor, to: Attended) -> Tensor:
-    """softmax(q kᵀ / √head_dim + mask) v of each head: (bsz, seqlen, n_local_heads × head_dim), for queries
-    (bsz, seqlen, n_local_heads, head_dim)."""
+    """softmax(q kᵀ / √head_dim) v of each head over what its token sees: (bsz, seqlen, n_local_heads × head_dim), for
+    queries (bsz, seqlen, n_local_heads, head_dim)."""
+    queries, seen = xq.shape[1] * xq.shape[2] // to.keys.shape[1], to.seen
+    if seen is not None and kernels.attends(queries, xq.shape[3]) and kernels.fit(xq, to.keys):
+        return kernels.attend(xq, to.keys, to.values, seen.positions).flatten(2)
     xq = xq.transpose(1, 2)
-    if to.mask is None:
+    if seen is None or (mask := seen.mask(xq.dtype)) is None:
         y = F.scaled_dot_product_attention(xq, to.keys, to.values, is_causal=True, enable_gqa=True)
     else:
         # The query heads that share a key head become more rows of it, so that no key is repeated.
         groups = xq.reshape(xq.shape[0], to.keys.shape[1], -1, xq.shape[-1])
-        y = F.scaled_dot_product_attention(groups, to.keys, to.values, attn_mask=to.mask).view_as(xq)
+        y = F.scaled_dot_product_attention(groups, to.keys, to.values, attn_mask=mask).view_as(xq)
     return y.transpose(1, 2).flatten(2)
 
 
@@ -145,7 +153,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = multiply_together(x, self.w1, self.w3)
-        return self.w2(F.silu(gate) * up)
+        return self.w2(kernels.silu_multiply(gate, up) if kernels.fit(gate) else F.silu(gate) * up)
 
 
 class TransformerBlock(nn.Module):

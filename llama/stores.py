@@ -85,6 +85,26 @@ class Rows(nn.Module):
         return weight[self.first : self.last]
 
 
+class BFloat16(Held):
+    """bfloat16 where it lies, be it on the mapped pages of a file, for our own kernel (half.c).
+
+    x is rounded to bfloat16, and sums are float32. Products of many tokens are oneDNN's, which rounds them as well.
+    """
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = nn.Buffer(weight.bfloat16(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        few = x.is_cpu and x.shape[-2] < expand_tokens() and has_bfloat16_products()
+        if few and not torch.compiler.is_compiling() and kernels.available():
+            return kernels.multiply_bfloat16(x, self.weight).to(x.dtype)
+        return F.linear(x.bfloat16(), self.weight).to(x.dtype)
+
+    def unpack(self) -> Tensor:
+        return self.weight
+
+
 class Packed(Held):
     """A weight in a form that PyTorch neither copies nor pickles: it is packed anew where a copy of it comes to."""
 
@@ -294,6 +314,7 @@ class Store(NamedTuple):
     bytes_per_weight: float
     spare_tokens: int = 0  # so many beside a row's next one take little longer than it does alone
     chunk_tokens: int = 0  # so many of a prompt take some three times as long as it, if more than elsewhere
+    in_place: bool = False  # whether bfloat16 weights stay where a file's pages are mapped
 
 
 def hold_int8(weight: Tensor) -> nn.Module:
@@ -345,6 +366,8 @@ def fastest_16_bits() -> Store | None:
     x86 builds' only.
     """
     if has_bfloat16_products() and torch.backends.mkldnn.is_available():
+        if kernels.available():
+            return Store(BFloat16, 2, SPARE_TOKENS, chunk_tokens=64, in_place=True)
         return Store(PackedBFloat16, 2, SPARE_TOKENS, chunk_tokens=64)
     if platform.machine() in ("x86_64", "AMD64") and "fbgemm" in torch.backends.quantized.supported_engines:
         return Store(packed_float16_or_plain, 2, SPARE_TOKENS)

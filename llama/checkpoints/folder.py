@@ -118,6 +118,18 @@ class Checkpoint:
             self.adapter.check(shapes)
         return shapes
 
+    def mapped(self, name: str, rank: int, shape: torch.Size) -> Tensor | None:
+        """This rank's part of a tensor, of `shape`, where a file has it as it is; else None."""
+        source, dim = self.source, shard_dim(name)
+        if self.adapter is not None or (source.in_halves and is_rotary(name)) or dim is None:
+            return None
+        shards = [shard[source.name_of(name)] for shard in source.shards.values()]
+        number, first = divmod(rank * shape[dim], shards[0].shape[dim])
+        if first + shape[dim] > shards[0].shape[dim]:
+            return None
+        part = shards[number].narrow(dim, first, shape[dim])
+        return part if part.stride(1) == 1 else None
+
     def copy(self, name: str, rank: int, out: Tensor) -> None:
         """Fill `out`, of the shape of one rank's part, with this rank's part of a tensor, of one shard or several."""
         source, head_dim = self.source, self.source.params["dim"] // self.source.params["n_heads"]
@@ -137,13 +149,21 @@ class Checkpoint:
         if self.adapter is not None:
             self.adapter.add(name, dim, start, head_dim, out)
 
-    def load(self, model: Transformer, device: torch.device, dtype: torch.dtype, hold: Hold | None = None) -> None:
+    def load(
+        self,
+        model: Transformer,
+        device: torch.device,
+        dtype: torch.dtype,
+        hold: Hold | None = None,
+        in_place: bool = False,
+    ) -> None:
         """Give `model`, built for this rank on the meta device, its weights; linear ones as `hold` makes them.
 
         Copies one tensor at a time (with `hold`, one matrix per thread) and gives its mapped pages back, so that
-        memory holds this rank's weights and little more. Raises ValueError, before anything is copied, where the files
-        do not hold exactly the model's tensors. Warns of values that are not finite, and of positions that the model
-        was not made for.
+        memory holds this rank's weights and little more. With `in_place`, `hold` is given bfloat16 matrices where they
+        are mapped; those that a file has as this rank needs them are not copied. Raises ValueError, before anything is
+        read, where the files do not hold exactly the model's tensors. Warns of values that are not finite, and of
+        positions that the model was not made for.
         """
         names, rank = list(self.check(model)), model.ranks.rank
         # Whether the config's length is that before or after linear scaling, folders do not agree: the longer counts.
@@ -152,13 +172,14 @@ class Checkpoint:
             made_for = f"{self.name} was made for {known:.0f} tokens ({self.source.params_file})"
             logger.warning("max_seq_len is %d, and %s: text beyond them may make no sense", asked, made_for)
         # Weights that multiply the same input can be held as one matrix.
+        in_place = in_place and self.dtype == torch.bfloat16
         groups = [
             [f"{path}.{name}.weight" for name in module.joined]
             for path, module in model.named_modules()
-            if hold and hasattr(module, "joined")
+            if hold and hasattr(module, "joined") and not in_place
         ]
         groups += [[name] for name in names if name not in {*chain(*groups)}]
-        load = partial(self._load_joined, model, device, dtype, hold)
+        load = partial(self._load_joined, model, device, dtype, hold, in_place)
         state: dict[str, Tensor] = {}
         # Packing and quantising are slow and release the interpreter's lock; plain copies are as fast from one thread.
         with ThreadPoolExecutor(min(torch.get_num_threads(), MAX_LOADERS) if hold else 1) as pool:
@@ -169,7 +190,13 @@ class Checkpoint:
         model.requires_grad_(False)
 
     def _load_joined(
-        self, model: Transformer, device: torch.device, dtype: torch.dtype, hold: Hold | None, names: list[str]
+        self,
+        model: Transformer,
+        device: torch.device,
+        dtype: torch.dtype,
+        hold: Hold | None,
+        in_place: bool,
+        names: list[str],
     ) -> dict[str, Tensor]:
         """Copy tensors, joined along their rows, into a store of their layers; returns those that stay tensors."""
         modules = [model.get_submodule(name.removesuffix(".weight")) for name in names]
@@ -177,9 +204,13 @@ class Checkpoint:
         layers = [module for module in modules if isinstance(module, ShardedLinear)] if hold else []
         stored = reduce(torch.promote_types, (self.source.tensor(name).dtype for name in names)) if layers else dtype
         rows = [len(weight) for weight in weights]
-        joined = torch.empty(sum(rows), *weights[0].shape[1:], dtype=stored, device=device)
+        mapped = self.mapped(names[0], model.ranks.rank, weights[0].shape) if layers and in_place else None
+        joined = (
+            torch.empty(sum(rows), *weights[0].shape[1:], dtype=stored, device=device) if mapped is None else mapped
+        )
         for name, target in zip(names, joined.split(rows), strict=True):
-            self.copy(name, model.ranks.rank, target)
+            if mapped is None:
+                self.copy(name, model.ranks.rank, target)
             if not all(bound.isfinite() for bound in torch.aminmax(target)):
                 logger.warning("%s of %s has values that are not finite: download it again", name, self.name)
         if hold and layers and (store := hold(joined)) is not None:

@@ -1,0 +1,81 @@
+/* Products of few rows of activations with bfloat16 weights where they lie, as files have them: y (m, out) = x (m, in)
+   times w (out, in). For processors that multiply bfloat16 (AVX512-BF16): x is rounded to it, sums are float32.
+
+   A row of weights is read from its first input to its last, so that memory is read as it likes best; of one row of
+   activations this is all that counts. Several share what is read: 4 rows of weights times 4 of x stay in registers. */
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <stdint.h>
+#include <stdlib.h>
+
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+#define BLOCK 32   /* inputs in a vector */
+#define TILE 4     /* rows of each side */
+#define UNROLLED _Pragma("GCC unroll 4") /* or sums would not stay in registers */
+#define AHEAD 4096 /* bytes: of several rows, each is asked for so long before it is used */
+
+/* rows of w × m of x, which lie block by block: (in / BLOCK, m, BLOCK) with zeros at the end */
+TARGET static inline __attribute__((always_inline)) void tile(
+    const int rows, const int m, const uint16_t *w, int64_t stride, const uint16_t *x, int64_t in, float *y, int64_t out) {
+    __m512 sums[TILE][TILE];
+UNROLLED
+    for (int r = 0; r < rows; r++)
+UNROLLED
+        for (int j = 0; j < m; j++) sums[r][j] = _mm512_setzero_ps();
+    for (int64_t i = 0; i < in; i += BLOCK, x += m * BLOCK) {
+        const __mmask32 mask = in - i < BLOCK ? ((__mmask32)1 << (in - i)) - 1 : ~(__mmask32)0;
+        __m512bh xs[TILE];
+UNROLLED
+        for (int j = 0; j < m; j++) xs[j] = (__m512bh)_mm512_loadu_si512(x + j * BLOCK);
+UNROLLED
+        for (int r = 0; r < rows; r++) {
+            if (rows > 1) _mm_prefetch((const char *)(w + r * stride + i) + AHEAD, _MM_HINT_T0);
+            const __m512bh ws = (__m512bh)_mm512_maskz_loadu_epi16(mask, w + r * stride + i);
+UNROLLED
+            for (int j = 0; j < m; j++) sums[r][j] = _mm512_dpbf16_ps(sums[r][j], ws, xs[j]);
+        }
+    }
+UNROLLED
+    for (int r = 0; r < rows; r++)
+UNROLLED
+        for (int j = 0; j < m; j++) y[j * out + r] = _mm512_reduce_add_ps(sums[r][j]);
+}
+
+TARGET static void tiles(int64_t rows, int64_t m, const uint16_t *w, int64_t stride, const uint16_t *x, int64_t in,
+                         float *y, int64_t out) {
+    if (m == 1 || rows < TILE)
+        for (int64_t r = 0; r < rows; r++)
+            switch (m) {
+            case 1: tile(1, 1, w + r * stride, stride, x, in, y + r, out); break;
+            case 2: tile(1, 2, w + r * stride, stride, x, in, y + r, out); break;
+            case 3: tile(1, 3, w + r * stride, stride, x, in, y + r, out); break;
+            default: tile(1, 4, w + r * stride, stride, x, in, y + r, out);
+            }
+    else if (m == 2) tile(TILE, 2, w, stride, x, in, y, out);
+    else if (m == 3) tile(TILE, 3, w, stride, x, in, y, out);
+    else tile(TILE, 4, w, stride, x, in, y, out);
+}
+
+/* Rows of w are `stride` apart. */
+TARGET void multiply_bfloat16(const uint16_t *w, int64_t stride, const float *x, float *y, int64_t m, int64_t in,
+                              int64_t out, int threads) {
+    const int64_t blocks = (in + BLOCK - 1) / BLOCK;
+    uint16_t *near = malloc(m * blocks * BLOCK * sizeof *near), *to = near;
+    for (int64_t first = 0; first < m; first += TILE)
+        for (int64_t i = 0; i < in; i += BLOCK)
+            for (int64_t j = first; j < first + TILE && j < m; j++)
+                for (int part = 0; part < BLOCK; part += 16, to += 16) {
+                    const int64_t left = in - i - part;
+                    const __mmask16 mask = left >= 16 ? 0xffff : left > 0 ? (1 << left) - 1 : 0;
+                    const __m512 values = _mm512_maskz_loadu_ps(mask, x + j * in + i + part);
+                    _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(values));
+                }
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t o = 0; o < out; o += TILE)
+        for (int64_t first = 0; first < m; first += TILE)
+            tiles(out - o < TILE ? out - o : TILE, m - first < TILE ? m - first : TILE, w + o * stride, stride,
+                  near + first * blocks * BLOCK, in, y + first * out + o, out);
+    free(near);
+}
+#endif
