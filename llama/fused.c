@@ -21,10 +21,10 @@ typedef float lanes __attribute__((vector_size(64)));
 #define WORK 32768  /* numbers from which on a second thread gains more than it costs to wake */
 
 /* e^x = 2^n e^r with n whole and |r| <= ln 2 / 2, and e^r as its Taylor polynomial: within 2 units in the last place.
-   Beyond what float32 holds, x counts as its limit. */
+   What float32 cannot hold is infinite, or counts as the least that it holds. */
 static inline __attribute__((always_inline)) float exponential(float x) {
     x = x < -87 ? -87 : x;
-    x = x > 88 ? 88 : x;
+    x = x > 88.8f ? 88.8f : x; /* 2^128, which is infinite */
     float n = x * 1.44269504f + 12582912.0f; /* 1.5 × 2^23: what is added to it is rounded to a whole number */
     int32_t power;
     memcpy(&power, &n, 4);

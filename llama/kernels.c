@@ -218,24 +218,20 @@ TARGET static void OWN(panels)(const held *h, rounded r, float *y, int64_t m, in
 }
 
 /* A panel's rows as they were before they were laid into lines. */
-TARGET static void OWN(expand)(const held *h, int64_t panel, int half, void *to) {
-    const int64_t lines = 2 * h->bits, in = h->groups * GROUP;
+INLINE void OWN(rows)(const int bits, const held *h, int64_t panel, int half, void *to) {
+    const int64_t lines = 2 * bits, in = h->groups * GROUP;
     for (int64_t g = 0; g < h->groups; g++) {
         const int64_t group = panel * h->groups + g;
         uint16_t pairs[PANEL][16];
-        for (int j = 0; j < lines; j++)
-            for (int row = 0; row < PANEL; row++)
-                memcpy(&pairs[row][j], h->w + (group * lines + j) * LINE + 2 * row, 2);
+        for (int row = 0; row < PANEL; row++)
+            for (int j = 0; j < lines; j++) memcpy(&pairs[row][j], h->w + (group * lines + j) * LINE + 2 * row, 2);
         for (int row = 0; row < PANEL; row++) {
             const float scale = from_half(h->scales[group * PANEL + row]);
-            const float low = h->bits == 8 ? 0 : from_half(h->lows[group * PANEL + row]);
+            const float low = bits == 8 ? 0 : from_half(h->lows[group * PANEL + row]);
+            const uint8_t *q = (const uint8_t *)pairs[row];
             float values[GROUP];
-            uint8_t bytes[GROUP];
-            memcpy(bytes, pairs[row], GROUP);
-            for (int i = 0; i < GROUP; i++) {
-                const int q = h->bits == 8 ? (int8_t)bytes[i] : i < 16 ? bytes[i] & 15 : bytes[i - 16] >> 4;
-                values[i] = q * scale + low;
-            }
+            for (int i = 0; i < 4 * bits; i++) values[i] = (bits == 8 ? (int8_t)q[i] : q[i] & 15) * scale + low;
+            if (bits == 4) for (int i = 0; i < 16; i++) values[16 + i] = (q[i] >> 4) * scale + low;
             if (!half) memcpy((float *)to + row * in + g * GROUP, values, sizeof values);
             else for (int i = 0; i < GROUP; i++) {
                 const uint32_t u = bits_of(values[i]);
@@ -243,6 +239,10 @@ TARGET static void OWN(expand)(const held *h, int64_t panel, int half, void *to)
             }
         }
     }
+}
+
+TARGET static void OWN(expand)(const held *h, int64_t panel, int half, void *to) {
+    if (h->bits == 8) OWN(rows)(8, h, panel, half, to); else OWN(rows)(4, h, panel, half, to);
 }
 #undef KIND
 #undef TARGET

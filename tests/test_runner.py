@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import build_golden, expected, torchrun
 
-from llama import Llama, runner
+from llama import Llama, kernels, runner
 from llama.runner import SHORTEST_WINDOW
 
 
@@ -56,6 +56,46 @@ as_the_original(build_golden("gqa-mp4", compile=True))
 """)
     job = torchrun(2, script)
     assert job.returncode == 0, job.stderr
+
+
+records = pytest.mark.skipif(kernels.library() is None, reason="our kernels were not built")
+
+
+@records
+@pytest.mark.parametrize(
+    "options", [{"dtype": "float32"}, {"dtype": "auto"}, {"quantize": "int8"}, {"quantize": "int4"}]
+)
+def test_recorded_passes_answer_as_those_that_are_not(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded, plain = (build_golden("mha-mp1", **options) for _ in range(2))
+    monkeypatch.setattr(plain.engine.passes.runner, "_can_record", lambda *_: False)
+    for prompts in ([[1, 5, 6]], [[1, 5], [1, 7, 8, 9]], [[1, 5, 6] * 4]):
+        own = {"temperature": 0.7, "logprobs": True, "seed": 3}
+        assert recorded.generate(prompts, 20, **own) == plain.generate(prompts, 20, **own)
+    assert recorded.engine.passes.runner.programs and not plain.engine.passes.runner.programs
+
+
+@records
+def test_a_hook_that_comes_after_a_recording_fires() -> None:
+    llm, seen = build_golden("mha-mp1"), []
+    llm.generate([[1, 5, 6]], 10, temperature=0)
+    llm.model.layers[1].feed_forward.w2.register_forward_hook(lambda *_: seen.append(1))
+    llm.generate([[1, 5, 6, 7]], 10, temperature=0)
+    assert len(seen) >= 10
+
+
+@records
+@pytest.mark.parametrize("replace", [False, True])
+def test_weights_that_change_after_a_recording_count(replace: bool) -> None:
+    llm, fresh = build_golden("mha-mp1"), build_golden("mha-mp1")
+    before = llm.generate([[1, 5, 6]], 10, temperature=0, logprobs=True)
+    for model in (llm.model, fresh.model):
+        weight = model.layers[0].feed_forward.w2.weight
+        if replace:
+            model.layers[0].feed_forward.w2.weight = torch.nn.Parameter(weight * 2, requires_grad=False)
+        else:
+            weight.mul_(2)
+    after = llm.generate([[1, 5, 6]], 10, temperature=0, logprobs=True)
+    assert after == fresh.generate([[1, 5, 6]], 10, temperature=0, logprobs=True) != before
 
 
 def test_where_capture_is_impossible_decoding_goes_on_and_says_why(

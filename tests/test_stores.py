@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from llama import Llama, kernels, stores
 from llama.parallel import ShardedLinear
 from llama.stores import (
+    BFloat16,
     Grouped,
     Int4,
     Int8,
@@ -28,6 +29,7 @@ from llama.stores import (
     select_store,
 )
 
+FLOAT32 = {"dtype": "float32"}
 packs = pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="an x86 operation")
 packs_bfloat16 = pytest.mark.skipif(not has_bfloat16_products(), reason="needs bfloat16 instructions")
 float16 = pytest.param("float16", marks=packs)
@@ -78,9 +80,36 @@ def test_a_weight_beyond_float16_is_not_packed() -> None:
 
 
 @packs_bfloat16
-def test_packed_bfloat16_is_the_bfloat16_weight() -> None:
+@pytest.mark.parametrize("store", [PackedBFloat16, BFloat16])
+def test_bfloat16_is_the_bfloat16_weight(store: Any) -> None:
     weight = weight_of(96, 64)
-    assert torch.equal(as_held(PackedBFloat16(weight), 64), weight.bfloat16().float())
+    assert torch.equal(as_held(store(weight), 64), weight.bfloat16().float())
+
+
+def mapped_from(path: Path) -> list[range]:
+    """The addresses at which this process has a file's pages."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    spans = [line[0].split("-") for line in lines if line[-1] == str(path)]
+    return [range(int(first, 16), int(last, 16)) for first, last in spans]
+
+
+@packs_bfloat16
+@pytest.mark.skipif(kernels.library() is None or not Path("/proc/self/maps").exists(), reason="not built, or no Linux")
+@pytest.mark.parametrize("folder", ["mha-mp1", "gqa-mp2"])
+def test_bfloat16_weights_stay_on_their_files_pages(folder: str, tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / folder, tmp_path, dirs_exist_ok=True)
+    for file in tmp_path.glob("*.pth"):
+        torch.save({name: t.bfloat16() for name, t in torch.load(file, weights_only=True).items()}, file)
+    llm, wanted = (
+        Llama.build(tmp_path, GOLDEN / "tokenizer.model", 64, 2, device="cpu", **own) for own in ({}, FLOAT32)
+    )
+    files = list(tmp_path.glob("*.pth"))
+    pages = [span for file in files for span in mapped_from(file)]
+    linears = [module for module in llm.model.modules() if isinstance(module, ShardedLinear)]
+    in_place = [any(layer.store.weight.data_ptr() in span for span in pages) for layer in linears]
+    assert all(in_place) if len(files) == 1 else not any(in_place)  # of several shards, one rank's weight is a copy
+    for layer, plain in zip(linears, (m for m in wanted.model.modules() if isinstance(m, ShardedLinear)), strict=True):
+        assert torch.equal(layer.store.unpack().float(), plain.weight)
 
 
 built = pytest.mark.skipif(kernels.library() is None, reason="our kernels were not built")
@@ -208,6 +237,7 @@ STORES = [
     grouped4,
     pytest.param(PackedFloat16, marks=packs),
     pytest.param(PackedBFloat16, marks=packs_bfloat16),
+    pytest.param(BFloat16, marks=packs_bfloat16),
 ]
 
 
