@@ -2,7 +2,8 @@
    times w (out, in). For processors that multiply bfloat16 (AVX512-BF16): x is rounded to it, sums are float32.
 
    A row of weights is read from its first input to its last, so that memory is read as it likes best; of one row of
-   activations this is all that counts. Several share what is read: 4 rows of weights times 4 of x stay in registers. */
+   activations this is all that counts. Several share what is read: 4 rows of weights times 4 of x stay in registers,
+   while the next 4 are asked for. */
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -13,7 +14,6 @@
 #define BLOCK 32   /* inputs in a vector */
 #define TILE 4     /* rows of each side */
 #define UNROLLED _Pragma("GCC unroll 4") /* or sums would not stay in registers */
-#define AHEAD 4096 /* bytes: of several rows, each is asked for so long before it is used */
 
 /* rows of w × m of x, which lie block by block: (in / BLOCK, m, BLOCK) with zeros at the end */
 TARGET static inline __attribute__((always_inline)) void tile(
@@ -30,7 +30,7 @@ UNROLLED
         for (int j = 0; j < m; j++) xs[j] = (__m512bh)_mm512_loadu_si512(x + j * BLOCK);
 UNROLLED
         for (int r = 0; r < rows; r++) {
-            if (rows > 1) _mm_prefetch((const char *)(w + r * stride + i) + AHEAD, _MM_HINT_T0);
+            if (rows > 1) _mm_prefetch((const char *)(w + (r + TILE) * stride + i), _MM_HINT_T1);
             const __m512bh ws = (__m512bh)_mm512_maskz_loadu_epi16(mask, w + r * stride + i);
 UNROLLED
             for (int j = 0; j < m; j++) sums[r][j] = _mm512_dpbf16_ps(sums[r][j], ws, xs[j]);

@@ -88,7 +88,7 @@ class Checkpoint:
             )
         last = f"layers.{args.n_layers - 1}.attention_norm.weight"
         if not any(self.source.name_of(last) in shard for shard in self.source.shards.values()):
-            raise ValueError(f"{self.path} lacks tensor {last}: {file} is of another model")
+            raise ValueError(f"{next(iter(self.source.shards))} lacks tensor {last}: {file} is of another model")
         return args
 
     def check(self, model: Transformer) -> Shapes:
