@@ -9,10 +9,8 @@ reads no clock, so that every rank runs the same schedule. It knows no prompt fo
 from __future__ import annotations
 
 import contextlib
-import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +19,7 @@ from .cache import Run
 from .model import Transformer
 from .parallel import Ranks
 from .request import Answer, Request, Score
-from .runner import Runner
+from .runner import Runner, uninterrupted
 from .sampling import sample
 from .schedule import Schedule
 from .tokenizer import Tokenizer
@@ -325,20 +323,3 @@ def score_of(row: list[float], k: int) -> Score:
         return Score(0.0)
     at = 1 + len(row) // 2
     return Score(row[0], tuple(zip(map(int, row[1 : 1 + k]), row[at : at + k], strict=True)))
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block: an answer, perhaps another call's, is not left with half a token."""
-    pending: list[Any] = []
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    signal.signal(signal.SIGINT, lambda *args: pending.append(args))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if pending:
-            handler(*pending[0])

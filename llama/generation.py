@@ -113,7 +113,7 @@ def load_model(
         model = Transformer(args)
     return_freed_memory()
     with allocating(checkpoint.name, args, needs, device):
-        checkpoint.load(model, device, dtype, *((store.hold, store.in_place) if store else ()))
+        checkpoint.load(model, device, dtype, store)
         model.allocate_cache()
     if device.type == "cpu":
         keep_freed_memory()
@@ -276,7 +276,7 @@ class Llama(Generator):
         or 4 bits. `compile` compiles the decode step; on cuda it is captured as a graph unless `cuda_graph` is False.
         `adapter_dir` is a LoRA adapter in PEFT's layout, which is merged into the weights. `prompt_lookup_num_tokens`
         are guessed, and verified in the same pass, where a text repeats itself: 0 for none, None for as many as come at
-        nearly no cost, which are some where weights are packed in 16 bits on a CPU.
+        nearly no cost, which are some where weights have 16 bits on a CPU.
 
         Raises FileNotFoundError for missing files; ValueError for files that are broken or do not belong together, for
         ranks that cannot share the model, and where memory does not suffice.

@@ -1,11 +1,12 @@
 /* Products of few rows of activations with bfloat16 weights where they lie, as files have them: y (m, out) = x (m, in)
-   times w (out, in). For processors that multiply bfloat16 (AVX512-BF16): x is rounded to it, sums are float32.
+   times w (out, in). For processors that multiply bfloat16 (AVX512-BF16): x is rounded to it, sums are float32, and y is
+   rounded to bfloat16 again, as PyTorch's product of many rows is: so a prompt's length turns a last bit, and no more.
 
    A row of weights is read from its first input to its last, so that memory is read as it likes best; of one row of
    activations this is all that counts. Several share what is read: 4 rows of weights times 4 of x stay in registers,
    while the next 4 are asked for. */
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)
 #include <immintrin.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -39,22 +40,19 @@ UNROLLED
 UNROLLED
     for (int r = 0; r < rows; r++)
 UNROLLED
-        for (int j = 0; j < m; j++) y[j * out + r] = _mm512_reduce_add_ps(sums[r][j]);
+        for (int j = 0; j < m; j++) {
+            const __m128bh sum = _mm_cvtneps_pbh(_mm_set_ss(_mm512_reduce_add_ps(sums[r][j])));
+            y[j * out + r] = _mm_cvtss_f32(_mm_castsi128_ps(_mm_slli_epi32((__m128i)sum, 16)));
+        }
 }
+
+#define CASE(rows, m) case m: tile(rows, m, w, stride, x, in, y, out); break;
 
 TARGET static void tiles(int64_t rows, int64_t m, const uint16_t *w, int64_t stride, const uint16_t *x, int64_t in,
                          float *y, int64_t out) {
-    if (m == 1 || rows < TILE)
-        for (int64_t r = 0; r < rows; r++)
-            switch (m) {
-            case 1: tile(1, 1, w + r * stride, stride, x, in, y + r, out); break;
-            case 2: tile(1, 2, w + r * stride, stride, x, in, y + r, out); break;
-            case 3: tile(1, 3, w + r * stride, stride, x, in, y + r, out); break;
-            default: tile(1, 4, w + r * stride, stride, x, in, y + r, out);
-            }
-    else if (m == 2) tile(TILE, 2, w, stride, x, in, y, out);
-    else if (m == 3) tile(TILE, 3, w, stride, x, in, y, out);
-    else tile(TILE, 4, w, stride, x, in, y, out);
+    if (m > 1 && rows == TILE) switch (m) { CASE(TILE, 2) CASE(TILE, 3) CASE(TILE, 4) }
+    else /* a single row of x is soonest done with one row of weights after another */
+        for (; rows > 0; rows--, w += stride, y++) switch (m) { CASE(1, 1) CASE(1, 2) CASE(1, 3) CASE(1, 4) }
 }
 
 /* Rows of w are `stride` apart. */

@@ -41,6 +41,8 @@ SIGNATURES = {
     "attend": "pppsspsssssfpi",
 }
 
+PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)  # not subclasses, whose memory may be another or none
+
 BEST = 2  # the best kind of processor that there are kernels for: plain C, AVX2, AVX512
 
 
@@ -56,10 +58,12 @@ def library() -> ctypes.CDLL | None:
         logger.warning("decoding without our own kernels, more slowly (%s)", error)
         return None
     for name, arguments in SIGNATURES.items():
-        function = getattr(found, name, None)
-        if function is None:  # half.c is x86's only
-            continue
-        function.argtypes, function.restype = [KINDS[kind] for kind in arguments], None
+        if not hasattr(found, name) and name != "multiply_bfloat16":
+            logger.warning("decoding without our own kernels, more slowly (they are of another version: install again)")
+            return None
+        if hasattr(found, name):
+            function = getattr(found, name)
+            function.argtypes, function.restype = [KINDS[kind] for kind in arguments], None
     found.choose(BEST)
     return found
 
@@ -80,13 +84,13 @@ _threads = torch.get_num_threads
 
 
 def _call(name: str, *args: Tensor | float | None) -> None:
-    """Call a function of the library, where tensors are passed as their memory's address."""
+    """Call a function of the library with tensors as bare addresses: types and strides are the caller's to check."""
     found = library()
     assert found is not None, "ask whether they are available()"
     function, plain = getattr(found, name), tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in args)
     function(*plain)
     if recorders.current is not None:
-        recorders.current.add(function, plain, keep=args)
+        recorders.current.add(function, plain, args)
 
 
 def _multiply(x: Tensor, q: Tensor, scales: Tensor, lows: Tensor | None, rows: int) -> Tensor:
@@ -135,15 +139,34 @@ def expand(q: Tensor, scales: Tensor, lows: Tensor | None, dtype: torch.dtype) -
     return weight
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether there is a product with bfloat16 weights: half.c is for x86, and for compilers that know its words."""
+    return available() and hasattr(library(), "multiply_bfloat16")
+
+
 def fit(*tensors: Tensor) -> bool:
-    """Whether the functions below take these: float32 on a CPU, without gradients, and seen by no compiler, which fuses
-    PyTorch's own operations as well."""
+    """Whether the functions below take these: float32 on a CPU, in inference mode, where nobody but a tape looks on.
+
+    Elsewhere PyTorch's own operations compute, which gradients, transforms, tracers and compilers know.
+    """
     return (
-        all(x.is_cpu and x.dtype is torch.float32 for x in tensors)
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
+        and torch.is_inference_mode_enabled()
+        and all(x.is_cpu and x.dtype is torch.float32 and type(x) in PLAIN for x in tensors)
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         and available()
     )
+
+
+def fit_norm(x: Tensor, weight: Tensor) -> bool:
+    return fit(x, weight) and weight.shape == x.shape[-1:] and weight.is_contiguous()
+
+
+def fit_rotary(x: Tensor, freqs_cis: Tensor) -> bool:
+    """Whether `rotate` takes x (bsz, seqlen, heads, dim), and angles that are the original's."""
+    angles = (x.shape[1], x.shape[3] // 2)
+    alike = freqs_cis.shape in (angles, (x.shape[0], *angles)) and freqs_cis.dtype is torch.complex64
+    return fit(x) and alike and freqs_cis.is_cpu and not freqs_cis.is_conj()
 
 
 def attends(queries: int, dim: int) -> bool:
@@ -162,10 +185,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def silu_multiply(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) × up, (..., width) each."""
     y = gate.new_empty(gate.shape)
-    (gate, stride), (up, other) = _tokens(gate), _tokens(up)
-    if stride != other:
-        gate, up, stride = gate.contiguous(), up.contiguous(), gate.shape[1]
-    _call("gate", gate, up, stride, *gate.shape, y, _threads())
+    gates, stride = _tokens(gate, gate.shape[-1])
+    ups, other_stride = _tokens(up, up.shape[-1])
+    if stride != other_stride:
+        gates, ups, stride = gates.contiguous(), ups.contiguous(), gates.shape[1]
+    _call("gate", gates, ups, stride, *gates.shape, y, _threads())
     return y
 
 
@@ -173,7 +197,7 @@ def rotate(x: Tensor, freqs_cis: Tensor) -> Tensor:
     """As apply_rotary_emb does with one of its tensors."""
     y = x.new_empty(x.shape)
     *_, heads, dim = x.shape
-    flat, stride = _tokens(x, 2)
+    flat, stride = _tokens(x, heads * dim)
     cis = freqs_cis.contiguous()
     _call("rotate", flat, stride, cis, cis.numel() // cis.shape[-1], len(flat), heads, dim, y, _threads())
     return y
@@ -181,7 +205,7 @@ def rotate(x: Tensor, freqs_cis: Tensor) -> Tensor:
 
 def write_cache(x: Tensor, positions: Tensor, cached: Tensor) -> None:
     """Put x (n, seqlen, heads, dim) to positions (n, seqlen) of the rows cached (n, heads, length, dim)."""
-    flat, stride = _tokens(x, 2)
+    flat, stride = _tokens(x, x.shape[2] * x.shape[3])
     _call("write_cache", flat, stride, positions.contiguous(), *x.shape, cached, *cached.stride()[:2])
 
 
@@ -196,10 +220,9 @@ def attend(xq: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tenso
     return y
 
 
-def _tokens(x: Tensor, dims: int = 1) -> tuple[Tensor, int]:
-    """x with its last `dims` dimensions as one, and those before as another, and how far apart its tokens are."""
-    flat = x.flatten(-dims) if dims > 1 else x
-    flat = flat.flatten(0, -2)
+def _tokens(x: Tensor, width: int) -> tuple[Tensor, int]:
+    """x as tokens (n, width), and how far apart they are."""
+    flat = x.reshape(-1, width)
     if flat.stride(1) != 1:
         flat = flat.contiguous()
     return flat, flat.stride(0)

@@ -70,7 +70,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        if kernels.fit(x, self.weight):
+        if kernels.fit_norm(x, self.weight):
             return kernels.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
@@ -90,7 +90,7 @@ def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor,
     (seqlen, head_dim / 2), or with a batch dimension before it where rows are at positions of their own."""
 
     def rotate(x: Tensor) -> Tensor:
-        if kernels.fit(x):
+        if kernels.fit_rotary(x, freqs_cis):
             return kernels.rotate(x, freqs_cis)
         pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
         return torch.view_as_real(pairs * freqs_cis.unsqueeze(-2)).flatten(-2).type_as(x)
@@ -153,7 +153,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = multiply_together(x, self.w1, self.w3)
-        return self.w2(kernels.silu_multiply(gate, up) if kernels.fit(gate) else F.silu(gate) * up)
+        return self.w2(kernels.silu_multiply(gate, up) if kernels.fit(gate, up) else F.silu(gate) * up)
 
 
 class TransformerBlock(nn.Module):
@@ -244,16 +244,21 @@ class Transformer(nn.Module):
         right-padded, for no token attends to what follows it.
         """
         h = self.tok_embeddings(tokens)
-        if self.freqs_cis is None or self.freqs_cis.device != h.device:
+        angles = self.angles(h.device)
+        freqs_cis = angles[: tokens.shape[1]] if context is None else angles[context.positions]
+        for layer in self.layers:
+            h = layer(h, freqs_cis, context)
+        return self.norm(h)
+
+    def angles(self, device: torch.device) -> Tensor:
+        """precompute_freqs_cis of every position, kept on the device that was last asked for."""
+        if self.freqs_cis is None or self.freqs_cis.device != device:
             with torch.inference_mode(False):  # passes with gradients use it too
                 args = self.params
                 self.freqs_cis = precompute_freqs_cis(
                     args.head_dim, args.max_seq_len, args.rope_theta, args.rope_scaling_factor
-                ).to(h.device)
-        freqs_cis = self.freqs_cis[: tokens.shape[1]] if context is None else self.freqs_cis[context.positions]
-        for layer in self.layers:
-            h = layer(h, freqs_cis, context)
-        return self.norm(h)
+                ).to(device)
+        return self.freqs_cis
 
     def logits(self, h: Tensor) -> Tensor:
         """(..., vocab_size) float32, for hidden states (..., dim)."""
@@ -268,6 +273,8 @@ class Transformer(nn.Module):
         return self
 
     def version(self) -> int:
-        """Another number once a parameter is another tensor or was written to: what is cached is of the former one."""
-        own = ((id(p), 0 if p.is_inference() else p._version) for p in self.parameters())
-        return hash((self.moves, *own))
+        """Another number once a part of the model is another object, or a parameter was written to or moved: what was
+        cached and recorded is of the former."""
+        parts = (id(value) for module in self.modules() for value in (module, *vars(module).values()))
+        own = ((id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters())
+        return hash((self.moves, *parts, *own))

@@ -1,13 +1,15 @@
-"""Ids at positions -> logits and hidden states: a pass' shapes and threads, compiled or captured as a CUDA graph."""
+"""Ids at positions -> logits and hidden states: a pass' shapes and threads, recorded, compiled or captured."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,11 +33,21 @@ RECORDED_TOKENS = 8
 Program = Callable[[Tensor, Tensor], Tensor]
 
 
+class Recording(NamedTuple):
+    """A decode pass to be played again, and where it finds its tokens and leaves its logits."""
+
+    tape: Tape
+    ids: Tensor
+    positions: Tensor
+    logits: Tensor
+
+
 class Runner:
     """Runs passes over a model's cache. What the rows then hold is for the caller to say.
 
-    Eagerly, a decode pass attends to exactly the positions in use. Compiled or captured, its rows and the window that
-    it attends to are rounded up to powers of two, so that few shapes occur; each is made at its first use.
+    Eagerly, a decode pass attends to exactly the positions in use; of few tokens on a CPU it is recorded at the first
+    of its shape, and played from then on. Compiled or captured, its rows and the window that it attends to are rounded
+    up to powers of two, so that few shapes occur; each is made at its first use.
     """
 
     def __init__(self, model: Transformer, *, compile: bool = False, cuda_graph: bool = False):
@@ -44,6 +56,7 @@ class Runner:
         self.compile, self.cuda_graph = compile, cuda_graph
         self.graph_pool: Any = None
         self.pool = Pool()
+        model.angles(self.device)  # else they would change what the model consists of at its first pass
         self.forget()
 
     @property
@@ -59,7 +72,10 @@ class Runner:
         return min(1 << (n - 1).bit_length(), self.cache.rows) if self.static else n
 
     def decode(self, tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor:
-        """Logits (n, seqlen, vocab_size) after tokens (n, seqlen) of the first n rows, from positions `starts` on."""
+        """Logits (n, seqlen, vocab_size) after tokens (n, seqlen) of the first n rows, from positions `starts` on.
+
+        The next call may write over them.
+        """
         n, seqlen = len(tokens), len(tokens[0])
         length = max(starts) + seqlen
         if self.static:
@@ -88,44 +104,40 @@ class Runner:
             return self.model.logits(h[:, None])[:, 0]
 
     def forget(self) -> None:
-        """The model's tensors are others: what was made of the former ones is of no use."""
+        """The model's parts are others: what was made of the former ones is of no use."""
         self.programs: dict[tuple[int, ...], Program] = {}
-        self.met: set[tuple[int, ...]] = set()
-        self.hooks = [h for m in self.model.modules() for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self.recordings: dict[tuple[int, ...], Recording | None] = {}  # None: of a shape that cannot be recorded
+        hooked = [torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks]
+        self.hooks = [*hooked, *(h for m in self.model.modules() for h in (m._forward_hooks, m._forward_pre_hooks))]
 
     def _can_record(self, n: int, seqlen: int) -> bool:
-        """Whether a pass is one of our kernels from end to end: what it calls does not depend on lengths."""
-        args = self.model.params
-        return (
-            not self.static
-            and n * seqlen <= RECORDED_TOKENS
-            and self.model.ranks.size == 1
-            and kernels.attends(seqlen * self.model.groups, args.head_dim)
-            and kernels.fit(self.cache.k)
-            and not any(self.hooks)
-        )
+        """Whether a pass may be recorded: few tokens, whose attention goes by positions and not by a window's length,
+        and nobody who looks on."""
+        queries, dim = seqlen * self.model.groups, self.model.params.head_dim
+        small = not self.static and n * seqlen <= RECORDED_TOKENS and self.model.ranks.size == 1
+        return small and kernels.attends(queries, dim) and kernels.fit(self.cache.k) and not any(self.hooks)
 
     def _recorded(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Play a pass of this shape again. The first of its kind is none: it may make what later ones find."""
+        """The pass, recorded at the first of its shape and played from then on."""
         key = (*ids.shape, torch.get_num_threads(), self.model.moves)
-        if key in self.programs:
-            return self.programs[key](ids, positions)
         run = partial(decode, self.model, self.cache, length=self.cache.length)
-        if key not in self.met:
-            self.met.add(key)
+        made = self.recordings.get(key)
+        if key in self.recordings and made is None:
             return run(ids, positions)
-        ids, positions = ids.clone(), positions.clone()
-        with Tape(self.pool) as tape:
-            logits = run(ids, positions)
-
-        def play(tokens: Tensor, at: Tensor) -> Tensor:
-            ids.copy_(tokens)
-            positions.copy_(at)
-            tape.play()
+        if made is None or made.tape.has_moved():
+            own, tape = (ids.clone(), positions.clone()), Tape(self.pool)
+            self.recordings[key] = None
+            try:
+                with uninterrupted(), tape:
+                    logits = run(*own)
+            except NotImplementedError:  # somebody's model, which looks at what it computes
+                return run(ids, positions)
+            self.recordings[key] = Recording(tape, *own, logits)
             return logits
-
-        self.programs[key] = play
-        return logits
+        made.ids.copy_(ids)
+        made.positions.copy_(positions)
+        made.tape.play()
+        return made.logits
 
     def _program(self, tokens: Tensor, positions: Tensor, length: int) -> Program:
         run = decode
@@ -184,3 +196,20 @@ class Runner:
 
 def decode(model: Transformer, cache: KVCache, tokens: Tensor, positions: Tensor, *, length: int) -> Tensor:
     return model.logits(model.hidden_states(tokens, Batch(cache, positions, length, model.groups)))
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block: an answer, perhaps another call's, is not left with half a token."""
+    pending: list[Any] = []
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *args: pending.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if pending:
+            handler(*pending[0])

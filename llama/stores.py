@@ -1,4 +1,4 @@
-"""Ways to hold a linear weight: plain, packed in 16 bits, or in 8 or 4 bits. The model does not know which it is.
+"""Ways to hold a linear weight: plain, in 16 bits in place or packed, in 8 or 4 bits. The model does not know which.
 
 Each class is made from one rank's weight (out_features, in_features), multiplies (..., in_features) activations by it,
 and gives back the weight that it multiplies by. Activations keep 16 bits: Llama's outlier channels do not survive 8.
@@ -23,7 +23,7 @@ BLOCK_ROWS = 512
 # Weights are quantised so many rows at a time, and int4 given back by so many columns: temporaries are small beside it.
 QUANTISED_ROWS = 128
 
-# What a decode step packed in 16 bits takes on top for nearly nothing: it is bound by reading the weights.
+# What a decode step in 16 bits takes on top for little: it is bound by reading the weights.
 SPARE_TOKENS = 3
 
 
@@ -86,23 +86,24 @@ class Rows(nn.Module):
 
 
 class BFloat16(Held):
-    """bfloat16 where it lies, be it on the mapped pages of a file, for our own kernel (half.c).
+    """bfloat16 where it lies, be it on the mapped pages of a file: x is rounded to bfloat16 and so is the product.
 
-    x is rounded to bfloat16, and sums are float32. Products of many tokens are oneDNN's, which rounds them as well.
+    Sums are float32. Few tokens of a row are our own kernel's (half.c), many are oneDNN's.
     """
 
     def __init__(self, weight: Tensor):
         super().__init__()
-        self.weight = nn.Buffer(weight.bfloat16(), persistent=False)
+        weight = weight.bfloat16()
+        self.weight = nn.Buffer(weight if weight.stride(1) == 1 else weight.contiguous(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        few = x.is_cpu and x.shape[-2] < expand_tokens() and has_bfloat16_products()
-        if few and not torch.compiler.is_compiling() and kernels.available():
+        few = x.shape[-2] < expand_tokens() and x.shape[-1] == self.weight.shape[1] and has_bfloat16_products()
+        if few and kernels.fit(x.float()) and kernels.multiplies_bfloat16():
             return kernels.multiply_bfloat16(x, self.weight).to(x.dtype)
         return F.linear(x.bfloat16(), self.weight).to(x.dtype)
 
     def unpack(self) -> Tensor:
-        return self.weight
+        return self.weight.clone()  # of itself, and not a part of what a file's pages hold
 
 
 class Packed(Held):
@@ -189,7 +190,8 @@ class Grouped(Held):
         return lines.contiguous(), *(t.half().unflatten(0, (-1, PANEL)).mT.contiguous() for t in (scale, low))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cpu and x.shape[-2] < expand_tokens() and kernels.available():
+        few = x.is_cpu and x.shape[-2] < expand_tokens() and x.shape[-1] == self.columns
+        if few and kernels.available():
             return kernels.multiply(x, self.q, self.scales, self.lows, self.rows).to(x.dtype)
         near = x.to(expand_dtype() if x.is_cpu else x.dtype)
         blocks = range(0, len(self.q), BLOCK_ROWS // PANEL)
@@ -366,7 +368,7 @@ def fastest_16_bits() -> Store | None:
     are converted value by value, and packed float16 is several times faster. These are x86 builds' only.
     """
     if has_bfloat16_products() and torch.backends.mkldnn.is_available():
-        if kernels.available():
+        if kernels.multiplies_bfloat16():
             return Store(BFloat16, 2, SPARE_TOKENS, chunk_tokens=64, in_place=True)
         return Store(PackedBFloat16, 2, SPARE_TOKENS, chunk_tokens=64)
     if platform.machine() in ("x86_64", "AMD64") and "fbgemm" in torch.backends.quantized.supported_engines:

@@ -8,11 +8,13 @@ of a small model.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from . import kernels
 
@@ -30,6 +32,10 @@ class Pool:
     def rewind(self) -> None:
         self.block = self.used = 0
 
+    def has(self, tensor: Tensor) -> bool:
+        memory = tensor.untyped_storage().data_ptr()
+        return any(block.data_ptr() == memory for block in self.blocks)
+
     def take(self, like: Tensor) -> Tensor:
         """Uninitialised memory for a dense tensor of the shape and type of `like`."""
         size = -(-like.numel() * like.element_size() // ALIGNMENT) * ALIGNMENT
@@ -43,51 +49,65 @@ class Pool:
 
 
 class Tape(TorchDispatchMode):
-    """Records what is computed while it is entered, our kernels' calls and PyTorch's operations; `play` repeats it."""
+    """Records what is computed while it is entered, our kernels' calls and PyTorch's operations; `play` repeats it.
+
+    What is computed lies in the pool from then on. Raises NotImplementedError for an operation that answers with
+    something else than tensors: what Python decided by it would be decided for ever.
+    """
 
     def __init__(self, pool: Pool):
         super().__init__()  # type: ignore[no-untyped-call]
         self.pool = pool
         self.calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
-        self.kept: list[Any] = []  # whose memory the calls use
+        self.outside: list[tuple[Tensor, int]] = []  # what our kernels find elsewhere, and at which address
 
     def __enter__(self) -> Tape:
         self.pool.rewind()
-        kernels.recorders.current = self
         super().__enter__()  # type: ignore[no-untyped-call]
+        kernels.recorders.current = self
         return self
 
     def __exit__(self, *error: Any) -> None:
         kernels.recorders.current = None
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
-    def add(self, call: Callable[..., Any], args: tuple[Any, ...], keep: Any = None) -> None:
-        self.calls.append((call, args))
-        self.kept.append(keep)
+    def add(self, function: Callable[..., Any], plain: tuple[Any, ...], args: tuple[Any, ...]) -> None:
+        """Note a call of a kernel with `args`, `plain` where tensors are their addresses."""
+        self.calls.append((function, plain))
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        self.outside += [(tensor, tensor.data_ptr()) for tensor in tensors if not self.pool.has(tensor)]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        call = partial(func, *args, **(kwargs or {}))
+        out = call()
+        memories = {
+            leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
+        }
         if func._schema.is_mutable:
-            self.add(_again, (func, args, kwargs))
-        elif not any(returned.alias_info for returned in func._schema.returns):  # else a view, which stays one
-            if not isinstance(out, Tensor):
-                raise NotImplementedError(f"{func} returns what a tape cannot repeat")
-            own = self.pool.take(out)
-            if "empty" not in func.__name__:
-                own.copy_(out)
-                self.add(_again_into, (own, func, args, kwargs))
-            out = own
-        return out
+            self.calls.append((call, ()))
+        elif any(not isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
+            raise NotImplementedError(f"{func} returns what a tape cannot repeat")
+        elif any(leaf.untyped_storage().data_ptr() not in memories for leaf in tree_leaves(out)):
+            own = tree_map(self.pool.take, out)
+            if "empty" not in func.__name__:  # else there is nothing in it to be computed again
+                _copy(own, out)
+                self.calls.append((_again, (own, call)))
+            return own
+        return out  # a view, which sees what its memory gets
+
+    def has_moved(self) -> bool:
+        """Whether memory that is not the pool's was given up for another since it was recorded."""
+        return any(tensor.data_ptr() != address for tensor, address in self.outside)
 
     def play(self) -> None:
         for call, args in self.calls:
             call(*args)
 
 
-def _again(func: Any, args: Any, kwargs: Any) -> None:
-    func(*args, **kwargs)
+def _copy(to: Any, source: Any) -> None:
+    for target, tensor in zip(tree_leaves(to), tree_leaves(source), strict=True):
+        target.copy_(tensor)
 
 
-def _again_into(out: Tensor, func: Any, args: Any, kwargs: Any) -> None:
-    out.copy_(func(*args, **kwargs))
+def _again(own: Any, call: Callable[[], Any]) -> None:
+    _copy(own, call())

@@ -510,10 +510,11 @@ def reply(llm: Llama, dialog: list[Any]) -> str:
 
 def test_a_second_turn_computes_only_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = build_golden(max_seq_len=512)
+    passes = Passes(llm, monkeypatch)
     turns = ["Tell me a long story about a llama, please, with many words in it.", "", "And then?"]
     turns[1] = reply(llm, chat(turns[0]))
     fresh = reply(build_golden(max_seq_len=512), chat(*turns))
-    passes = Passes(llm, monkeypatch)
+    passes.shapes.clear()
     assert reply(llm, chat(*turns)) == fresh
     ((_, computed),) = passes.shapes
     first = len(llm.tokenizer.encode(f"[INST] {turns[0]} [/INST]", bos=True, eos=False))

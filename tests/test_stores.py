@@ -106,8 +106,9 @@ def test_bfloat16_weights_stay_on_their_files_pages(folder: str, tmp_path: Path)
     files = list(tmp_path.glob("*.pth"))
     pages = [span for file in files for span in mapped_from(file)]
     linears = [module for module in llm.model.modules() if isinstance(module, ShardedLinear)]
-    in_place = [any(layer.store.weight.data_ptr() in span for span in pages) for layer in linears]
-    assert all(in_place) if len(files) == 1 else not any(in_place)  # of several shards, one rank's weight is a copy
+    held = [getattr(layer.store, "shared", layer.store) for layer in linears]  # of several shards, one copy
+    in_place = [any(store.weight.data_ptr() in span for span in pages) for store in held]
+    assert all(in_place) if len(files) == 1 else not any(in_place)
     for layer, plain in zip(linears, (m for m in wanted.model.modules() if isinstance(m, ShardedLinear)), strict=True):
         assert torch.equal(layer.store.unpack().float(), plain.weight)
 
@@ -188,6 +189,18 @@ def test_without_our_kernels_one_line_says_so_and_pytorchs_operations_multiply(
         "with OpenMP)"
     ]
     torch.testing.assert_close(hold_int8(weight)(x), x @ weight.T, atol=0.5, rtol=0.02)
+
+
+@built
+def test_kernels_of_another_version_are_not_called(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(kernels.SIGNATURES, "a_later_one", "p")
+    monkeypatch.setattr(kernels, "library", functools.cache(kernels.library.__wrapped__))
+    assert not kernels.available() and not kernels.multiplies_bfloat16()
+    assert caplog.messages == [
+        "decoding without our own kernels, more slowly (they are of another version: install again)"
+    ]
 
 
 @built

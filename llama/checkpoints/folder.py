@@ -5,19 +5,19 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial, reduce
+from functools import reduce
 from itertools import chain
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ..distributed import divisors, either
 from ..model import ModelArgs, Transformer
 from ..parallel import ShardedLinear, hold_together
+from ..stores import Store
 from .files import folder_of, give_back
 from .huggingface import open_huggingface
 from .lora import Adapter
@@ -25,8 +25,6 @@ from .names import Shapes, interleave, is_rotary, part_shape, shard_dim
 from .release import open_release
 
 logger = logging.getLogger(__name__)
-
-Hold = Callable[[Tensor], "nn.Module | None"]  # makes a store of a weight, or None where it is to stay a tensor
 
 # Threads that pack or quantise; each holds a matrix and its temporaries beside the weights.
 MAX_LOADERS = 4
@@ -119,16 +117,15 @@ class Checkpoint:
         return shapes
 
     def mapped(self, name: str, rank: int, shape: torch.Size) -> Tensor | None:
-        """This rank's part of a tensor, of `shape`, where a file has it as it is; else None."""
+        """This rank's part of a matrix, of `shape`, where one file has it as it is, in bfloat16; else None."""
         source, dim = self.source, shard_dim(name)
+        shards = [shard[source.name_of(name)] for shard in source.shards.values()]
         if self.adapter is not None or (source.in_halves and is_rotary(name)) or dim is None:
             return None
-        shards = [shard[source.name_of(name)] for shard in source.shards.values()]
         number, first = divmod(rank * shape[dim], shards[0].shape[dim])
-        if first + shape[dim] > shards[0].shape[dim]:
+        if shards[0].dtype != torch.bfloat16 or first + shape[dim] > shards[0].shape[dim]:
             return None
-        part = shards[number].narrow(dim, first, shape[dim])
-        return part if part.stride(1) == 1 else None
+        return shards[number].narrow(dim, first, shape[dim])
 
     def copy(self, name: str, rank: int, out: Tensor) -> None:
         """Fill `out`, of the shape of one rank's part, with this rank's part of a tensor, of one shard or several."""
@@ -149,21 +146,14 @@ class Checkpoint:
         if self.adapter is not None:
             self.adapter.add(name, dim, start, head_dim, out)
 
-    def load(
-        self,
-        model: Transformer,
-        device: torch.device,
-        dtype: torch.dtype,
-        hold: Hold | None = None,
-        in_place: bool = False,
-    ) -> None:
-        """Give `model`, built for this rank on the meta device, its weights; linear ones as `hold` makes them.
+    def load(self, model: Transformer, device: torch.device, dtype: torch.dtype, store: Store | None = None) -> None:
+        """Give `model`, built for this rank on the meta device, its weights; linear ones as `store` holds them.
 
-        Copies one tensor at a time (with `hold`, one matrix per thread) and gives its mapped pages back, so that
-        memory holds this rank's weights and little more. With `in_place`, `hold` is given bfloat16 matrices where they
-        are mapped; those that a file has as this rank needs them are not copied. Raises ValueError, before anything is
-        read, where the files do not hold exactly the model's tensors. Warns of values that are not finite, and of
-        positions that the model was not made for.
+        Copies one tensor at a time (with `store`, one matrix per thread) and gives its mapped pages back, so that
+        memory holds this rank's weights and little more. A store that multiplies in place is given bfloat16 matrices
+        where they are mapped, if a file has them as this rank needs them. Raises ValueError, before anything is read,
+        where the files do not hold exactly the model's tensors. Warns of values that are not finite, and of positions
+        that the model was not made for.
         """
         names, rank = list(self.check(model)), model.ranks.rank
         # Whether the config's length is that before or after linear scaling, folders do not agree: the longer counts.
@@ -171,18 +161,31 @@ class Checkpoint:
         if rank == 0 and (asked := model.params.max_seq_len) > known:
             made_for = f"{self.name} was made for {known:.0f} tokens ({self.source.params_file})"
             logger.warning("max_seq_len is %d, and %s: text beyond them may make no sense", asked, made_for)
+        layers = {f"{path}.weight": m for path, m in model.named_modules() if isinstance(m, ShardedLinear)}
+        mapped = {}
+        if store and store.in_place and device.type == "cpu":
+            parts = {name: self.mapped(name, rank, layer.weight.shape) for name, layer in layers.items()}
+            mapped = {name: part for name, part in parts.items() if part is not None}
         # Weights that multiply the same input can be held as one matrix.
-        in_place = in_place and self.dtype == torch.bfloat16
         groups = [
-            [f"{path}.{name}.weight" for name in module.joined]
+            [name for part in module.joined if (name := f"{path}.{part}.weight") not in mapped]
             for path, module in model.named_modules()
-            if hold and hasattr(module, "joined") and not in_place
+            if store and hasattr(module, "joined")
         ]
+        groups = [group for group in groups if group]
         groups += [[name] for name in names if name not in {*chain(*groups)}]
-        load = partial(self._load_joined, model, device, dtype, hold, in_place)
+
+        def load(group: list[str]) -> dict[str, Tensor]:
+            if store is None or (part := mapped.get(group[0])) is None:
+                return self._load_joined(model, device, dtype, store, group)
+            self._warn_unless_finite(group[0], part)
+            if (held := store.hold(part)) is not None:
+                layers[group[0]].hold(held)
+            return {}
+
         state: dict[str, Tensor] = {}
         # Packing and quantising are slow and release the interpreter's lock; plain copies are as fast from one thread.
-        with ThreadPoolExecutor(min(torch.get_num_threads(), MAX_LOADERS) if hold else 1) as pool:
+        with ThreadPoolExecutor(min(torch.get_num_threads(), MAX_LOADERS) if store else 1) as pool:
             loaded, quiet = pool.map(load, groups), rank > 0 or None
             for tensors in tqdm(loaded, total=len(groups), desc="loading", unit="tensor", leave=False, disable=quiet):
                 state |= tensors
@@ -190,33 +193,26 @@ class Checkpoint:
         model.requires_grad_(False)
 
     def _load_joined(
-        self,
-        model: Transformer,
-        device: torch.device,
-        dtype: torch.dtype,
-        hold: Hold | None,
-        in_place: bool,
-        names: list[str],
+        self, model: Transformer, device: torch.device, dtype: torch.dtype, store: Store | None, names: list[str]
     ) -> dict[str, Tensor]:
         """Copy tensors, joined along their rows, into a store of their layers; returns those that stay tensors."""
-        modules = [model.get_submodule(name.removesuffix(".weight")) for name in names]
         weights = [model.get_parameter(name) for name in names]  # of this rank's shapes, on the meta device
-        layers = [module for module in modules if isinstance(module, ShardedLinear)] if hold else []
+        modules = [model.get_submodule(name.removesuffix(".weight")) for name in names]
+        layers = [module for module in modules if isinstance(module, ShardedLinear)] if store else []
         stored = reduce(torch.promote_types, (self.source.tensor(name).dtype for name in names)) if layers else dtype
         rows = [len(weight) for weight in weights]
-        mapped = self.mapped(names[0], model.ranks.rank, weights[0].shape) if layers and in_place else None
-        joined = (
-            torch.empty(sum(rows), *weights[0].shape[1:], dtype=stored, device=device) if mapped is None else mapped
-        )
+        joined = torch.empty(sum(rows), *weights[0].shape[1:], dtype=stored, device=device)
         for name, target in zip(names, joined.split(rows), strict=True):
-            if mapped is None:
-                self.copy(name, model.ranks.rank, target)
-            if not all(bound.isfinite() for bound in torch.aminmax(target)):
-                logger.warning("%s of %s has values that are not finite: download it again", name, self.name)
-        if hold and layers and (store := hold(joined)) is not None:
-            hold_together(layers, store)
+            self.copy(name, model.ranks.rank, target)
+            self._warn_unless_finite(name, target)
+        if store and layers and (held := store.hold(joined)) is not None:
+            hold_together(layers, held)
             return {}
         return dict(zip(names, joined.to(dtype).split(rows), strict=True))
+
+    def _warn_unless_finite(self, name: str, weight: Tensor) -> None:
+        if not all(bound.isfinite() for bound in torch.aminmax(weight)):
+            logger.warning("%s of %s has values that are not finite: download it again", name, self.name)
 
 
 def world_sizes(args: ModelArgs) -> list[int]:
