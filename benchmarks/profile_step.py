@@ -15,7 +15,10 @@ from contender import Ours, prompt_of
 from torch.profiler import ProfilerActivity, profile
 
 # What multiplies by a weight, by the names that the stores' kernels have in a profile.
-PRODUCTS = ("linear_pointwise", "linear_dynamic_fp16", "aten::mm", "aten::addmm", "int8pack_mm", "int4pack_mm")
+PRODUCTS = (
+    *("llama::multiply", "linear_pointwise", "linear_dynamic_fp16", "aten::mm", "aten::addmm"),
+    *("int8pack_mm", "int4pack_mm"),
+)
 
 
 def show(what: str, profiled: profile, repeats: int, rows: int = 12) -> None:

@@ -88,7 +88,11 @@ def _call(name: str, *args: Tensor | float | None) -> None:
     found = library()
     assert found is not None, "ask whether they are available()"
     function, plain = getattr(found, name), tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in args)
-    function(*plain)
+    if torch.autograd.profiler._is_profiler_enabled:
+        with torch.profiler.record_function(f"llama::{name}"):
+            function(*plain)
+    else:
+        function(*plain)
     if recorders.current is not None:
         recorders.current.add(function, plain, args)
 

@@ -115,7 +115,8 @@ class Runner:
         and nobody who looks on."""
         queries, dim = seqlen * self.model.groups, self.model.params.head_dim
         small = not self.static and n * seqlen <= RECORDED_TOKENS and self.model.ranks.size == 1
-        return small and kernels.attends(queries, dim) and kernels.fit(self.cache.k) and not any(self.hooks)
+        watched = any(self.hooks) or torch.autograd.profiler._is_profiler_enabled
+        return small and kernels.attends(queries, dim) and kernels.fit(self.cache.k) and not watched
 
     def _recorded(self, ids: Tensor, positions: Tensor) -> Tensor:
         """The pass, recorded at the first of its shape and played from then on."""
