@@ -113,6 +113,7 @@ CONTENDERS: dict[str, tuple[type[Any], str]] = {
     "llama.cpp f16": (LlamaCpp, "f16"),
     "llama.cpp q8_0": (LlamaCpp, "q8_0"),
     "llama.cpp q4_0": (LlamaCpp, "q4_0"),
+    "llama.cpp q4_1": (LlamaCpp, "q4_1"),
 }
 
 

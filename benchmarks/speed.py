@@ -69,7 +69,7 @@ def cpu_name() -> str:
 
 
 def bytes_per_weight(contender: str) -> float:
-    kinds = {"float32": 4.0, "int8": 34 / 32, "q8_0": 34 / 32, "int4": 20 / 32, "q4_0": 18 / 32}
+    kinds = {"float32": 4.0, "int8": 34 / 32, "q8_0": 34 / 32, "int4": 20 / 32, "q4_0": 18 / 32, "q4_1": 20 / 32}
     return kinds.get(contender.split()[1], 2.0)
 
 

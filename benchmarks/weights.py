@@ -84,7 +84,7 @@ def as_huggingface(folder: Path) -> Path:
 
 
 def as_gguf(folder: Path, kind: str) -> Path:
-    """What llama.cpp reads, with linear weights and embeddings as f16, bf16, q8_0 or q4_0."""
+    """What llama.cpp reads, with linear weights and embeddings as f16, bf16, q8_0, q4_0 or q4_1."""
     target = folder / f"{kind}.gguf"
     if target.exists():
         return target
@@ -96,6 +96,7 @@ def as_gguf(folder: Path, kind: str) -> Path:
         "bf16": gguf.GGMLQuantizationType.BF16,
         "q8_0": gguf.GGMLQuantizationType.Q8_0,
         "q4_0": gguf.GGMLQuantizationType.Q4_0,
+        "q4_1": gguf.GGMLQuantizationType.Q4_1,
     }
     writer = gguf.GGUFWriter(target.with_suffix(".part"), "llama")
     writer.add_vocab_size(args.vocab_size)
