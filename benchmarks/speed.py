@@ -147,11 +147,12 @@ def charts(shape: str, medians: dict[str, dict[str, float]], target: Path) -> No
     figure, axes = pyplot.subplots(2, -(-len(shown) // 2), figsize=(4.2 * -(-len(shown) // 2), 7))
     for axis, work in zip(axes.flat, shown, strict=False):
         values = {name: result[work] for name, result in medians.items() if work in result}
+        values = dict(sorted(values.items(), key=lambda item: -bytes_per_weight(item[0])))  # of equal bits together
         colours = ["#3b6ea5" if name.startswith("llama ") else "#b9b9b9" for name in values]
         scale = 1e9 if work == "peak" else 1
         axis.barh(list(values), [value / scale for value in values.values()], color=colours)
         axis.invert_yaxis()
-        axis.set_title(WORKS[work], fontsize=9)
+        axis.set_title(f"{WORKS[work]} ({'more' if work.startswith('prefill') else 'less'} is better)", fontsize=9)
         axis.tick_params(labelsize=7)
     for axis in axes.flat[len(shown) :]:
         axis.set_visible(False)
