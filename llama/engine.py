@@ -55,14 +55,14 @@ class Engine:
         runner: Runner | None = None,
     ):
         """`guess_tokens` are guessed by prompt lookup, and verified, in a pass over rows whose text repeats itself.
-        On a CPU `chunk_tokens` of prompts are fed at once while others answer, if these are more than CHUNK."""
+        On a CPU `chunk_tokens` of prompts are fed at once while others answer, or CHUNK if it is 0."""
         runner = runner or Runner(model)
         self.model, self.tokenizer, self.cache = model, tokenizer, runner.cache
         self.version = model.version()
         self.schedule = Schedule(runner.cache)
         self.passes = Passes(runner, self.schedule, model.ranks)
         self.guess_tokens, self.long_chunk = guess_tokens, LONG_CHUNK
-        self.chunk = max(CHUNK, chunk_tokens) if runner.device.type == "cpu" else GPU_CHUNK
+        self.chunk = (chunk_tokens or CHUNK) if runner.device.type == "cpu" else GPU_CHUNK
         self.turn = threading.Condition()
         self.stepping: int | None = None  # the thread that does
 

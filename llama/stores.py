@@ -315,7 +315,7 @@ class Store(NamedTuple):
     hold: Callable[[Tensor], nn.Module | None]
     bytes_per_weight: float
     spare_tokens: int = 0  # so many beside a row's next one take little longer than it does alone
-    chunk_tokens: int = 0  # so many of a prompt take some three times as long as it, if more than elsewhere
+    chunk_tokens: int = 0  # so many of a prompt take some three times as long as it; 0: nobody measured how many
     in_place: bool = False  # whether bfloat16 weights stay where a file's pages are mapped
 
 
@@ -327,7 +327,10 @@ def hold_int4(weight: Tensor) -> nn.Module:
     return Grouped(weight, 4) if weight.is_cpu and kernels.available() else Int4(weight)
 
 
-STORES = {"int8": Store(hold_int8, 1 + 2 / GROUP), "int4": Store(hold_int4, 0.5 + 4 / GROUP)}
+STORES = {
+    "int8": Store(hold_int8, 1 + 2 / GROUP, chunk_tokens=12),
+    "int4": Store(hold_int4, 0.5 + 4 / GROUP, chunk_tokens=8),
+}
 
 
 def select_dtype(dtype: str | torch.dtype, stored: torch.dtype, device: torch.device) -> torch.dtype:
@@ -369,7 +372,7 @@ def fastest_16_bits() -> Store | None:
     """
     if has_bfloat16_products() and torch.backends.mkldnn.is_available():
         if kernels.multiplies_bfloat16():
-            return Store(BFloat16, 2, SPARE_TOKENS, chunk_tokens=64, in_place=True)
+            return Store(BFloat16, 2, SPARE_TOKENS, chunk_tokens=16, in_place=True)
         return Store(PackedBFloat16, 2, SPARE_TOKENS, chunk_tokens=64)
     if platform.machine() in ("x86_64", "AMD64") and "fbgemm" in torch.backends.quantized.supported_engines:
         return Store(packed_float16_or_plain, 2, SPARE_TOKENS)
