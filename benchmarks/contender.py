@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import fire
+import numpy
 import torch
 import weights
 
@@ -81,25 +82,51 @@ class Transformers:
 
 
 class LlamaCpp:
-    """llama-cpp-python, one sequence at a time, which is all that its public interface offers."""
+    """llama-cpp-python's low-level interface: rows are sequences of one batch, as in llama.cpp's own servers."""
+
+    BATCH = 512  # tokens in one call, llama.cpp's own default for what it multiplies at once
 
     @staticmethod
     def convert(folder: Path, kind: str) -> Path:
         return weights.as_gguf(folder, kind)
 
     def __init__(self, folder: Path, kind: str, context: int, rows: int):
-        from llama_cpp import Llama
+        import llama_cpp
 
-        threads = torch.get_num_threads()
-        self.llm = Llama(
-            str(folder), n_ctx=context, n_threads=threads, n_threads_batch=threads, n_batch=512, verbose=False
-        )
+        self.api, threads = llama_cpp, torch.get_num_threads()
+        llama_cpp.llama_backend_init()
+        self.model = llama_cpp.llama_model_load_from_file(str(folder).encode(), llama_cpp.llama_model_default_params())
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_seq_max = context * rows, self.BATCH, rows
+        params.n_threads = params.n_threads_batch = threads
+        self.context = llama_cpp.llama_init_from_model(self.model, params)
+        self.batch = llama_cpp.llama_batch_init(self.BATCH, 0, 1)
 
     def generate(self, prompts: list[list[int]], new: int) -> list[list[int]]:
-        (prompt,) = prompts
-        self.llm.reset()
-        stream = self.llm.generate(prompt, top_k=1, temp=0.0, repeat_penalty=1.0)
-        return [[token for token, _ in zip(stream, range(new), strict=False)]]
+        self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
+        answers: list[list[int]] = [[] for _ in prompts]
+        fed = [(row, at, token) for row, prompt in enumerate(prompts) for at, token in enumerate(prompt)]
+        for _ in range(new):
+            for first in range(0, len(fed), self.BATCH):
+                self.decode(prompts, fed[first : first + self.BATCH], answers)
+            fed = [(row, len(prompts[row]) + len(ids) - 1, ids[-1]) for row, ids in enumerate(answers)]
+        return answers
+
+    def decode(self, prompts: list[list[int]], fed: list[tuple[int, int, int]], answers: list[list[int]]) -> None:
+        """Run tokens at positions of rows, and take the likeliest that follows each row's last."""
+        batch, last = self.batch, []
+        batch.n_tokens = len(fed)
+        for i, (row, at, token) in enumerate(fed):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, at, 1
+            batch.seq_id[i][0] = row
+            batch.logits[i] = at >= len(prompts[row]) - 1
+            last += [(i, row)] * batch.logits[i]
+        if self.api.llama_decode(self.context, batch):
+            raise RuntimeError("llama_decode failed")
+        for i, row in last:
+            logits = self.api.llama_get_logits_ith(self.context, i)
+            scores = numpy.ctypeslib.as_array(logits, shape=(weights.VOCAB_SIZE,))
+            answers[row].append(int(scores.argmax()))
 
 
 CONTENDERS: dict[str, tuple[type[Any], str]] = {
@@ -141,7 +168,6 @@ def measure(name: str, folder: str, quick: bool = False, only: tuple[str, ...] |
     """`only`: names of works, with commas; all by default."""
     wanted = names(only)
     kind, option = CONTENDERS[name]
-    batched = kind is not LlamaCpp
     steps = 8 if quick else 24
 
     seeds = itertools.count(1)  # no prompt begins as one before it, whose keys and values may still be held
@@ -163,9 +189,10 @@ def measure(name: str, folder: str, quick: bool = False, only: tuple[str, ...] |
         "prefill_128": lambda: prefill(128),
         "prefill_512": lambda: prefill(512),
         "decode_1": lambda: decode(1),
+        "decode_4": lambda: decode(4),
+        "decode_16": lambda: decode(16),
+        "ragged": ragged,
     }
-    if batched:
-        works |= {"decode_4": lambda: decode(4), "decode_16": lambda: decode(16), "ragged": ragged}
     if wanted:
         works = {work: run for work, run in works.items() if work in wanted}
     # A cache that is allocated ahead is as large as the works need.
@@ -179,7 +206,9 @@ def measure(name: str, folder: str, quick: bool = False, only: tuple[str, ...] |
     for work, run in works.items():
         result[work] = run()
     result["tokens"] = contender.generate([prompt_of(DECODE_PROMPT)], 8)[0]
-    result["peak"] = torch.cuda.max_memory_allocated() if torch.cuda.is_available() and batched else peak_resident()
+    result["peak"] = (
+        torch.cuda.max_memory_allocated() if torch.cuda.is_available() and kind is not LlamaCpp else peak_resident()
+    )
     print(json.dumps(result))
 
 

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -98,6 +99,11 @@ def available(contender: str) -> bool:
 def run(contender: str, folder: Path, quick: bool, only: str) -> dict[str, Any] | None:
     command = [sys.executable, str(HERE / "contender.py"), contender, str(folder)] + ["--only", only] * bool(only)
     job = subprocess.run(command + ["--quick"] * quick, capture_output=True, text=True)
+    if job.returncode < 0:
+        died = f"{contender} died of {signal.Signals(-job.returncode).name}"
+        advice = "its build may use instructions that this machine lacks: benchmarks/README.md has another"
+        print(f"{died}: {advice}" if contender.startswith("llama.cpp") else died, file=sys.stderr)
+        return None
     if job.returncode:
         print(f"{contender} failed: {job.stderr.strip().splitlines()[-1][:200]}", file=sys.stderr)
         return None

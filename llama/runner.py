@@ -127,11 +127,11 @@ class Runner:
             return run(ids, positions)
         if made is None or made.tape.has_moved():
             own, tape = (ids.clone(), positions.clone()), Tape(self.pool)
-            self.recordings[key] = None
             try:
                 with uninterrupted(), tape:
                     logits = run(*own)
             except NotImplementedError:  # somebody's model, which looks at what it computes
+                self.recordings[key] = None
                 return run(ids, positions)
             self.recordings[key] = Recording(tape, *own, logits)
             return logits
