@@ -7,14 +7,13 @@ of a small model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from . import kernels
 
@@ -80,19 +79,18 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         call = partial(func, *args, **(kwargs or {}))
         out = call()
-        memories = {
-            leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
-        }
+        memories = {tensor.untyped_storage().data_ptr() for tensor in _tensors(args)}
+        results = _tensors([out])
         if func._schema.is_mutable:
             self.calls.append((call, ()))
-        elif any(not isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
+        elif len(results) != (len(out) if isinstance(out, (list, tuple)) else 1):
             raise NotImplementedError(f"{func} returns what a tape cannot repeat")
-        elif any(leaf.untyped_storage().data_ptr() not in memories for leaf in tree_leaves(out)):
-            own = tree_map(self.pool.take, out)
+        elif any(tensor.untyped_storage().data_ptr() not in memories for tensor in results):
+            own = [self.pool.take(tensor) for tensor in results]
             if "empty" not in func.__name__:  # else there is nothing in it to be computed again
                 _copy(own, out)
                 self.calls.append((_again, (own, call)))
-            return own
+            return own[0] if isinstance(out, Tensor) else type(out)(own)
         return out  # a view, which sees what its memory gets
 
     def has_moved(self) -> bool:
@@ -104,10 +102,21 @@ class Tape(TorchDispatchMode):
             call(*args)
 
 
-def _copy(to: Any, source: Any) -> None:
-    for target, tensor in zip(tree_leaves(to), tree_leaves(source), strict=True):
+def _tensors(values: Sequence[Any]) -> list[Tensor]:
+    """Those among an operation's arguments or results, which may be lists of them."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(value)
+    return found
+
+
+def _copy(to: list[Tensor], source: Any) -> None:
+    for target, tensor in zip(to, _tensors([source]), strict=True):
         target.copy_(tensor)
 
 
-def _again(own: Any, call: Callable[[], Any]) -> None:
+def _again(own: list[Tensor], call: Callable[[], Any]) -> None:
     _copy(own, call())
