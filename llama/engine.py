@@ -25,7 +25,7 @@ from .schedule import Schedule
 from .tokenizer import Tokenizer
 
 # Tokens of prompts in a pass while others wait for their next token: as many as take three or four times as long as a
-# step of one row (benchmarks/README.md), on any CPU; a store may be good for more. A GPU reads the weights for about as
+# step of one row (benchmarks/README.md), on any CPU; a store may have its own. A GPU reads the weights for about as
 # long as it multiplies so many.
 CHUNK, GPU_CHUNK = 24, 256
 

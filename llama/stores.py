@@ -365,8 +365,8 @@ def select_store(
 def fastest_16_bits() -> Store | None:
     """What decoded and prefilled fastest where we measured it (benchmarks/README.md); None where we did not.
 
-    With bfloat16 instructions, bfloat16 in place: a row takes 0.7 of packed bfloat16's time, 4 rows as long, 16 rows
-    1.2 times as long, a prompt 1.05 times; and nothing is copied. Packed where our kernel was not built, because
+    With bfloat16 instructions, bfloat16 in place: a row takes 0.7 of packed bfloat16's time, 4 rows 0.8, 16 rows
+    0.9, a prompt 1.05 times it; and nothing is copied. Packed where our kernel was not built, because
     PyTorch's own product of bfloat16 in place reads at 0.6 of ours' speed. Without such instructions bfloat16 products
     are converted value by value, and packed float16 is several times faster. These are x86 builds' only.
     """

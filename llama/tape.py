@@ -73,8 +73,7 @@ class Tape(TorchDispatchMode):
     def add(self, function: Callable[..., Any], plain: tuple[Any, ...], args: tuple[Any, ...]) -> None:
         """Note a call of a kernel with `args`, `plain` where tensors are their addresses."""
         self.calls.append((function, plain))
-        tensors = [arg for arg in args if isinstance(arg, Tensor)]
-        self.outside += [(tensor, tensor.data_ptr()) for tensor in tensors if not self.pool.has(tensor)]
+        self.outside += [(tensor, tensor.data_ptr()) for tensor in _tensors(args) if not self.pool.has(tensor)]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         call = partial(func, *args, **(kwargs or {}))

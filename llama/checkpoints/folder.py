@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
-from functools import reduce
+from functools import partial, reduce
 from itertools import chain
 from pathlib import Path
 
@@ -161,9 +161,9 @@ class Checkpoint:
         if rank == 0 and (asked := model.params.max_seq_len) > known:
             made_for = f"{self.name} was made for {known:.0f} tokens ({self.source.params_file})"
             logger.warning("max_seq_len is %d, and %s: text beyond them may make no sense", asked, made_for)
-        layers = {f"{path}.weight": m for path, m in model.named_modules() if isinstance(m, ShardedLinear)}
-        mapped = {}
+        mapped: dict[str, Tensor] = {}
         if store and store.in_place and device.type == "cpu":
+            layers = {f"{path}.weight": m for path, m in model.named_modules() if isinstance(m, ShardedLinear)}
             parts = {name: self.mapped(name, rank, layer.weight.shape) for name, layer in layers.items()}
             mapped = {name: part for name, part in parts.items() if part is not None}
         # Weights that multiply the same input can be held as one matrix.
@@ -174,15 +174,7 @@ class Checkpoint:
         ]
         groups = [group for group in groups if group]
         groups += [[name] for name in names if name not in {*chain(*groups)}]
-
-        def load(group: list[str]) -> dict[str, Tensor]:
-            if store is None or (part := mapped.get(group[0])) is None:
-                return self._load_joined(model, device, dtype, store, group)
-            self._warn_unless_finite(group[0], part)
-            if (held := store.hold(part)) is not None:
-                layers[group[0]].hold(held)
-            return {}
-
+        load = partial(self._load_joined, model, device, dtype, store, mapped)
         state: dict[str, Tensor] = {}
         # Packing and quantising are slow and release the interpreter's lock; plain copies are as fast from one thread.
         with ThreadPoolExecutor(min(torch.get_num_threads(), MAX_LOADERS) if store else 1) as pool:
@@ -193,26 +185,34 @@ class Checkpoint:
         model.requires_grad_(False)
 
     def _load_joined(
-        self, model: Transformer, device: torch.device, dtype: torch.dtype, store: Store | None, names: list[str]
+        self,
+        model: Transformer,
+        device: torch.device,
+        dtype: torch.dtype,
+        store: Store | None,
+        mapped: dict[str, Tensor],
+        names: list[str],
     ) -> dict[str, Tensor]:
-        """Copy tensors, joined along their rows, into a store of their layers; returns those that stay tensors."""
+        """Copy tensors, joined along their rows, into a store of their layers; returns those that stay tensors.
+
+        One that is `mapped` is alone, and is not copied.
+        """
         weights = [model.get_parameter(name) for name in names]  # of this rank's shapes, on the meta device
         modules = [model.get_submodule(name.removesuffix(".weight")) for name in names]
         layers = [module for module in modules if isinstance(module, ShardedLinear)] if store else []
         stored = reduce(torch.promote_types, (self.source.tensor(name).dtype for name in names)) if layers else dtype
         rows = [len(weight) for weight in weights]
-        joined = torch.empty(sum(rows), *weights[0].shape[1:], dtype=stored, device=device)
+        part = mapped.get(names[0])
+        joined = torch.empty(sum(rows), *weights[0].shape[1:], dtype=stored, device=device) if part is None else part
         for name, target in zip(names, joined.split(rows), strict=True):
-            self.copy(name, model.ranks.rank, target)
-            self._warn_unless_finite(name, target)
+            if part is None:
+                self.copy(name, model.ranks.rank, target)
+            if not all(bound.isfinite() for bound in torch.aminmax(target)):
+                logger.warning("%s of %s has values that are not finite: download it again", name, self.name)
         if store and layers and (held := store.hold(joined)) is not None:
             hold_together(layers, held)
             return {}
         return dict(zip(names, joined.to(dtype).split(rows), strict=True))
-
-    def _warn_unless_finite(self, name: str, weight: Tensor) -> None:
-        if not all(bound.isfinite() for bound in torch.aminmax(weight)):
-            logger.warning("%s of %s has values that are not finite: download it again", name, self.name)
 
 
 def world_sizes(args: ModelArgs) -> list[int]:
