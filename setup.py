@@ -22,8 +22,10 @@ setup(
     install_requires=Path(__file__).with_name("requirements.txt").read_text().split(),
     extras_require={
         "hf": ["safetensors"],
+        "gguf": ["gguf"],
         "serve": ["starlette>=1.0", "uvicorn>=0.30"],
         "test": [
+            "gguf",
             "httpx",
             "hypothesis",
             "langchain-openai",

@@ -16,7 +16,7 @@ import weights
 from contender import seconds
 
 from llama import Llama
-from llama.checkpoints.folders import reshard
+from llama.checkpoints.convert import reshard
 
 
 def files_of(folder: Path) -> list[Path]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from llama import ModelArgs, Transformer
-from llama.checkpoints.folders import convert
+from llama.checkpoints.convert import convert
 
 SHAPES = {
     "tiny": ModelArgs(dim=256, n_layers=4, n_heads=8, n_kv_heads=4, multiple_of=32),
@@ -86,61 +86,6 @@ def as_huggingface(folder: Path) -> Path:
 def as_gguf(folder: Path, kind: str) -> Path:
     """What llama.cpp reads, with linear weights and embeddings as f16, bf16, q8_0, q4_0 or q4_1."""
     target = folder / f"{kind}.gguf"
-    if target.exists():
-        return target
-    import gguf
-
-    args, state = args_of(folder), load(folder)
-    types = {
-        "f16": gguf.GGMLQuantizationType.F16,
-        "bf16": gguf.GGMLQuantizationType.BF16,
-        "q8_0": gguf.GGMLQuantizationType.Q8_0,
-        "q4_0": gguf.GGMLQuantizationType.Q4_0,
-        "q4_1": gguf.GGMLQuantizationType.Q4_1,
-    }
-    writer = gguf.GGUFWriter(target.with_suffix(".part"), "llama")
-    writer.add_vocab_size(args.vocab_size)
-    writer.add_context_length(4096)
-    writer.add_embedding_length(args.dim)
-    writer.add_block_count(args.n_layers)
-    writer.add_feed_forward_length(args.hidden_dim)
-    writer.add_head_count(args.n_heads)
-    writer.add_head_count_kv(args.kv_heads)
-    writer.add_rope_dimension_count(args.head_dim)
-    writer.add_layer_norm_rms_eps(args.norm_eps)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, args.vocab_size))])
-    writer.add_token_scores([0.0] * args.vocab_size)
-    writer.add_token_types([gguf.TokenType.UNKNOWN, *[gguf.TokenType.CONTROL] * 2, *[1] * (args.vocab_size - 3)])
-    names = {
-        "tok_embeddings": "token_embd",
-        "norm": "output_norm",
-        "output": "output",
-        "attention.wq": "attn_q",
-        "attention.wk": "attn_k",
-        "attention.wv": "attn_v",
-        "attention.wo": "attn_output",
-        "feed_forward.w1": "ffn_gate",
-        "feed_forward.w2": "ffn_down",
-        "feed_forward.w3": "ffn_up",
-        "attention_norm": "attn_norm",
-        "ffn_norm": "ffn_norm",
-    }
-    for name, tensor in state.items():
-        stem = name.removesuffix(".weight")
-        prefix = ""
-        if stem.startswith("layers."):
-            _, layer, stem = stem.split(".", 2)
-            prefix = f"blk.{layer}."
-        data = tensor.float().numpy()
-        if data.ndim > 1:
-            data = gguf.quants.quantize(data, types[kind])
-            writer.add_tensor(f"{prefix}{names[stem]}.weight", data, raw_dtype=types[kind])
-        else:
-            writer.add_tensor(f"{prefix}{names[stem]}.weight", data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    target.with_suffix(".part").rename(target)
+    if not target.exists():
+        convert(str(folder), str(target), "gguf", kind)
     return target

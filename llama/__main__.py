@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from . import launch, terminal
-from .checkpoints.folders import convert, info, reshard, verify
+from .checkpoints.convert import convert, reshard
+from .checkpoints.folders import info, verify
 from .serving import serve
 
 COMMANDS: dict[str, launch.Command] = {

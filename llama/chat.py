@@ -89,6 +89,10 @@ def encode_dialog(dialog: Dialog, tokenizer: Tokenizer) -> list[int]:
 
     Raises ValueError for roles out of order and for a message with one of the layout's tags, TypeError for no dialog.
     """
+    if tokenizer.chat_template is not None and B_INST not in tokenizer.chat_template:
+        raise ValueError(
+            f"the model's chat template has no {B_INST}: it is no Llama 2 chat model, so write its own prompts as text"
+        )
     messages = check_dialog(dialog)
     if has_special_tags(messages, tokenizer):
         raise ValueError(UNSAFE_ERROR)

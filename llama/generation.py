@@ -31,9 +31,11 @@ from .chat import (
 from .checkpoints import (
     Checkpoint,
     allocating,
+    bytes_per_weight,
     check_memory,
     check_world_size,
     keep_freed_memory,
+    load,
     memory_needs,
     return_freed_memory,
 )
@@ -107,13 +109,13 @@ def load_model(
     ranks, does not fit into memory, or is broken."""
     ranks = model_ranks()
     check_world_size(checkpoint.name, args, ranks.size)
-    needs = memory_needs(args, ranks.size, dtype, store.bytes_per_weight if store else dtype.itemsize)
-    check_memory(checkpoint.name, args, needs, device)
     with torch.device("meta"):
         model = Transformer(args)
+    needs = memory_needs(args, ranks.size, dtype, bytes_per_weight(checkpoint, model, dtype, store))
+    check_memory(checkpoint.name, args, needs, device)
     return_freed_memory()
     with allocating(checkpoint.name, args, needs, device):
-        checkpoint.load(model, device, dtype, store)
+        load(checkpoint, model, device, dtype, store)
         model.allocate_cache()
     if device.type == "cpu":
         keep_freed_memory()
@@ -266,17 +268,19 @@ class Llama(Generator):
         adapter_dir: str | os.PathLike[str] | None = None,
         prompt_lookup_num_tokens: int | None = None,
     ) -> Llama:
-        """Load a checkpoint folder, of the release's layout or of Hugging Face's, onto this rank's device.
+        """Load a checkpoint onto this rank's device: a folder of the release's layout or of Hugging Face's, or a GGUF
+        file.
 
-        The tokenizer is by default the tokenizer.model in the folder or beside it.
+        The tokenizer is by default the tokenizer.model in the folder or beside it, or the GGUF file's own.
         `max_seq_len` bounds prompt and generation together, in tokens; with `max_batch_size` it sets the cache's size.
         The model is split over `model_parallel_size` ranks (default: all), however many shards are on disk. `seed` is
         the default of each call's. `device` "auto" is cuda, mps or cpu, the first there is; `dtype` is "float32",
         "bfloat16", "float16" or "auto", the fastest of 16 bits or more there. `quantize` stores the linear weights in 8
-        or 4 bits. `compile` compiles the decode step; on cuda it is captured as a graph unless `cuda_graph` is False.
-        `adapter_dir` is a LoRA adapter in PEFT's layout, which is merged into the weights. `prompt_lookup_num_tokens`
-        are guessed, and verified in the same pass, where a text repeats itself: 0 for none, None for as many as come at
-        nearly no cost, which are some where weights have 16 bits on a CPU.
+        or 4 bits; where neither is given, those that a file has in fewer bits are held in their own. `compile` compiles
+        the decode step; on cuda it is captured as a graph unless `cuda_graph` is False. `adapter_dir` is a LoRA adapter
+        in PEFT's layout, which is merged into the weights. `prompt_lookup_num_tokens` are guessed, and verified in the
+        same pass, where a text repeats itself: 0 for none, None for as many as come at nearly no cost, which are some
+        where weights have 16 bits on a CPU.
 
         Raises FileNotFoundError for missing files; ValueError for files that are broken or do not belong together, for
         ranks that cannot share the model, and where memory does not suffice.
@@ -287,15 +291,11 @@ class Llama(Generator):
         if prompt_lookup_num_tokens is not None and integer("prompt_lookup_num_tokens", prompt_lookup_num_tokens) < 0:
             raise ValueError(f"prompt_lookup_num_tokens is {prompt_lookup_num_tokens}: use 0 for none, or more")
         checkpoint = Checkpoint(ckpt_dir, adapter_dir)
-        tokenizer = Tokenizer(checkpoint.tokenizer_path if tokenizer_path is None else tokenizer_path)
+        tokenizer = checkpoint.open_tokenizer(tokenizer_path)
         args = checkpoint.model_args(max_seq_len, max_batch_size)
-        if tokenizer.n_words != args.vocab_size:
-            raise ValueError(
-                f"tokenizer has {tokenizer.n_words} pieces, the checkpoint's embedding {args.vocab_size} rows: "
-                "this is not its tokenizer"
-            )
         device = init_model_parallel(device, model_parallel_size)
-        store = select_store(quantize, dtype, device, compile)
+        stored_bits = checkpoint.stored_bits if adapter_dir is None else None
+        store = select_store(quantize, dtype, device, compile, stored_bits)
         model = load_model(checkpoint, args, device, select_dtype(dtype, checkpoint.dtype, device), store)
         runner = Runner(model, compile=compile, cuda_graph=cuda_graph and device.type == "cuda")
         logger.info(

@@ -9,7 +9,6 @@
 #if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)
 #include <immintrin.h>
 #include <stdint.h>
-#include <stdlib.h>
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
 #define BLOCK 32   /* inputs in a vector */
@@ -56,10 +55,10 @@ TARGET static void tiles(int64_t rows, int64_t m, const uint16_t *w, int64_t str
 }
 
 /* Rows of w are `stride` apart. */
-TARGET void multiply_bfloat16(const uint16_t *w, int64_t stride, const float *x, float *y, int64_t m, int64_t in,
-                              int64_t out, int threads) {
+TARGET void multiply_bfloat16(const uint16_t *w, int64_t stride, const float *x, uint16_t *near, float *y, int64_t m,
+                              int64_t in, int64_t out, int threads) {
     const int64_t blocks = (in + BLOCK - 1) / BLOCK;
-    uint16_t *near = malloc(m * blocks * BLOCK * sizeof *near), *to = near;
+    uint16_t *to = near; /* m rows of whole blocks */
     for (int64_t first = 0; first < m; first += TILE)
         for (int64_t i = 0; i < in; i += BLOCK)
             for (int64_t j = first; j < first + TILE && j < m; j++)
@@ -74,6 +73,5 @@ TARGET void multiply_bfloat16(const uint16_t *w, int64_t stride, const float *x,
         for (int64_t first = 0; first < m; first += TILE)
             tiles(out - o < TILE ? out - o : TILE, m - first < TILE ? m - first : TILE, w + o * stride, stride,
                   near + first * blocks * BLOCK, in, y + first * out + o, out);
-    free(near);
 }
 #endif

@@ -1,18 +1,17 @@
 /* Products of few rows of activations with weights held in 4 or 8 bits: y (m, out) = x (m, in) times w (out, in).
 
    A decoding step reads every weight once and does little with it, so a kernel's whole art is to keep up with memory.
-   Weights lie in panels of 16 rows, and a panel in groups of 32 inputs, each with a scale (and in 4 bits a low) for
-   every row: w = q scale + low. A group is made of lines of 32 bytes: a pair of neighbouring inputs of row 0, of row 1,
-   and so on; in 4 bits the pair 16 inputs on lies in the higher halves of the same bytes. So a vector's lanes are rows,
-   integers of a group add up where they are, and only once in a group become floats and meet their scales.
-   Activations are rounded to 16-bit integers with a scale for every 32 of them: no outlier costs its neighbours their
-   precision, and one instruction multiplies and adds pairs of integers.
-   The file includes itself once for every kind of processor; the best that this one has is chosen when it is loaded.
-   Work is divided over PyTorch's own threads: its OpenMP library is the one that is loaded already. */
+   Weights lie in panels of 16 rows, and a panel in groups of 32 inputs, each with a scale and a low for every row:
+   w = q scale + low; without lows, they are 0 in 8 bits and -8 scale in 4. A group is made of lines of 32 bytes: a pair of
+   neighbouring inputs of row 0, of row 1, and so on; in 4 bits the pair 16 inputs on lies in the higher halves of the
+   same bytes. So a vector's lanes are rows, integers of a group add up where they are, and only once in a group become
+   floats and meet their scales. Activations are rounded to 16-bit integers with a scale for every 32 of them: no
+   outlier costs its neighbours their precision, and one instruction multiplies and adds pairs of integers. The file
+   includes itself once for every kind of processor; the best that this one has is chosen when it is loaded. Work is
+   divided over PyTorch's own threads: its OpenMP library is the one that is loaded already. */
 
 #ifndef KIND
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 
 #define GROUP 32 /* inputs that share a scale */
@@ -27,9 +26,9 @@
 #define OWN(name) JOIN(KIND, name)
 
 typedef struct {
-    int bits;                      /* 4 or 8 */
-    const uint8_t *w;              /* (panels, groups, lines, LINE), 16 lines or in 4 bits 8 */
-    const uint16_t *scales, *lows; /* float16 (panels, groups, PANEL) */
+    int bits, wide;            /* 4 or 8; whether scales and lows are float32 */
+    const uint8_t *w;          /* (panels, groups, lines, LINE), 16 lines or in 4 bits 8 */
+    const void *scales, *lows; /* (panels, groups, PANEL), float16 or float32 */
     int64_t in, out, groups;
 } held;
 
@@ -45,6 +44,9 @@ static inline float from_half(uint16_t h) {
     const uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7fff;
     if (rest < 0x400) return float_of(sign | bits_of(rest * 0x1p-24f)); /* a subnormal number, or zero */
     return float_of(sign | (rest < 0x7c00 ? (rest << 13) + 0x38000000 : 0x7f800000 | (rest & 0x3ff) << 13));
+}
+static inline float factor(const held *h, const void *p, int64_t at) {
+    return h->wide ? ((const float *)p)[at] : from_half(((const uint16_t *)p)[at]);
 }
 
 /* Vectors of GCC and Clang: plain operators, for whatever instructions the kind of processor has. Only a product of
@@ -67,7 +69,6 @@ INLINE plain_floats plain_halves(const uint16_t *p) {
     return (plain_floats){from_half(p[0]), from_half(p[1]), from_half(p[2]), from_half(p[3])};
 }
 #include "kernels.c"
-
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define KIND avx2
@@ -79,7 +80,6 @@ INLINE avx2_sums avx2_dot(avx2_sums sums, avx2_ints a, int32_t x) {
 }
 INLINE avx2_floats avx2_halves(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 #include "kernels.c"
-
 #define KIND avx512
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
 #define LANES 16
@@ -95,7 +95,6 @@ static void (*panels)(const held *, rounded, float *, int64_t, int64_t) = plain_
 static void (*round_group)(const float *, int64_t, int32_t *, float *, float *) = plain_round;
 static void (*expand_panel)(const held *, int64_t, int, void *) = plain_expand;
 #define CHOOSE(kind) panels = kind##_panels, round_group = kind##_round, expand_panel = kind##_expand
-
 int choose(int level) { /* 0: plain, 1: AVX2, 2: AVX512 with VNNI; or what the processor has. Returns it. */
     CHOOSE(plain);
 #if defined(__x86_64__)
@@ -110,11 +109,11 @@ int choose(int level) { /* 0: plain, 1: AVX2, 2: AVX512 with VNNI; or what the p
 }
 
 /* y (m, out) = x (m, in) wᵀ */
-void multiply(int bits, const void *w, const void *scales, const void *lows, const float *x, float *y, int64_t m,
-              int64_t in, int64_t out, int threads) {
-    const held h = {bits, w, scales, lows, in, out, (in + GROUP - 1) / GROUP};
+void multiply(int bits, int wide, const void *w, const void *scales, const void *lows, const float *x, float *scratch,
+              float *y, int64_t m, int64_t in, int64_t out, int threads) {
+    const held h = {bits, wide, w, scales, lows, in, out, (in + GROUP - 1) / GROUP};
     const int64_t all = m * h.groups;
-    float *xs = malloc(all * (2 * sizeof(float) + PAIRS * sizeof(int32_t)));
+    float *xs = scratch; /* scales, sums, and PAIRS integers of each group */
     int32_t *q = (int32_t *)(xs + 2 * all);
     for (int64_t i = 0; i < m; i++)
         for (int64_t g = 0; g < h.groups; g++) {
@@ -125,13 +124,12 @@ void multiply(int bits, const void *w, const void *scales, const void *lows, con
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t panel = 0; panel < (out + PANEL - 1) / PANEL; panel++)
         panels(&h, (rounded){q, xs, xs + all}, y, m, panel);
-    free(xs);
 }
 
-/* the rows of all panels, as bfloat16 if `half`, else as float32: (out, in), both multiples of 16 and 32 */
-void expand(int bits, const void *w, const void *scales, const void *lows, int64_t in, int64_t out, int half, void *to,
-            int threads) {
-    const held h = {bits, w, scales, lows, in, out, (in + GROUP - 1) / GROUP};
+/* the rows of all panels, as bfloat16 if `half`, else as float32: (out, in), multiples of PANEL and GROUP */
+void expand(int bits, int wide, const void *w, const void *scales, const void *lows, int64_t in, int64_t out, int half,
+            void *to, int threads) {
+    const held h = {bits, wide, w, scales, lows, in, out, in / GROUP};
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t panel = 0; panel < out / PANEL; panel++)
         expand_panel(&h, panel, half, (char *)to + panel * PANEL * in * (half ? 2 : 4));
@@ -145,11 +143,8 @@ TARGET static void OWN(round)(const float *x, int64_t n, int32_t *pairs, float *
     int16_t q[GROUP];
     if (n >= GROUP) memcpy(part, x, sizeof part); /* of a length that is known, it is no call */
     else memcpy(part, x, n * sizeof(float));
-    uint32_t largest = 0; /* of bits: floats without their signs are ordered as integers are */
-    for (int i = 0; i < GROUP; i++) {
-        const uint32_t bits = bits_of(part[i]) & 0x7fffffff;
-        largest = bits > largest ? bits : largest;
-    }
+    uint32_t largest = 0, bits; /* of bits: floats without their signs are ordered as integers are */
+    for (int i = 0; i < GROUP; i++) largest = (bits = bits_of(part[i]) & 0x7fffffff) > largest ? bits : largest;
     const float top = float_of(largest), one = top > 1e-30f ? 32767 / top : 0;
     int32_t sum = 0;
     for (int i = 0; i < GROUP; i++) {
@@ -162,6 +157,12 @@ TARGET static void OWN(round)(const float *x, int64_t n, int32_t *pairs, float *
     *sum_of = one ? sum * *scale : *scale;
 }
 
+INLINE OWN(floats) OWN(factors)(const held *h, const void *p, int64_t at) {
+    OWN(floats) wide;
+    if (h->wide) memcpy(&wide, (const float *)p + at, sizeof wide);
+    return h->wide ? wide : OWN(halves)((const uint16_t *)p + at);
+}
+
 /* m rows of activations times one panel. The weights' integers stay in registers for all of them. */
 INLINE void OWN(sweep)(const int bits, const held *h, rounded r, float *y, int64_t panel, const int m) {
     const int lines = 2 * bits, parts = PANEL / LANES;
@@ -172,8 +173,7 @@ INLINE void OWN(sweep)(const int bits, const held *h, rounded r, float *y, int64
         for (int part = 0; part < parts; part++) {
             const int64_t at = (panel * h->groups + g) * PANEL + part * LANES;
             const int32_t *pairs = r.q + g * m * PAIRS;
-            OWN(sums) dots[SWEEP];
-            for (int i = 0; i < m; i++) dots[i] = (OWN(sums)){0};
+            OWN(sums) dots[SWEEP] = {{0}};
 #pragma GCC unroll 16
             for (int j = 0; j < lines; j++) {
                 const uint8_t *line = w + j * LINE + part * 2 * LANES;
@@ -191,11 +191,12 @@ INLINE void OWN(sweep)(const int bits, const held *h, rounded r, float *y, int64
                     }
                 }
             }
-            const OWN(floats) scale = OWN(halves)(h->scales + at);
-            for (int i = 0; i < m; i++) {
+            const OWN(floats) scale = OWN(factors)(h, h->scales, at);
+            for (int i = 0; i < m; i++)
                 sum[part][i] += __builtin_convertvector(dots[i], OWN(floats)) * (scale * r.scales[g * m + i]);
-                if (bits == 4) sum[part][i] += OWN(halves)(h->lows + at) * r.sums[g * m + i];
-            }
+            if (bits == 8 && !h->lows) continue;
+            const OWN(floats) low = h->lows ? OWN(factors)(h, h->lows, at) : scale * -8.0f;
+            for (int i = 0; i < m; i++) sum[part][i] += low * r.sums[g * m + i];
         }
     for (int i = 0; i < m; i++) {
         const int64_t first = panel * PANEL, left = h->out - first;
@@ -226,17 +227,16 @@ INLINE void OWN(rows)(const int bits, const held *h, int64_t panel, int half, vo
         for (int row = 0; row < PANEL; row++)
             for (int j = 0; j < lines; j++) memcpy(&pairs[row][j], h->w + (group * lines + j) * LINE + 2 * row, 2);
         for (int row = 0; row < PANEL; row++) {
-            const float scale = from_half(h->scales[group * PANEL + row]);
-            const float low = bits == 8 ? 0 : from_half(h->lows[group * PANEL + row]);
+            const float scale = factor(h, h->scales, group * PANEL + row);
+            const float low = h->lows ? factor(h, h->lows, group * PANEL + row) : bits == 8 ? 0 : -8 * scale;
             const uint8_t *q = (const uint8_t *)pairs[row];
             float values[GROUP];
             for (int i = 0; i < 4 * bits; i++) values[i] = (bits == 8 ? (int8_t)q[i] : q[i] & 15) * scale + low;
             if (bits == 4) for (int i = 0; i < 16; i++) values[16 + i] = (q[i] >> 4) * scale + low;
-            if (!half) memcpy((float *)to + row * in + g * GROUP, values, sizeof values);
-            else for (int i = 0; i < GROUP; i++) {
-                const uint32_t u = bits_of(values[i]);
-                ((uint16_t *)to)[row * in + g * GROUP + i] = (u + 0x7fff + (u >> 16 & 1)) >> 16;
-            }
+            const int64_t at = row * in + g * GROUP;
+            if (!half) memcpy((float *)to + at, values, sizeof values);
+            else for (uint32_t i = 0, u; i < GROUP; i++)
+                u = bits_of(values[i]), ((uint16_t *)to)[at + i] = (u + 0x7fff + (u >> 16 & 1)) >> 16;
         }
     }
 }

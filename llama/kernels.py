@@ -31,9 +31,9 @@ FEW_QUERIES = 8
 # The arguments of each function: pointers, sizes of 64 bits, ints and floats.
 KINDS = {"p": ctypes.c_void_p, "s": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
 SIGNATURES = {
-    "multiply": "ipppppsssi",
-    "expand": "ipppssipi",
-    "multiply_bfloat16": "psppsssi",
+    "multiply": "iippppppsssi",
+    "expand": "iipppssipi",
+    "multiply_bfloat16": "pspppsssi",
     "rms_norm": "ppfsspi",
     "gate": "ppssspi",
     "rotate": "pspsssspi",
@@ -99,13 +99,16 @@ def _call(name: str, *args: Tensor | float | None) -> None:
 
 def _multiply(x: Tensor, q: Tensor, scales: Tensor, lows: Tensor | None, rows: int) -> Tensor:
     x, shape = x.float().contiguous(), (*x.shape[:-1], rows)
-    y = x.new_empty(shape)
-    _call("multiply", _bits(q), q, scales, lows, x, y, x.numel() // x.shape[-1], x.shape[-1], rows, _threads())
+    y, m = x.new_empty(shape), x.numel() // x.shape[-1]
+    rounded = x.new_empty(m * q.shape[1] * (2 + GROUP // 2))
+    _call("multiply", *_form(q, scales), q, scales, lows, x, rounded, y, m, x.shape[-1], rows, _threads())
     return y
 
 
-def _bits(q: Tensor) -> int:
-    return 8 if q.shape[2] == GROUP // 2 else 4  # a group has a line for each of 16 pairs of inputs, or for two
+def _form(q: Tensor, scales: Tensor) -> tuple[int, int]:
+    """Bits of a weight, and whether its scales are float32."""
+    bits = 8 if q.shape[2] == GROUP // 2 else 4  # a group has a line for each of 16 pairs of inputs, or for two
+    return bits, int(scales.dtype == torch.float32)
 
 
 # The compiler cannot see into a call of C; an operation it calls as it is.
@@ -130,8 +133,9 @@ def multiply_bfloat16(x: Tensor, weight: Tensor) -> Tensor:
     Only for processors with AVX512-BF16.
     """
     x, (rows, columns) = x.float().contiguous(), weight.shape
-    y = x.new_empty((*x.shape[:-1], rows))
-    _call("multiply_bfloat16", weight, weight.stride(0), x, y, x.numel() // columns, columns, rows, _threads())
+    y, m = x.new_empty((*x.shape[:-1], rows)), x.numel() // columns
+    near = x.new_empty(m * -(-columns // GROUP) * GROUP, dtype=torch.bfloat16)
+    _call("multiply_bfloat16", weight, weight.stride(0), x, near, y, m, columns, rows, _threads())
     return y
 
 
@@ -139,7 +143,7 @@ def expand(q: Tensor, scales: Tensor, lows: Tensor | None, dtype: torch.dtype) -
     """The rows of panels: (16 × panels, 32 × groups) in bfloat16 or float32."""
     weight = torch.empty(len(q) * PANEL, q.shape[1] * GROUP, dtype=dtype)
     rows, columns = weight.shape
-    _call("expand", _bits(q), q, scales, lows, columns, rows, int(dtype == torch.bfloat16), weight, _threads())
+    _call("expand", *_form(q, scales), q, scales, lows, columns, rows, int(dtype == torch.bfloat16), weight, _threads())
     return weight
 
 

@@ -34,10 +34,11 @@ KINDS = {bool: "True or False", int: "a whole number", float: "a number"}
 
 # What a parameter of this name means, in whichever program.
 FLAGS = {
-    "ckpt_dir": "folder of weights",
+    "ckpt_dir": "folder of weights, or GGUF file",
     "prompt": "the text; read from standard input if it is - or left out",
     "out": "folder to write, which must not be there yet",
-    "to": "hf for Hugging Face's layout, meta for the release's",
+    "to": "hf for Hugging Face's layout, meta for the release's, gguf for llama.cpp's",
+    "type": "of a GGUF file's matrices: f16, bf16, q8_0 or q4_0",
     "model_parallel_size": "number of shards to write",
     "tokenizer_path": "tokenizer.model, if it is neither in the folder nor beside it",
     "system": "system message: how the model is to answer",

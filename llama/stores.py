@@ -15,13 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import kernels
+from .groups import QUANTISED_ROWS, Groups, quantize
 from .kernels import GROUP, PANEL
 
 # Quantised weights are expanded so many rows at a time: temporaries stay in the processor's cache.
 BLOCK_ROWS = 512
-
-# Weights are quantised so many rows at a time, and int4 given back by so many columns: temporaries are small beside it.
-QUANTISED_ROWS = 128
 
 # What a decode step in 16 bits takes on top for little: it is bound by reading the weights.
 SPARE_TOKENS = 3
@@ -147,47 +145,19 @@ class PackedFloat16(Packed):
         return weight.half()
 
 
-def float16_towards(x: Tensor, bound: float) -> Tensor:
-    """x in float16's values, rounded towards infinity or its negative."""
-    near = x.half()
-    short = near < x if bound > 0 else near > x
-    return torch.where(short, near.nextafter(torch.full_like(near, bound)), near).float()
-
-
 class Grouped(Held):
-    """8 or 4 bits with a scale for every 32 inputs of a row, for our own kernels (kernels.c says how they lie).
+    """8 or 4 bits with a scale for every 32 inputs of a row, for our own kernels (kernels.c says how they lie)."""
 
-    8 bits: weight ≈ q × scale, q in [-127, 127]. 4 bits: weight ≈ q × scale + low, q in [0, 15].
-    |error| <= scale / 2: scales and lows are rounded to float16 before q is computed.
-    """
-
-    def __init__(self, weight: Tensor, bits: int):
+    def __init__(self, groups: Groups, columns: int | None = None):
+        """`columns`: how many inputs there are where the last group was filled up."""
         super().__init__()
-        self.rows, self.columns = weight.shape
-        if bits == 4:
-            check_groups(weight)
-        panels = [self._quantise(rows, bits) for rows in weight.split(QUANTISED_ROWS)]
-        q, scales, lows = (torch.cat(parts) for parts in zip(*panels, strict=True))
-        self.q = nn.Buffer(q, persistent=False)  # (panels, groups, lines, 32)
-        self.scales = nn.Buffer(scales, persistent=False)  # (panels, groups, 16)
-        self.lows = nn.Buffer(lows, persistent=False) if bits == 4 else None
-
-    @staticmethod
-    def _quantise(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-        rows, columns = weight.shape
-        groups = F.pad(weight.float(), (0, -columns % GROUP, 0, -rows % PANEL)).unflatten(1, (-1, GROUP))
-        low, high = groups.aminmax(dim=2)
-        if bits == 8:
-            low, high, steps, kind = torch.zeros_like(low), torch.maximum(high, -low), 127, torch.int8
-        else:
-            low, steps, kind = float16_towards(low, -torch.inf), 15, torch.uint8
-        scale = float16_towards((high - low) / steps, torch.inf)
-        q = ((groups - low[..., None]) / scale.clamp(min=1e-30)[..., None]).round_().to(kind)
-        # (panels, rows, groups, pairs, 2) -> the lines of a group, each a pair of inputs of all rows of a panel
-        lines = q.unflatten(0, (-1, PANEL)).unflatten(3, (-1, 2)).permute(0, 2, 3, 1, 4).flatten(3)
-        if bits == 4:
-            lines = lines[:, :, :8] | lines[:, :, 8:] << 4
-        return lines.contiguous(), *(t.half().unflatten(0, (-1, PANEL)).mT.contiguous() for t in (scale, low))
+        self.bits, self.rows, self.columns = groups.bits, len(groups.q), columns or groups.q.shape[1] * GROUP
+        # Neighbouring inputs make a pair, and the pairs of a panel's rows a line: (panels, groups, lines, 16 pairs).
+        pairs = in_panels(groups.q.view(torch.int16)).permute(0, 2, 3, 1).contiguous()
+        self.q = nn.Buffer(pairs.view(torch.uint8 if self.bits == 4 else torch.int8), persistent=False)
+        self.scales = nn.Buffer(in_panels(groups.scales).mT.contiguous(), persistent=False)  # (panels, groups, 16)
+        lows = None if groups.lows is None else in_panels(groups.lows).mT.contiguous()
+        self.lows = None if lows is None else nn.Buffer(lows, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         few = x.is_cpu and x.shape[-2] < expand_tokens() and x.shape[-1] == self.columns
@@ -205,16 +175,23 @@ class Grouped(Held):
         lows = None if self.lows is None else self.lows[first:last]
         if q.is_cpu and not torch.compiler.is_compiling() and kernels.available():
             return kernels.expand(q, scales, lows, dtype)[:, : self.columns]
-        if lows is not None:
+        if self.bits == 4:
             q = torch.cat((q & 15, q >> 4), dim=2)
         weight = q.unflatten(3, (PANEL, 2)).to(torch.float32) * scales.float()[:, :, None, :, None]
-        if lows is not None:
-            weight += lows.float()[:, :, None, :, None]
+        if lows is not None or self.bits == 4:
+            weight += (-8 * scales.float() if lows is None else lows.float())[:, :, None, :, None]
         return weight.permute(0, 3, 1, 2, 4).flatten(2).flatten(0, 1)[:, : self.columns].to(dtype)
 
     def unpack(self) -> Tensor:
         blocks = range(0, len(self.q), BLOCK_ROWS // PANEL)
         return torch.cat([self._expand(first, torch.float32) for first in blocks])[: self.rows]
+
+
+def in_panels(rows: Tensor) -> Tensor:
+    """(panels, 16, ...) for (rows, ...), the last panel filled up with zeros."""
+    missing = -len(rows) % PANEL
+    filled = torch.cat((rows, rows.new_zeros(missing, *rows.shape[1:]))) if missing else rows
+    return filled.unflatten(0, (-1, PANEL))
 
 
 class Int8(Held):
@@ -253,10 +230,10 @@ class Int8(Held):
         return self.q.float() * self.scales.float()[:, None]
 
 
-def check_groups(weight: Tensor, group_size: int = GROUP) -> None:
-    if weight.shape[1] % group_size:
+def check_groups(weight: Tensor) -> None:
+    if weight.shape[1] % GROUP:
         raise ValueError(
-            f"int4 stores groups of {group_size} inputs, and this rank's weight has {weight.shape[1]}: "
+            f"int4 stores groups of {GROUP} inputs, and this rank's weight has {weight.shape[1]}: "
             "use fewer ranks or int8"
         )
 
@@ -270,7 +247,7 @@ class Int4(Held):
 
     def __init__(self, weight: Tensor, group_size: int = GROUP):
         super().__init__()
-        check_groups(weight, group_size)
+        check_groups(weight)
         self.group_size, (self.rows, self.in_features) = group_size, weight.shape
         padded = F.pad(weight, (0, 0, 0, -self.rows % 16))  # the kernels' tiles
         packed, scales_and_zeros = zip(*map(self._quantise, padded.split(QUANTISED_ROWS)), strict=True)
@@ -317,19 +294,24 @@ class Store(NamedTuple):
     spare_tokens: int = 0  # so many beside a row's next one take little longer than it does alone
     chunk_tokens: int = 0  # so many of a prompt take some three times as long as it; 0: nobody measured how many
     in_place: bool = False  # whether bfloat16 weights stay where a file's pages are mapped
+    keeps: tuple[int, ...] = ()  # bits of a file's groups that are held as they are
+    hold_coarse: Callable[[Tensor], nn.Module | None] | None = None  # other weights that files have in fewer bits
 
 
 def hold_int8(weight: Tensor) -> nn.Module:
-    return Grouped(weight, 8) if weight.is_cpu and kernels.available() else Int8(weight)
+    if weight.is_cpu and kernels.available():
+        return Grouped(quantize(weight, 8), weight.shape[1])
+    return Int8(weight)
 
 
 def hold_int4(weight: Tensor) -> nn.Module:
-    return Grouped(weight, 4) if weight.is_cpu and kernels.available() else Int4(weight)
+    check_groups(weight)
+    return Grouped(quantize(weight, 4)) if weight.is_cpu and kernels.available() else Int4(weight)
 
 
 STORES = {
-    "int8": Store(hold_int8, 1 + 2 / GROUP, chunk_tokens=12),
-    "int4": Store(hold_int4, 0.5 + 4 / GROUP, chunk_tokens=8),
+    "int8": Store(hold_int8, 1 + 2 / GROUP, chunk_tokens=12, keeps=(8,)),
+    "int4": Store(hold_int4, 0.5 + 4 / GROUP, chunk_tokens=8, keeps=(4,)),
 }
 
 
@@ -351,15 +333,32 @@ def select_dtype(dtype: str | torch.dtype, stored: torch.dtype, device: torch.de
 
 
 def select_store(
-    quantize: str | None, dtype: str | torch.dtype, device: torch.device, compile: bool = False
+    quantize: str | None,
+    dtype: str | torch.dtype,
+    device: torch.device,
+    compile: bool = False,
+    stored_bits: int | None = None,
 ) -> Store | None:
     """How linear weights are held; None: as plain tensors of the model's type, as for the compiler, which cannot see
-    into packed ones."""
+    into packed ones.
+
+    `stored_bits` are those of a file with fewer than 16: with nothing else asked for, it is held in its own, and in 8
+    what none of our stores holds exactly.
+    """
     if quantize is None:
-        return fastest_16_bits() if dtype == "auto" and device.type == "cpu" and not compile else None
+        if dtype != "auto" or device.type != "cpu":
+            return None
+        store = None if compile else fastest_16_bits()
+        if stored_bits is None or not kernels.available():
+            return store
+        plain = Store(lambda weight: None, 4)
+        like = STORES["int4" if stored_bits == 4 else "int8"]
+        own = (store or plain)._replace(spare_tokens=0, chunk_tokens=like.chunk_tokens)
+        return own._replace(keeps=(4, 8), hold_coarse=hold_int8)
     if quantize not in STORES:
         raise ValueError(f"quantize is {quantize!r}: use 'int8', 'int4' or None")
-    return STORES[quantize]
+    store = STORES[quantize]
+    return store if device.type == "cpu" and kernels.available() else store._replace(keeps=())
 
 
 def fastest_16_bits() -> Store | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import SupportsIndex, cast
 
 from sentencepiece import SentencePieceProcessor
@@ -15,7 +16,8 @@ class Tokenizer:
 
     `n_words` is the vocabulary's size; `bos_id`, `eos_id` and `pad_id` are special ids, and so are Code Llama's
     `prefix_id`, `suffix_id`, `middle_id` and `eot_id`, and its 70B chat model's `step_id` (-1 where the model has
-    none).
+    none). `chat_template` is the Jinja template that came with the vocabulary, if one did: it is not run, but says
+    whether the model knows Llama 2's chat layout.
 
     Raises FileNotFoundError if `model_path` is not a file, ValueError if it is not a SentencePiece model.
     """
@@ -24,10 +26,21 @@ class Tokenizer:
         model_path = os.path.expanduser(str(model_path))
         if not os.path.isfile(model_path):
             raise FileNotFoundError(f"no tokenizer at {model_path}: pass the path of tokenizer.model")
+        self._use(Path(model_path).read_bytes(), model_path)
+
+    @classmethod
+    def from_proto(cls, proto: bytes, name: str) -> Tokenizer:
+        """The tokenizer of a SentencePiece model's bytes, which are of what `name` says."""
+        tokenizer = cls.__new__(cls)
+        tokenizer._use(proto, name)
+        return tokenizer
+
+    def _use(self, proto: bytes, name: str) -> None:
         try:
-            self.sp_model = SentencePieceProcessor(model_file=model_path)
+            self.sp_model = SentencePieceProcessor(model_proto=proto)
         except RuntimeError as error:
-            raise ValueError(f"{model_path} is not a SentencePiece model: download tokenizer.model again") from error
+            raise ValueError(f"{name} is not a SentencePiece model: download tokenizer.model again") from error
+        self.chat_template: str | None = None
         self.n_words: int = self.sp_model.vocab_size()
         self.bos_id: int = self.sp_model.bos_id()
         self.eos_id: int = self.sp_model.eos_id()

@@ -308,9 +308,6 @@ def test_a_file_in_place_of_its_folder_is_told_what_to_pass(golden_copy: Path, m
     monkeypatch.chdir(golden_copy)
     with pytest.raises(ValueError, match=rf"^params\.json is a file: pass the folder that holds it, {golden_copy}$"):
         build(Path("params.json"))
-    (golden_copy / "llama-2-7b.Q4_K_M.gguf").touch()
-    with pytest.raises(ValueError, match=r"Q4_K_M\.gguf is in GGUF's layout: not supported, pass a folder that holds"):
-        build(golden_copy / "llama-2-7b.Q4_K_M.gguf")
 
 
 def test_paths_are_as_users_write_them(golden_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,8 @@ from conftest import GOLDEN, TINY, random_state, run_python, write_release
 
 from llama import Llama, ModelArgs, Tokenizer
 from llama.checkpoints import Checkpoint
-from llama.checkpoints.folders import convert, info, reshard, verify
+from llama.checkpoints.convert import convert, reshard
+from llama.checkpoints.folders import info, verify
 
 TOKENS = torch.randint(512, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -51,8 +52,8 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path: Path) ->
         reshard(str(GOLDEN / "gqa-mp1"), str(tmp_path / "out"), "two")
     with pytest.raises(TypeError, match="max_batch_size is 'x': use an integer"):
         info(str(GOLDEN / "gqa-mp1"), 8, "x")
-    with pytest.raises(ValueError, match="to is 'gguf': use 'hf' or 'meta'"):
-        convert(str(GOLDEN / "gqa-mp1"), str(tmp_path / "out"), "gguf")
+    with pytest.raises(ValueError, match="to is 'onnx': use 'hf', 'meta' or 'gguf'"):
+        convert(str(GOLDEN / "gqa-mp1"), str(tmp_path / "out"), "onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
@@ -93,7 +94,7 @@ def test_a_disk_known_to_be_too_small_is_refused_before_writing(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 100_000, 100_000))
     monkeypatch.setattr(torch, "save", lambda *_: pytest.fail("written"))
     with pytest.raises(OSError, match=r"could not write to .* \(too little space\): 0\.4 GB are needed, and 0\.1 MB"):
-        monkeypatch.setattr("llama.checkpoints.folders.size_of", lambda *_: 400_000_000)
+        monkeypatch.setattr("llama.checkpoints.convert.size_of", lambda *_: 400_000_000)
         convert(str(GOLDEN / "gqa-mp1"), str(tmp_path / "out"), to)
     assert not list(tmp_path.iterdir())
 
@@ -192,7 +193,7 @@ import sys, threading, time
 from pathlib import Path
 import torch
 from llama import Llama
-from llama.checkpoints.folders import reshard
+from llama.checkpoints.convert import reshard
 sys.path.insert(0, {tests!r})
 from conftest import build_golden
 torch.set_num_threads(2)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from llama import Llama, ModelArgs
 from llama.checkpoints import Checkpoint
-from llama.checkpoints.folders import convert, reshard
+from llama.checkpoints.convert import convert, reshard
 from llama.checkpoints.huggingface import feed_forward_params
 
 transformers = pytest.importorskip("transformers")
@@ -166,7 +166,7 @@ def test_to_hugging_face_and_back_are_the_same_tensors(
 def test_transformers_reads_what_we_write(
     judged: tuple[Path, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llama.checkpoints.folders.PART_BYTES", 100_000)
+    monkeypatch.setattr("llama.checkpoints.convert.PART_BYTES", 100_000)
     convert(str(judged[0]), str(tmp_path / "written"), "hf")
     assert len(list((tmp_path / "written").glob("*.safetensors"))) > 1
     model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "written", dtype=torch.float32)

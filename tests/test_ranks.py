@@ -11,7 +11,7 @@ import torch
 from conftest import GOLDEN, GOLDEN_FOLDERS, ROOT, TINY, build_golden, expected, random_state, torchrun, write_release
 
 from llama import ModelArgs, Transformer
-from llama.checkpoints.folders import reshard
+from llama.checkpoints.convert import reshard
 
 WORKERS = ROOT / "tests" / "workers"
 

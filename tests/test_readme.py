@@ -17,7 +17,7 @@ from conftest import ROOT, TINY, clean_environment, random_state, run_python, wr
 from release_server import CLIENTS, Release, assert_whole, make_tools
 
 from llama import ModelArgs
-from llama.checkpoints.folders import reshard
+from llama.checkpoints.convert import reshard
 
 README = (ROOT / "README.md").read_text()
 

@@ -4,7 +4,6 @@ import copy
 import functools
 import pickle
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from llama import Llama, kernels, stores
 from llama.parallel import ShardedLinear
 from llama.stores import (
     BFloat16,
-    Grouped,
     Int4,
     Int8,
     PackedBFloat16,
@@ -113,9 +111,10 @@ def test_bfloat16_weights_stay_on_their_files_pages(folder: str, tmp_path: Path)
         assert torch.equal(layer.store.unpack().float(), plain.weight)
 
 
+HOLD: dict[int, Any] = {8: hold_int8, 4: hold_int4}
 built = pytest.mark.skipif(kernels.library() is None, reason="our kernels were not built")
-grouped8 = pytest.param(partial(Grouped, bits=8), marks=built, id="grouped8")
-grouped4 = pytest.param(partial(Grouped, bits=4), marks=built, id="grouped4")
+grouped8 = pytest.param(hold_int8, marks=built, id="grouped8")
+grouped4 = pytest.param(hold_int4, marks=built, id="grouped4")
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -124,7 +123,7 @@ def test_a_grouped_weight_is_off_by_at_most_half_a_scale(shape: tuple[int, int],
     weight = weight_of(*shape)
     low, high = weight.unflatten(1, (-1, 32)).aminmax(dim=2)
     scale = (high - low) / 15 if bits == 4 else torch.maximum(high, -low) / 127
-    error = (Grouped(weight, bits).unpack() - weight).abs()
+    error = (HOLD[bits](weight).unpack() - weight).abs()
     # Scales and lows are rounded to float16, away from the weights.
     bound = scale / 2 + (low.abs() + scale) / 1024
     assert (error <= bound.repeat_interleave(32, 1)).all()
@@ -133,7 +132,7 @@ def test_a_grouped_weight_is_off_by_at_most_half_a_scale(shape: tuple[int, int],
 @built
 def test_four_bits_of_weights_that_are_nearly_the_same() -> None:
     weight = 1 + weight_of(64, 64).clamp(-1, 1) / 1000
-    error = (Grouped(weight, 4).unpack() - weight).abs().max()
+    error = (hold_int4(weight).unpack() - weight).abs().max()
     assert error <= (0.002 + 2**-11) / 15 / 2 * 1.01  # 2^-11 is float16's spacing below 1, by which a low may be off
     scales, zeros = Int4(weight).scales_and_zeros.float().repeat_interleave(32, 0).unbind(2)
     assert (zeros - 8.5 * scales <= weight.T).all() and (zeros + 7.5 * scales >= weight.T).all()
@@ -154,7 +153,7 @@ def kernel(request: pytest.FixtureRequest) -> Any:
 def test_kernels_are_near_float64_of_the_same_weights(kernel: Any, bits: int, shape: tuple[int, int]) -> None:
     if bits == 4 and shape[1] % 32:
         return
-    store = Grouped(weight_of(*shape), bits)
+    store = HOLD[bits](weight_of(*shape))
     for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 31):
         x = torch.randn(rows, 1, shape[1], generator=torch.Generator().manual_seed(rows))
         x[:, :, 5] *= 100  # the channel that is an outlier
@@ -165,7 +164,7 @@ def test_kernels_are_near_float64_of_the_same_weights(kernel: Any, bits: int, sh
 @pytest.mark.parametrize("bits", [8, 4])
 def test_kernels_take_what_the_plain_product_takes(kernel: Any, bits: int) -> None:
     weight = torch.cat((weight_of(16, 64), torch.zeros(16, 64), torch.full((16, 64), 65504.0)))
-    store = Grouped(weight, bits)
+    store = HOLD[bits](weight)
     x = torch.randn(4, 1, 64, generator=torch.Generator().manual_seed(0))
     x[1] = 0
     x[2, 0, 7] = torch.nan
@@ -207,7 +206,7 @@ def test_kernels_of_another_version_are_not_called(
 def test_a_grouped_weight_multiplies_where_there_are_no_kernels_too(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(2, 1, 64, generator=torch.Generator().manual_seed(1))
     for bits in (8, 4):
-        store = Grouped(weight_of(50, 64), bits)
+        store = HOLD[bits](weight_of(50, 64))
         near, weight = store(x), store.unpack()
         with monkeypatch.context() as patch:
             patch.setattr(kernels, "available", lambda: False)
@@ -218,7 +217,7 @@ def test_a_grouped_weight_multiplies_where_there_are_no_kernels_too(monkeypatch:
 
 @built
 def test_the_compiler_takes_our_products_as_they_are() -> None:
-    store, x = Grouped(weight_of(48, 64), 4), torch.randn(3, 1, 64)
+    store, x = hold_int4(weight_of(48, 64)), torch.randn(3, 1, 64)
     compiled = torch.compile(lambda x: store(x) * 2, fullgraph=True)
     assert torch.equal(compiled(x), store(x) * 2)
 

@@ -34,8 +34,6 @@ def folder_of(what: str, path: Any, holds: str) -> Path:
     """A folder that holds what `holds` says. Raises FileNotFoundError or, for a file, ValueError, saying what to do."""
     folder = path_of(what, path)
     if folder.is_file():
-        if folder.suffix == ".gguf":
-            raise ValueError(f"{folder} is in GGUF's layout: not supported, pass a folder that holds {holds}")
         raise ValueError(f"{folder} is a file: pass the folder that holds it, {folder.absolute().parent}")
     if not folder.is_dir():
         hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not folder.parent.exists()

@@ -2,52 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial, reduce
-from itertools import chain
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..distributed import divisors, either
+from ..groups import Groups
+from ..kernels import GROUP
 from ..model import ModelArgs, Transformer
-from ..parallel import ShardedLinear, hold_together
 from ..stores import Store
-from .files import folder_of, give_back
+from ..tokenizer import Tokenizer
+from .files import folder_of, give_back, path_of
+from .gguf import open_gguf
 from .huggingface import open_huggingface
 from .lora import Adapter
 from .names import Shapes, interleave, is_rotary, part_shape, shard_dim
-from .release import open_release
+from .quantized import Quantized
+from .release import Source, open_release
 
 logger = logging.getLogger(__name__)
-
-# Threads that pack or quantise; each holds a matrix and its temporaries beside the weights.
-MAX_LOADERS = 4
 
 EMBEDDING = "tok_embeddings.weight"
 IGNORED = ("rope.freqs", "rotary_emb.inv_freq")  # precomputed angles, which some files carry and no model needs
 
 
 class Checkpoint:
-    """A folder of weights, opened but not read: of the release's layout, or of Hugging Face's.
+    """Weights, opened but not read: a folder of the release's layout or of Hugging Face's, or a GGUF file.
 
     With `adapter_dir`, a LoRA adapter in PEFT's layout is merged into what is read. Raises FileNotFoundError for a
     missing folder or file, ValueError for one that is not what its name says, TypeError for what is no path.
     """
 
     def __init__(self, ckpt_dir: str | os.PathLike[str], adapter_dir: str | os.PathLike[str] | None = None):
-        self.path = folder_of("ckpt_dir", ckpt_dir, "params.json or config.json")
-        try:
-            names = {file.name for file in self.path.iterdir()}
-        except OSError as error:
-            raise type(error)(f"{ckpt_dir} cannot be read ({error.strerror}): check its permissions") from error
-        in_hf_layout = "config.json" in names and "params.json" not in names
-        self.source = open_huggingface(self.path) if in_hf_layout else open_release(self.path)
+        self.path = path_of("ckpt_dir", ckpt_dir)
+        self.source = open_gguf(self.path) if is_gguf(self.path) else open_folder(ckpt_dir)
         path, first = next(iter(self.source.shards.items()))
         embedding = self.source.name_of(EMBEDDING)
         if embedding not in first or first[embedding].dim() != 2:
@@ -62,6 +57,34 @@ class Checkpoint:
     def dtype(self) -> torch.dtype:
         """The type the weights are stored in."""
         return self.source.tensor(EMBEDDING).dtype
+
+    def open_tokenizer(self, path: str | os.PathLike[str] | None = None) -> Tokenizer:
+        """The checkpoint's tokenizer, or the one at `path`. Raises ValueError where it is not the embedding's."""
+        tokenizer = Tokenizer.from_proto(self.tokenizer_model(), self.name) if path is None else Tokenizer(path)
+        tokenizer.chat_template = self.source.chat_template
+        rows = len(self.source.tensor(EMBEDDING))
+        if tokenizer.n_words != rows:
+            raise ValueError(
+                f"tokenizer has {tokenizer.n_words} pieces, the checkpoint's embedding {rows} rows: "
+                "this is not its tokenizer"
+            )
+        return tokenizer
+
+    def tokenizer_model(self) -> bytes:
+        """The content of tokenizer.model. Raises FileNotFoundError where there is none."""
+        return self.tokenizer_path.read_bytes() if self.source.vocabulary is None else self.source.vocabulary
+
+    @property
+    def kinds(self) -> list[str]:
+        """The types of the matrices, as their layout calls them."""
+        tensors = [tensor for shard in self.source.shards.values() for tensor in shard.values() if tensor.dim() > 1]
+        return sorted({getattr(t, "kind", str(t.dtype).removeprefix("torch.")) for t in tensors})
+
+    @property
+    def stored_bits(self) -> int | None:
+        """Bits of most of the linear weights, where a file has them in fewer than 16."""
+        weight = next(iter(self.source.shards.values())).get(self.source.name_of("layers.0.feed_forward.w1.weight"))
+        return weight.bits or 8 if isinstance(weight, Quantized) else None
 
     @property
     def tokenizer_path(self) -> Path:
@@ -110,26 +133,54 @@ class Checkpoint:
                     found = f"{path}: {source.name_of(name)} has shape {tuple(tensor.shape)}"
                     asked = f"{source.params_file} asks for {shape}" + f" in each of {shards} shards" * (shards > 1)
                     raise ValueError(f"{found}, and {asked}: a shard is missing or of another model")
-                if dim is None and tensor is not first and not torch.equal(tensor, first):
+                if dim is None and tensor is not first and not torch.equal(as_tensor(tensor), as_tensor(first)):
                     logger.warning("%s: %s is not that of shard 00: the shards may be of two models", path, name)
         if self.adapter is not None:
             self.adapter.check(shapes)
         return shapes
 
-    def mapped(self, name: str, rank: int, shape: torch.Size) -> Tensor | None:
-        """This rank's part of a matrix, of `shape`, where one file has it as it is, in bfloat16; else None."""
+    def as_it_is(self, name: str, rank: int, shape: torch.Size, store: Store) -> Tensor | Quantized | None:
+        """This rank's part of a matrix, of `shape`, where the file has it as `store` holds it; else None."""
         source, dim = self.source, shard_dim(name)
         shards = [shard[source.name_of(name)] for shard in source.shards.values()]
-        if self.adapter is not None or (source.in_halves and is_rotary(name)) or dim is None:
+        if self.adapter is not None or dim is None:
             return None
         number, first = divmod(rank * shape[dim], shards[0].shape[dim])
-        if shards[0].dtype != torch.bfloat16 or first + shape[dim] > shards[0].shape[dim]:
+        if first + shape[dim] > shards[0].shape[dim]:
             return None
-        return shards[number].narrow(dim, first, shape[dim])
+        part = shards[number].narrow(dim, first, shape[dim])
+        if isinstance(part, Quantized):
+            return part if part.bits in store.keeps else None
+        in_order = not (source.in_halves and is_rotary(name))
+        return part if store.in_place and part.dtype == torch.bfloat16 and in_order else None
+
+    def check_groups(self, names: Iterable[str], args: ModelArgs, ranks: int) -> None:
+        """Raise ValueError where so many ranks would cut a group of inputs of one of these matrices, which are held in
+        the file's own bits."""
+        cut = [name for name in names if shard_dim(name) == 1 and self.source.tensor(name).shape[1] // ranks % GROUP]
+        if cut:
+            inputs = {self.source.tensor(name).shape[1] for name in names if shard_dim(name) == 1}
+            whole = [n for n in world_sizes(args) if not any(count // n % GROUP for count in inputs)]
+            raise ValueError(
+                f"{self.name} has {self.source.tensor(cut[0]).shape[1]} inputs of {cut[0]} in groups of {GROUP}, "
+                f"which {ranks} ranks would cut: use {either(whole)}, or dtype='bfloat16'"
+            )
+
+    def groups(self, name: str, part: Quantized) -> Groups:
+        """A part of a matrix in the file's own bits, its rows in the release's order."""
+        groups = part.groups()
+        if self.source.in_halves and is_rotary(name):
+            groups = groups.map(partial(interleave, head_dim=self.head_dim))
+        return groups
+
+    @property
+    def head_dim(self) -> int:
+        head_dim: int = self.source.params["dim"] // self.source.params["n_heads"]
+        return head_dim
 
     def copy(self, name: str, rank: int, out: Tensor) -> None:
         """Fill `out`, of the shape of one rank's part, with this rank's part of a tensor, of one shard or several."""
-        source, head_dim = self.source, self.source.params["dim"] // self.source.params["n_heads"]
+        source = self.source
         tensors = [shard[source.name_of(name)] for shard in source.shards.values()]
         dim = shard_dim(name)
         if dim is None:  # each shard has the whole of it
@@ -139,80 +190,46 @@ class Checkpoint:
             first, last = max(start, number * size), min(end, (number + 1) * size)
             if first < last:
                 part = tensor.narrow(dim, first - number * size, last - first)
-                in_order = interleave(part, head_dim) if source.in_halves and is_rotary(name) else part
-                out.narrow(dim, first - start, last - first).copy_(in_order)
+                target = out.narrow(dim, first - start, last - first)
+                in_order = not (source.in_halves and is_rotary(name))
+                if isinstance(part, Quantized):
+                    part.copy_to(target)
+                    if not in_order:
+                        target.copy_(interleave(target, self.head_dim).clone())
+                    part.let_go()
+                    continue
+                target.copy_(part if in_order else interleave(part, self.head_dim))
                 if source.gives_back:
                     give_back(part)
         if self.adapter is not None:
-            self.adapter.add(name, dim, start, head_dim, out)
+            self.adapter.add(name, dim, start, self.head_dim, out)
 
-    def load(self, model: Transformer, device: torch.device, dtype: torch.dtype, store: Store | None = None) -> None:
-        """Give `model`, built for this rank on the meta device, its weights; linear ones as `store` holds them.
 
-        Copies one tensor at a time (with `store`, one matrix per thread) and gives its mapped pages back, so that
-        memory holds this rank's weights and little more. A store that multiplies in place is given bfloat16 matrices
-        where they are mapped, if a file has them as this rank needs them. Raises ValueError, before anything is read,
-        where the files do not hold exactly the model's tensors. Warns of values that are not finite, and of positions
-        that the model was not made for.
-        """
-        names, rank = list(self.check(model)), model.ranks.rank
-        # Whether the config's length is that before or after linear scaling, folders do not agree: the longer counts.
-        known = (self.source.max_positions or math.inf) * model.params.rope_scaling_factor
-        if rank == 0 and (asked := model.params.max_seq_len) > known:
-            made_for = f"{self.name} was made for {known:.0f} tokens ({self.source.params_file})"
-            logger.warning("max_seq_len is %d, and %s: text beyond them may make no sense", asked, made_for)
-        mapped: dict[str, Tensor] = {}
-        if store and store.in_place and device.type == "cpu":
-            layers = {f"{path}.weight": m for path, m in model.named_modules() if isinstance(m, ShardedLinear)}
-            parts = {name: self.mapped(name, rank, layer.weight.shape) for name, layer in layers.items()}
-            mapped = {name: part for name, part in parts.items() if part is not None}
-        # Weights that multiply the same input can be held as one matrix.
-        groups = [
-            [name for part in module.joined if (name := f"{path}.{part}.weight") not in mapped]
-            for path, module in model.named_modules()
-            if store and hasattr(module, "joined")
-        ]
-        groups = [group for group in groups if group]
-        groups += [[name] for name in names if name not in {*chain(*groups)}]
-        load = partial(self._load_joined, model, device, dtype, store, mapped)
-        state: dict[str, Tensor] = {}
-        # Packing and quantising are slow and release the interpreter's lock; plain copies are as fast from one thread.
-        with ThreadPoolExecutor(min(torch.get_num_threads(), MAX_LOADERS) if store else 1) as pool:
-            loaded, quiet = pool.map(load, groups), rank > 0 or None
-            for tensors in tqdm(loaded, total=len(groups), desc="loading", unit="tensor", leave=False, disable=quiet):
-                state |= tensors
-        model.load_state_dict(state, assign=True, strict=True)
-        model.requires_grad_(False)
+def as_tensor(tensor: Tensor | Quantized) -> Tensor:
+    assert isinstance(tensor, Tensor), "only matrices are quantized, and only where there are no shards"
+    return tensor
 
-    def _load_joined(
-        self,
-        model: Transformer,
-        device: torch.device,
-        dtype: torch.dtype,
-        store: Store | None,
-        mapped: dict[str, Tensor],
-        names: list[str],
-    ) -> dict[str, Tensor]:
-        """Copy tensors, joined along their rows, into a store of their layers; returns those that stay tensors.
 
-        One that is `mapped` is alone, and is not copied.
-        """
-        weights = [model.get_parameter(name) for name in names]  # of this rank's shapes, on the meta device
-        modules = [model.get_submodule(name.removesuffix(".weight")) for name in names]
-        layers = [module for module in modules if isinstance(module, ShardedLinear)] if store else []
-        stored = reduce(torch.promote_types, (self.source.tensor(name).dtype for name in names)) if layers else dtype
-        rows = [len(weight) for weight in weights]
-        part = mapped.get(names[0])
-        joined = torch.empty(sum(rows), *weights[0].shape[1:], dtype=stored, device=device) if part is None else part
-        for name, target in zip(names, joined.split(rows), strict=True):
-            if part is None:
-                self.copy(name, model.ranks.rank, target)
-            if not all(bound.isfinite() for bound in torch.aminmax(target)):
-                logger.warning("%s of %s has values that are not finite: download it again", name, self.name)
-        if store and layers and (held := store.hold(joined)) is not None:
-            hold_together(layers, held)
-            return {}
-        return dict(zip(names, joined.to(dtype).split(rows), strict=True))
+def is_gguf(path: Path) -> bool:
+    """Whether a path is a GGUF file, or is called one."""
+    if not path.is_file():
+        return path.suffix == ".gguf" and not path.is_dir()
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return path.suffix == ".gguf" or file.read(4) == b"GGUF"
+    return path.suffix == ".gguf"
+
+
+def open_folder(ckpt_dir: str | os.PathLike[str]) -> Source:
+    path = folder_of("ckpt_dir", ckpt_dir, "params.json or config.json")
+    try:
+        names = {file.name for file in path.iterdir()}
+    except OSError as error:
+        raise type(error)(f"{ckpt_dir} cannot be read ({error.strerror}): check its permissions") from error
+    files = sorted(name for name in names if name.endswith(".gguf"))
+    if files and not names & {"config.json", "params.json"}:
+        raise ValueError(f"{path} has no params.json or config.json, but {', '.join(files)}: pass the path of one")
+    in_hf_layout = "config.json" in names and "params.json" not in names
+    return open_huggingface(path) if in_hf_layout else open_release(path)
 
 
 def world_sizes(args: ModelArgs) -> list[int]:

@@ -116,10 +116,13 @@ def rope_params(config: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def max_positions_of(args: ModelArgs, said: int | None) -> int:
+    """What a model was made for, where its layout does not say."""
+    return said or (16384 if args.rope_theta == 1e6 else 4096)  # Code Llama's theta, and Llama 2's length
+
+
 def config_of(args: ModelArgs, dtype: torch.dtype, max_positions: int | None = None) -> dict[str, Any]:
     """config.json's values for a model."""
-    # A release does not say it: Code Llama, which alone has this theta, was made for 16,384, Llama 2 for 4,096.
-    max_positions = max_positions or (16384 if args.rope_theta == 1e6 else 4096)
     factor = args.rope_scaling_factor
     return {theirs: getattr(args, ours) for theirs, ours in CONFIG_KEYS.items()} | {
         "architectures": ["LlamaForCausalLM"],
@@ -129,7 +132,7 @@ def config_of(args: ModelArgs, dtype: torch.dtype, max_positions: int | None = N
         "rope_theta": args.rope_theta,
         "rope_scaling": None if factor == 1 else {"type": "linear", "factor": factor},
         "hidden_act": "silu",
-        MAX_POSITIONS: max_positions,
+        MAX_POSITIONS: max_positions_of(args, max_positions),
         "tie_word_embeddings": False,
         "bos_token_id": 1,
         "eos_token_id": 2,

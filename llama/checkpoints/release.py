@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from .files import check_numbers, map_tensors, read_json
+from .quantized import Quantized
 
 REQUIRED_PARAMS = ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps")
 OPTIONAL_PARAMS = ("n_kv_heads", "ffn_dim_multiplier", "vocab_size", "rope_theta", "rope_scaling_factor")
@@ -23,13 +24,15 @@ class Source(NamedTuple):
     params_file: str
     params: dict[str, Any]  # as in params.json
     files: list[Path]
-    shards: dict[Path, dict[str, Tensor]]  # by the path that errors name
+    shards: Mapping[Path, Mapping[str, Tensor | Quantized]]  # by the path that errors name
     name_of: Callable[[str], str]  # a tensor's name in the release -> in this layout
     in_halves: bool = False  # whether rotary rows are in Hugging Face's order
     gives_back: bool = False  # whether tensors are certain to lie on pages of their file, which can be read in again
     max_positions: int | None = None  # what the model was made for, before scaling; None: the folder does not say
+    vocabulary: bytes | None = None  # a whole SentencePiece model, where the layout has one
+    chat_template: Any = None  # a Jinja template, where the layout has one
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> Tensor | Quantized:
         """The first shard's part of a tensor, by its name in the release."""
         return next(iter(self.shards.values()))[self.name_of(name)]
 

@@ -1,0 +1,216 @@
+"""GGUF files, llama.cpp's layout of the same weights: metadata, vocabulary and tensors in one file, or split into some.
+
+Rows of queries and keys stand in the release's order. What the types' bytes mean is in gguf_types.py.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .files import check_numbers, check_readable
+from .gguf_types import FLOATS, OTHER_TYPES, TYPES, Blocks
+from .huggingface import feed_forward_params
+from .names import gguf_name
+from .quantized import Quantized
+from .release import Source
+from .vocabulary import proto_of
+
+VERSIONS = (2, 3)
+ALIGNMENT = 32  # of tensors, where the file does not say
+MOST_VALUES = 2**22  # of an array of the metadata: a vocabulary's pieces are some 32,000
+
+# The metadata's kinds of values, as struct names them; then strings and arrays.
+NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+
+# The metadata's keys -> params.json's
+KEYS = {
+    "llama.embedding_length": "dim",
+    "llama.block_count": "n_layers",
+    "llama.attention.head_count": "n_heads",
+    "llama.attention.head_count_kv": "n_kv_heads",
+    "llama.attention.layer_norm_rms_epsilon": "norm_eps",
+    "llama.rope.freq_base": "rope_theta",
+    "llama.vocab_size": "vocab_size",
+}
+REQUIRED_KEYS = (*list(KEYS)[:3], "llama.attention.layer_norm_rms_epsilon", "llama.feed_forward_length")
+PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+
+
+def open_gguf(path: Path) -> Source:
+    """A file, or all parts of which this is one. Raises ValueError for what is broken or no Llama 2."""
+    files = parts_of(path)
+    metadata, tensors = read_file(files[0])
+    for file in files[1:]:
+        tensors |= read_file(file)[1]
+    name = files[0].name
+    params = params_of(name, metadata)
+    if "rope_freqs.weight" in tensors:
+        raise ValueError(f"{name} has rope_freqs.weight (Llama 3.1's positions): not supported")
+    if "output.weight" not in tensors and "token_embd.weight" in tensors:
+        tensors["output.weight"] = tensors["token_embd.weight"]
+    longest = metadata.get("llama.context_length")
+    return Source(
+        "GGUF",
+        name,
+        params,
+        files,
+        {files[0]: tensors},
+        gguf_name,
+        gives_back=True,
+        max_positions=longest if isinstance(longest, int) else None,
+        vocabulary=proto_of(name, metadata),
+        chat_template=metadata.get("tokenizer.chat_template"),
+    )
+
+
+def parts_of(path: Path) -> list[Path]:
+    """All parts of what `path` is one of. Raises FileNotFoundError for one that is missing."""
+    if (part := PART.fullmatch(path.name)) is None:
+        return [path]
+    files = [path.with_name(f"{part[1]}-{number:05}-of-{part[3]}.gguf") for number in range(1, int(part[3]) + 1)]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file.name} is missing beside {path}: download it")
+    return files
+
+
+def params_of(name: str, metadata: dict[str, Any]) -> dict[str, Any]:
+    """params.json's values for a file's metadata. Raises ValueError for what would need other mathematics."""
+    if (kind := metadata.get("general.architecture")) != "llama":
+        raise ValueError(f"{name} has general.architecture {kind!r}: not supported, only 'llama' is")
+    for key in REQUIRED_KEYS:
+        if key not in metadata:
+            raise ValueError(f"{name} lacks key {key}: download it again")
+    given = {key: metadata[key] for key in (*KEYS, *REQUIRED_KEYS) if key in metadata}
+    check_numbers(name, given, real=("llama.attention.layer_norm_rms_epsilon", "llama.rope.freq_base"))
+    params = {ours: as_written(given[theirs]) for theirs, ours in KEYS.items() if theirs in given}
+    if params.get("n_kv_heads") == params["n_heads"]:
+        del params["n_kv_heads"]  # as releases have it
+    head_dim = params["dim"] // params["n_heads"]
+    others = dict.fromkeys(("llama.rope.dimension_count", "llama.attention.key_length"), head_dim)
+    others |= {"llama.attention.value_length": head_dim, "llama.expert_count": 0, "llama.attention.causal": True}
+    for key, wanted in others.items():
+        if metadata.get(key, wanted) != wanted:
+            raise ValueError(f"{name} has {key} {metadata[key]!r}: not supported, only {wanted!r} is")
+    scaling = metadata.get("llama.rope.scaling.type", "none")
+    factor = metadata.get("llama.rope.scaling.factor", metadata.get("llama.rope.scale_linear", 1.0))
+    if scaling not in ("none", "linear"):
+        raise ValueError(f"{name} has llama.rope.scaling.type {scaling!r}: not supported, only 'linear' is")
+    if factor and (scaling == "linear" or "llama.rope.scale_linear" in metadata):
+        check_numbers(name, {"llama.rope.scaling.factor": factor}, real=("llama.rope.scaling.factor",))
+        params["rope_scaling_factor"] = as_written(factor)
+    return params | feed_forward_params(given["llama.embedding_length"], given["llama.feed_forward_length"])
+
+
+def as_written(value: float) -> float:
+    """The shortest number that float32 rounds to this one: 1e-05 for 9.999999747378752e-06."""
+    if isinstance(value, int):
+        return value
+    near = (float(f"{value:.{digits}g}") for digits in range(1, 9))
+    return next((number for number in near if struct.pack("f", number) == struct.pack("f", value)), value)
+
+
+def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor | Quantized]]:
+    """A file's metadata and its tensors, which lie on the file's mapped pages. Raises ValueError for a broken one."""
+    check_readable(path)
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty: download it again")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        header = Header(path, data)
+        try:
+            metadata, infos = header.read()
+        except (UnicodeDecodeError, struct.error) as error:
+            raise header.broken(str(error)) from error
+        start, size = header.position, len(data)
+    alignment = metadata.get("general.alignment", ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < 8 or alignment % 8:
+        raise ValueError(f"{path} has general.alignment {alignment!r}: download it again")
+    start += -start % alignment
+    mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+    return metadata, {name: tensor_at(path, mapped, start, name, *info) for name, info in infos.items()}
+
+
+class Header:
+    """What stands before the tensors, read value by value; no count or length in it is believed."""
+
+    def __init__(self, path: Path, data: mmap.mmap):
+        self.path, self.data, self.position = path, data, 0
+
+    def broken(self, reason: str) -> ValueError:
+        return ValueError(f"{self.path} is not a whole GGUF file ({reason}): download it again")
+
+    def take(self, size: int) -> bytes:
+        if size > len(self.data) - self.position:
+            raise self.broken(f"it ends at byte {len(self.data)}, in its header")
+        self.position += size
+        return self.data[self.position - size : self.position]
+
+    def number(self, kind: str) -> Any:
+        return struct.unpack(f"<{kind}", self.take(struct.calcsize(f"<{kind}")))[0]
+
+    def text(self) -> str:
+        return self.take(self.number("Q")).decode()
+
+    def value(self, kind: int) -> Any:
+        if kind in NUMBERS:
+            return self.number(NUMBERS[kind])
+        if kind == STRING:
+            return self.text()
+        if kind != ARRAY:
+            raise self.broken(f"a value of kind {kind} in its metadata")
+        kind, count = self.number("I"), self.number("Q")
+        if kind == ARRAY or count > MOST_VALUES:
+            raise self.broken(f"an array of {count} values of kind {kind} in its metadata")
+        if kind not in NUMBERS:
+            return [self.value(kind) for _ in range(count)]
+        form = f"<{count}{NUMBERS[kind]}"
+        return list(struct.unpack(form, self.take(struct.calcsize(form))))
+
+    def read(self) -> tuple[dict[str, Any], dict[str, tuple[tuple[int, ...], int, int]]]:
+        """The metadata; and of each tensor its shape, its type and where its bytes begin."""
+        if self.take(4) != b"GGUF":
+            raise ValueError(f"{self.path} is no GGUF file: it does not begin with GGUF")
+        version = self.number("I")
+        if version not in VERSIONS:
+            swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS
+            said = "in big-endian order" if swapped else f"of version {version}"
+            raise ValueError(f"{self.path} is a GGUF file {said}: not supported, only version 2 and 3 are")
+        tensors, values = self.number("Q"), self.number("Q")
+        metadata = {self.text(): self.value(self.number("I")) for _ in range(values)}
+        infos = {}
+        for _ in range(tensors):
+            name, dims = self.text(), self.number("I")
+            if not 1 <= dims <= 4:
+                raise self.broken(f"{name} has {dims} dimensions")
+            shape = tuple(self.number("Q") for _ in range(dims))[::-1]
+            infos[name] = shape, self.number("I"), self.number("Q")
+        return metadata, infos
+
+
+def tensor_at(
+    path: Path, mapped: Tensor, start: int, name: str, shape: tuple[int, ...], kind: int, offset: int
+) -> Tensor | Quantized:
+    """The tensor whose bytes begin `offset` after `start`. Raises ValueError unless the file holds all of it."""
+    if kind not in FLOATS and kind not in TYPES:
+        known = ", ".join(["F32", "F16", "BF16", *(t.name for t in TYPES.values())])
+        said = f"{path.name}: {name} is of type {OTHER_TYPES.get(kind, kind)}"
+        raise ValueError(f"{said}: not supported, only {known} are; llama.cpp's llama-quantize writes them")
+    block, size = (1, FLOATS[kind].itemsize) if kind in FLOATS else (TYPES[kind].block, TYPES[kind].bytes)
+    length, begin = math.prod(shape) // block * size, start + offset
+    if shape[-1] % block or 0 in shape or offset % 4 or begin + length > len(mapped):
+        raise ValueError(f"{path} is not a whole GGUF file ({name} is {shape} at byte {begin}): download it again")
+    raw = mapped[begin : begin + length]
+    if kind in FLOATS:
+        return raw.view(FLOATS[kind]).view(shape)
+    if len(shape) != 2:
+        raise ValueError(f"{path} has {name} of {shape} in {TYPES[kind].name}: only matrices are read in fewer bits")
+    return Blocks(raw.view(shape[0], -1, size), TYPES[kind])

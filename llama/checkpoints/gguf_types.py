@@ -1,0 +1,152 @@
+"""GGUF's types of a few bits: how the bytes of a block of weights become integers, scales and lows (ggml-common.h).
+
+A block holds 32 or, in the types of K, 256 neighbouring inputs of a row. A decoder takes (rows, blocks, bytes) uint8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..groups import Groups
+from ..kernels import GROUP
+from .files import give_back
+from .quantized import Quantized
+
+
+class Type(NamedTuple):
+    name: str
+    block: int  # inputs
+    bytes: int
+    decode: Callable[[Tensor], Groups]
+    bits: int | None  # of the store that holds its groups
+    factors: int  # bytes that scales and lows of a group take there
+
+
+class Blocks(Quantized):
+    """A matrix of blocks on a file's pages."""
+
+    def __init__(self, raw: Tensor, type: Type):
+        """`raw` is (rows, blocks, bytes)."""
+        super().__init__(len(raw), raw.shape[1] * type.block)
+        self.raw, self.type = raw, type
+        self.kind, self.block, self.bits = type.name, type.block, type.bits
+        self.bytes_per_weight = (type.bits or 8) / 8 + type.factors / GROUP
+
+    def read(self, rows: slice, inputs: slice) -> Groups:
+        return self.type.decode(self.raw[rows, inputs.start // self.block : inputs.stop // self.block])
+
+    def let_go(self) -> None:
+        give_back(self.raw[self.rows.start : self.rows.stop])
+
+
+def floats(raw: Tensor) -> Tensor:
+    """(..., n) float16 of 2 n bytes."""
+    return raw.view(torch.float16)
+
+
+def unpack(raw: Tensor, bits: int) -> Tensor:
+    """(..., 8 / bits, n) integers of n bytes: first what their lowest bits hold, last the highest."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=raw.device)
+    return raw.unsqueeze(-2) >> shifts[:, None] & (1 << bits) - 1
+
+
+def grouped(q: Tensor, scales: Tensor, lows: Tensor | None = None) -> Groups:
+    """Groups of integers (rows, blocks, groups, inputs) int8, with scales and lows (rows, blocks, groups)."""
+    return Groups(q.flatten(1, 2), scales.flatten(1), None if lows is None else lows.flatten(1))
+
+
+def q4_0(raw: Tensor) -> Groups:
+    return Groups(raw[..., 2:], floats(raw[..., :2])[..., 0], None)
+
+
+def q4_1(raw: Tensor) -> Groups:
+    scales, lows = floats(raw[..., :4]).unbind(-1)
+    return Groups(raw[..., 4:], scales, lows)
+
+
+def five_bits(low: Tensor, high: Tensor) -> Tensor:
+    """(rows, blocks, 1, 32) for 16 bytes of lower halves and 4 bytes of one higher bit each."""
+    bits = unpack(high, 1).mT.flatten(-2)
+    return (unpack(low, 4).flatten(-2) | bits << 4).to(torch.int8).unsqueeze(-2)
+
+
+def q5_0(raw: Tensor) -> Groups:
+    return grouped(five_bits(raw[..., 6:], raw[..., 2:6]) - 16, floats(raw[..., :2]))
+
+
+def q5_1(raw: Tensor) -> Groups:
+    factors = floats(raw[..., :4])
+    return grouped(five_bits(raw[..., 8:], raw[..., 4:8]), factors[..., :1], factors[..., 1:])
+
+
+def q8_0(raw: Tensor) -> Groups:
+    return Groups(raw[..., 2:].view(torch.int8), floats(raw[..., :2])[..., 0], None)
+
+
+def q2_k(raw: Tensor) -> Groups:
+    d, dmin = floats(raw[..., 80:84]).float().split(1, -1)
+    scales, mins = unpack(raw[..., :16], 4).unbind(-2)
+    q = unpack(raw[..., 16:80].unflatten(-1, (2, 32)), 2).to(torch.int8)
+    return grouped(q.flatten(2).unflatten(-1, (16, 16)), d * scales, -dmin * mins)
+
+
+def q3_k(raw: Tensor) -> Groups:
+    low = unpack(raw[..., 32:96].unflatten(-1, (2, 32)), 2).flatten(2, 3)  # (rows, blocks, 8, 32)
+    q = low.to(torch.int8) + (unpack(raw[..., :32], 1) << 2).to(torch.int8) - 4
+    scales = unpack(raw[..., 96:104], 4).flatten(-2) | unpack(raw[..., 104:108], 2).flatten(-2) << 4
+    return grouped(q.flatten(2).unflatten(-1, (16, 16)), floats(raw[..., 108:]).float() * (scales.to(torch.int8) - 32))
+
+
+def scales_and_lows(raw: Tensor) -> tuple[Tensor, Tensor]:
+    """Of 16 bytes: d and dmin, then 6 bits for the scale and 6 for the low of each of 8 groups."""
+    d, dmin = floats(raw[..., :4]).float().split(1, -1)
+    first, second, rest = raw[..., 4:].split(4, -1)
+    scales = torch.cat((first & 63, rest & 15 | first >> 6 << 4), -1)
+    mins = torch.cat((second & 63, rest >> 4 | second >> 6 << 4), -1)
+    return d * scales, -dmin * mins
+
+
+def q4_k(raw: Tensor) -> Groups:
+    scales, lows = scales_and_lows(raw[..., :16])
+    # 32 bytes hold a group in their lower halves and the next in their higher: ours are 16 bytes of one group.
+    a, b = raw[..., 16:].unflatten(-1, (4, 2, 16)).unbind(-2)
+    q = torch.stack((a & 15 | b << 4, a >> 4 | b & 0xF0), dim=-2)
+    return grouped(q.flatten(2, 3), scales, lows)
+
+
+def q5_k(raw: Tensor) -> Groups:
+    scales, lows = scales_and_lows(raw[..., :16])
+    low = unpack(raw[..., 48:].unflatten(-1, (4, 32)), 4).flatten(2, 3)
+    return grouped((low | unpack(raw[..., 16:48], 1) << 4).to(torch.int8), scales, lows)
+
+
+def q6_k(raw: Tensor) -> Groups:
+    low = unpack(raw[..., :128].unflatten(-1, (2, 64)), 4).flatten(2).unflatten(-1, (8, 32))
+    high = unpack(raw[..., 128:192].unflatten(-1, (2, 32)), 2).flatten(2, 3)
+    q = (low | high << 4).to(torch.int8) - 32
+    scales = floats(raw[..., 208:]).float() * raw[..., 192:208].view(torch.int8)
+    return grouped(q.flatten(2).unflatten(-1, (16, 16)), scales)
+
+
+FLOATS = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
+# Where a scale is a product of two numbers, float32 holds it exactly; types with a scale for every 16 inputs, which no
+# store of ours has, give values only.
+TYPES = {
+    2: Type("Q4_0", 32, 18, q4_0, bits=4, factors=2),
+    3: Type("Q4_1", 32, 20, q4_1, bits=4, factors=4),
+    6: Type("Q5_0", 32, 22, q5_0, bits=8, factors=2),
+    7: Type("Q5_1", 32, 24, q5_1, bits=8, factors=4),
+    8: Type("Q8_0", 32, 34, q8_0, bits=8, factors=2),
+    10: Type("Q2_K", 256, 84, q2_k, bits=None, factors=2),
+    11: Type("Q3_K", 256, 110, q3_k, bits=None, factors=2),
+    12: Type("Q4_K", 256, 144, q4_k, bits=4, factors=8),
+    13: Type("Q5_K", 256, 176, q5_k, bits=8, factors=8),
+    14: Type("Q6_K", 256, 210, q6_k, bits=None, factors=2),
+}
+OTHER_TYPES = {9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL"}
+OTHER_TYPES |= {21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64"}
+OTHER_TYPES |= {29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4"}

@@ -1,0 +1,74 @@
+"""Matrices that files have in fewer bits, decoded only where and when a rank needs them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..groups import QUANTISED_ROWS, Groups, concatenate
+from ..kernels import GROUP
+
+T = TypeVar("T", bound="Quantized")
+
+
+class Quantized:
+    """A part, at first all, of a matrix (rows, inputs). It has what a Checkpoint asks of a tensor."""
+
+    kind: str  # what its layout calls it
+    bits: int | None = None  # in which `groups` holds exactly what the file says; None: only values are to be had
+    bytes_per_weight: float  # of these groups
+    block: int  # so many inputs of a row are decoded together
+    dtype = torch.float16  # of a copy of it in a layout without such matrices
+
+    def __init__(self, rows: int, inputs: int):
+        self.rows, self.inputs = range(rows), range(inputs)
+
+    def read(self, rows: slice, inputs: slice) -> Groups:
+        """Some rows' inputs, whole blocks of them, decoded."""
+        raise NotImplementedError
+
+    def let_go(self) -> None:
+        """Take what was read out of this process's memory, if it can be read again."""
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((len(self.rows), len(self.inputs)))
+
+    def dim(self) -> int:
+        return 2
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def narrow(self: T, dim: int, start: int, length: int) -> T:
+        part = copy.copy(self)
+        if dim == 0:
+            part.rows = self.rows[start : start + length]
+        else:
+            part.inputs = self.inputs[start : start + length]
+        return part
+
+    def groups(self) -> Groups:
+        """What a store of `bits` bits holds. Inputs begin and end with a group (`check_split`)."""
+        parts = list(self._decode())
+        first = (self.inputs.start - self._blocks.start) // GROUP
+        return concatenate(parts).map(lambda tensor: tensor.narrow(1, first, len(self.inputs) // GROUP))
+
+    def copy_to(self, out: Tensor) -> None:
+        """Fill `out`, (rows, inputs), with the values, rounded to its type."""
+        first = self.inputs.start - self._blocks.start
+        for rows, part in zip(out.split(QUANTISED_ROWS), self._decode(), strict=True):
+            rows.copy_(part.dequantize().narrow(1, first, len(self.inputs)))
+
+    @property
+    def _blocks(self) -> slice:
+        """The inputs of the blocks that the part's inputs are in."""
+        return slice(self.inputs.start // self.block * self.block, -(-self.inputs.stop // self.block) * self.block)
+
+    def _decode(self) -> Iterator[Groups]:
+        for first in range(self.rows.start, self.rows.stop, QUANTISED_ROWS):
+            yield self.read(slice(first, min(first + QUANTISED_ROWS, self.rows.stop)), self._blocks)
