@@ -417,7 +417,7 @@ def test_too_little_memory_is_refused_before_anything_is_loaded(monkeypatch: pyt
     # A row's cache: 2 layers × 4 heads × 8 channels × 64 positions × k and v × 4 bytes. A pass: the 4 × 64 positions
     # there are × (4 × 64 model channels, 6 × 224 feed-forward channels and 2 × 512 logits) × 4 bytes.
     row, one_pass = 32_768, 2_686_976
-    monkeypatch.setattr(Checkpoint, "load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("llama.generation.load", lambda *_: pytest.fail("loaded"))
     weights = sum(tensor.numel() for tensor in torch.load(GOLDEN / "gqa-mp1/consolidated.00.pth").values()) * 4
     monkeypatch.setattr("llama.checkpoints.memory.free_memory", lambda device: weights + one_pass + 3 * row)
     with pytest.raises(ValueError) as error:

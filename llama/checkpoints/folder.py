@@ -43,8 +43,7 @@ class Checkpoint:
     def __init__(self, ckpt_dir: str | os.PathLike[str], adapter_dir: str | os.PathLike[str] | None = None):
         self.path = path_of("ckpt_dir", ckpt_dir)
         self.source = open_gguf(self.path) if is_gguf(self.path) else open_folder(ckpt_dir)
-        path, first = next(iter(self.source.shards.items()))
-        embedding = self.source.name_of(EMBEDDING)
+        path, first, embedding = next(iter(self.source.shards)), self.source.first, self.source.name_of(EMBEDDING)
         if embedding not in first or first[embedding].dim() != 2:
             raise ValueError(f"{path} lacks tensor {embedding}: is it a checkpoint of Llama 2?")
         self.adapter = None if adapter_dir is None else Adapter(adapter_dir)
@@ -83,7 +82,7 @@ class Checkpoint:
     @property
     def stored_bits(self) -> int | None:
         """Bits of most of the linear weights, where a file has them in fewer than 16."""
-        weight = next(iter(self.source.shards.values())).get(self.source.name_of("layers.0.feed_forward.w1.weight"))
+        weight = self.source.first.get(self.source.name_of("layers.0.feed_forward.w1.weight"))
         return weight.bits or 8 if isinstance(weight, Quantized) else None
 
     @property

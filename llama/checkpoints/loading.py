@@ -36,7 +36,7 @@ def bytes_per_weight(checkpoint: Checkpoint, model: Transformer, dtype: torch.dt
     layers = linear_layers(model)
 
     def of(name: str) -> float:
-        stored = checkpoint.source.tensor(name)
+        stored = checkpoint.source.first.get(checkpoint.source.name_of(name))  # `load` tells what is missing
         if store is None:
             return dtype.itemsize
         if not isinstance(stored, Quantized) or checkpoint.adapter is not None:

@@ -34,7 +34,12 @@ class Source(NamedTuple):
 
     def tensor(self, name: str) -> Tensor | Quantized:
         """The first shard's part of a tensor, by its name in the release."""
-        return next(iter(self.shards.values()))[self.name_of(name)]
+        return self.first[self.name_of(name)]
+
+    @property
+    def first(self) -> Mapping[str, Tensor | Quantized]:
+        """The first shard, or the only one."""
+        return next(iter(self.shards.values()))
 
 
 def open_release(path: Path) -> Source:
