@@ -30,24 +30,19 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
 
 
 class Ours:
-    """This library; `kind` is a dtype or a quantisation."""
+    """This library; `kind` is a dtype, a quantisation, or a type of GGUF's, whose file is read as it is."""
 
     @staticmethod
     def convert(folder: Path, kind: str) -> Path:
-        return folder
+        return weights.as_gguf(folder, kind) if kind.startswith("q") else folder
 
     def __init__(self, folder: Path, kind: str, context: int, rows: int):
         from llama import Llama
 
-        quantised = kind in ("int8", "int4")
-        self.llm = Llama.build(
-            folder,
-            folder / "tokenizer.model",
-            context,
-            rows,
-            dtype="auto" if quantised else kind,
-            quantize=kind if quantised else None,
-        )
+        options: dict[str, Any] = {"quantize": kind} if kind.startswith("int") else {"dtype": kind}
+        if kind.startswith("q"):
+            options = {}
+        self.llm = Llama.build(folder, None, context, rows, **options)
         # Random weights end a text by chance; no contender may stop before the others.
         self.llm.tokenizer.eos_id = -1
 
@@ -135,6 +130,8 @@ CONTENDERS: dict[str, tuple[type[Any], str]] = {
     "llama bfloat16": (Ours, "bfloat16"),
     "llama int8": (Ours, "int8"),
     "llama int4": (Ours, "int4"),
+    "llama q8_0": (Ours, "q8_0"),
+    "llama q4_0": (Ours, "q4_0"),
     "transformers bfloat16": (Transformers, "bfloat16"),
     "transformers float32": (Transformers, "float32"),
     "llama.cpp f16": (LlamaCpp, "f16"),

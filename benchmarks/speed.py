@@ -35,6 +35,18 @@ WORKS = {
     "ragged": f"16 prompts of 8 to 512, {RAGGED_NEW} new each, s",
     "peak": "peak memory, GB",
 }
+# Of equal bits; q8_0 and q4_0 are the same file in both programs.
+PAIRS = [
+    ("llama auto", "llama.cpp f16"),
+    ("llama int8", "llama.cpp q8_0"),
+    ("llama q8_0", "llama.cpp q8_0"),
+    ("llama int4", "llama.cpp q4_0"),
+    ("llama int4", "llama.cpp q4_1"),
+    ("llama q4_0", "llama.cpp q4_0"),
+    ("llama auto", "transformers bfloat16"),
+    ("llama int8", "llama auto"),
+    ("llama int4", "llama auto"),
+]
 NEEDS = {"transformers": ["transformers", "safetensors"], "llama.cpp": ["llama_cpp", "gguf"]}
 
 
@@ -140,6 +152,21 @@ def report(shape: str, folder: Path, limits: dict[str, Any], medians: dict[str, 
     return "\n".join(lines) + "\n"
 
 
+def ratios(medians: dict[str, dict[str, float]]) -> str:
+    """The peer's time over ours for the same work, at equal bits and on the same files."""
+    pairs = {(ours, peer): f"{ours}: {peer}" for ours, peer in PAIRS if {ours, peer} <= medians.keys()}
+    lines = ["| peer's time over ours | " + " | ".join(pairs.values()) + " |", "| --- " * (1 + len(pairs)) + "|"]
+    for work, title in WORKS.items():
+        cells = []
+        for ours, peer in pairs:
+            a, b = medians[ours].get(work), medians[peer].get(work)
+            rate = work.startswith("prefill")
+            cells.append("–" if not a or not b else f"{a / b if rate else b / a:.2f}")
+        if set(cells) != {"–"}:
+            lines.append("| " + " | ".join([title.split(",")[0] if work == "load" else title, *cells]) + " |")
+    return "\n".join(lines) + "\n" if pairs else ""
+
+
 def charts(shape: str, medians: dict[str, dict[str, float]], target: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         print("no charts: matplotlib is not installed", file=sys.stderr)
@@ -201,6 +228,7 @@ def main(
         if not medians:
             sys.exit("no contender was measured")
         text = report(shape, checkpoint, limits, medians)
+    text += "\n" + ratios(medians)
     print(text)
     if not quick:
         stem = re.sub(r"[^a-z0-9]+", "-", f"{limits['name']} {limits['threads']} threads {shape}".lower()).strip("-")

@@ -5,12 +5,14 @@ from __future__ import annotations
 from . import launch, terminal
 from .checkpoints.convert import convert, reshard
 from .checkpoints.folders import info, verify
+from .perplexity import perplexity
 from .serving import serve
 
 COMMANDS: dict[str, launch.Command] = {
     "chat": terminal.Chat,
     "run": terminal.Run,
     "serve": serve,
+    "perplexity": perplexity,
     "info": info,
     "verify": verify,
     "reshard": reshard,

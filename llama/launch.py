@@ -36,6 +36,8 @@ KINDS = {bool: "True or False", int: "a whole number", float: "a number"}
 FLAGS = {
     "ckpt_dir": "folder of weights, or GGUF file",
     "prompt": "the text; read from standard input if it is - or left out",
+    "text": "file of UTF-8 text",
+    "stride": "new tokens in each window of max_seq_len",
     "out": "folder to write, which must not be there yet",
     "to": "hf for Hugging Face's layout, meta for the release's, gguf for llama.cpp's",
     "type": "of a GGUF file's matrices: f16, bf16, q8_0 or q4_0",

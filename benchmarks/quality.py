@@ -1,0 +1,84 @@
+"""What fewer bits cost: python benchmarks/quality.py
+
+Of each way to hold weights: the error of a product against float64 of the same weights, activations having outliers;
+its time for one row; and the perplexity of llama-2-tiny on documents of its world that it was not trained on.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fire
+import torch
+from contender import seconds
+
+from llama import Llama
+from llama.checkpoints.convert import convert
+from llama.perplexity import Window, score
+from llama.stores import fastest_16_bits, hold_int4, hold_int8
+
+TINY = Path(__file__).resolve().parents[1] / "llama-2-tiny"
+ROWS, COLUMNS, MATRICES = 5632, 2048, 12  # of 1b's feed-forward, so many in turn that none stays in a cache
+OUTLIER = 100.0
+
+
+def documents(count: int) -> list[str]:
+    sys.path.insert(0, str(TINY))
+    import world  # type: ignore[import-not-found]
+
+    rng, texts = random.Random(2024), []
+    while len(texts) < count:
+        document = world.document(rng, held_out=True)
+        if isinstance(document, str):  # not a dialog
+            texts.append(document)
+    return texts
+
+
+def product(hold: Callable[[torch.Tensor], Any]) -> tuple[float, float]:
+    """Relative error, and milliseconds of one row."""
+    generator = torch.Generator().manual_seed(0)
+    held = [hold(torch.randn(ROWS, COLUMNS, generator=generator) * COLUMNS**-0.5) for _ in range(MATRICES)]
+    x = torch.randn(1, 1, COLUMNS, generator=generator)
+    x[..., ::256] *= OUTLIER
+    exact = x.double() @ held[0].unpack().double().T
+    error = ((held[0](x) - exact).norm() / exact.norm()).item()
+    times = [seconds(lambda: [store(x) for store in held]) / MATRICES for _ in range(30)]
+    return error, statistics.median(times) * 1e3
+
+
+@torch.inference_mode()
+def main(count: int = 300) -> None:
+    """Print the table. `count`: documents."""
+    texts = documents(count)
+    stores: dict[str, Callable[[torch.Tensor], Any]] = {"int8": hold_int8, "int4": hold_int4}
+    if (sixteen := fastest_16_bits()) is not None:
+        stores = {"auto": sixteen.hold} | stores
+    print("| held as | error of a product | ms, 1 row | perplexity |\n| --- | --- | --- | --- |")
+    with tempfile.TemporaryDirectory() as scratch:
+        kinds: dict[str, tuple[Path, dict[str, Any]]] = {
+            "float32": (TINY, {"dtype": "float32"}),
+            "auto": (TINY, {}),
+            "int8": (TINY, {"quantize": "int8"}),
+            "int4": (TINY, {"quantize": "int4"}),
+        }
+        for type in ("q8_0", "q4_0", "q4_1"):
+            path = Path(scratch, f"{type}.gguf")
+            convert(str(TINY), str(path), "gguf", type)
+            kinds[f"GGUF {type}"] = path, {}
+        for name, (path, options) in kinds.items():
+            llm = Llama.build(path, None, 512, 8, device="cpu", **options)
+            ids = [llm.tokenizer.encode(text, bos=True, eos=True) for text in texts]
+            perplexity = score(llm, [Window(row, len(row) - 1) for row in ids]).perplexity
+            error, time = product(stores[name]) if name in stores else (None, None)
+            cells = "– | –" if error is None or time is None else f"{error:.1e} | {time:.2f}"
+            print(f"| {name} | {cells} | {perplexity:.4f} |", flush=True)
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
