@@ -60,7 +60,7 @@ class Engine:
         self.model, self.tokenizer, self.cache = model, tokenizer, runner.cache
         self.version = model.version()
         self.schedule = Schedule(runner.cache)
-        self.passes = Passes(runner, self.schedule, model.ranks)
+        self.passes = Passes(runner, self.schedule, model.ranks, tokenizer.n_used)
         self.guess_tokens, self.long_chunk = guess_tokens, LONG_CHUNK
         self.chunk = (chunk_tokens or CHUNK) if runner.device.type == "cpu" else GPU_CHUNK
         self.turn = threading.Condition()
@@ -177,8 +177,10 @@ class Engine:
 class Passes:
     """Runs of ids in, and what their answers get of it out. Rows hold the ids once a pass is done, and not before."""
 
-    def __init__(self, runner: Runner, schedule: Schedule, ranks: Ranks):
+    def __init__(self, runner: Runner, schedule: Schedule, ranks: Ranks, pieces: int):
+        """Rows of the output beyond `pieces` are padding, and never drawn."""
         self.runner, self.cache, self.schedule, self.ranks = runner, runner.cache, schedule, ranks
+        self.pieces = pieces
         self.count = self.tokens = 0  # what was run, for those who measure
 
     def decode(self, runs: list[Run]) -> None:
@@ -237,7 +239,7 @@ class Passes:
             targets = list(answer.request.prompt)[run.start + 1 : run.start + 1 + len(h)]
             for first in range(0, len(targets), SCORE_CHUNK):
                 chunk = torch.tensor(targets[first : first + SCORE_CHUNK], device=h.device)
-                logits = self.runner.logits(h[first : first + len(chunk)])
+                logits = self.runner.logits(h[first : first + len(chunk)])[:, : self.pieces]
                 k, at = answer.request.top_logprobs, run.start + 1 + first
                 scores = self.ranks.share(score(logits, chunk, k)).tolist()
                 answer.prompt_scores[at : at + len(scores)] = [score_of(row, k) for row in scores]
@@ -277,6 +279,7 @@ class Passes:
 
         The first rank's choice counts on all of them: ranks may differ in a logit's last bit, and must not in a token.
         """
+        logits = logits[:, : self.pieces]
         tokens = sample(
             logits,
             temperature=[answer.request.temperature for answer in answers],

@@ -148,9 +148,11 @@ class PackedFloat16(Packed):
 class Grouped(Held):
     """8 or 4 bits with a scale for every 32 inputs of a row, for our own kernels (kernels.c says how they lie)."""
 
-    def __init__(self, groups: Groups, columns: int | None = None):
-        """`columns`: how many inputs there are where the last group was filled up."""
+    def __init__(self, groups: Groups, columns: int | None = None, order: Tensor | None = None):
+        """`columns`: how many inputs there are where the last group was filled up; `order`: input order[i] is the
+        groups' i-th."""
         super().__init__()
+        self.order = None if order is None else nn.Buffer(order, persistent=False)
         self.bits, self.rows, self.columns = groups.bits, len(groups.q), columns or groups.q.shape[1] * GROUP
         # Neighbouring inputs make a pair, and the pairs of a panel's rows a line: (panels, groups, lines, 16 pairs).
         pairs = in_panels(groups.q.view(torch.int16)).permute(0, 2, 3, 1).contiguous()
@@ -161,6 +163,8 @@ class Grouped(Held):
 
     def forward(self, x: Tensor) -> Tensor:
         few = x.is_cpu and x.shape[-2] < expand_tokens() and x.shape[-1] == self.columns
+        if self.order is not None:
+            x = x[..., self.order]
         if few and kernels.available():
             return kernels.multiply(x, self.q, self.scales, self.lows, self.rows).to(x.dtype)
         near = x.to(expand_dtype() if x.is_cpu else x.dtype)
@@ -184,7 +188,8 @@ class Grouped(Held):
 
     def unpack(self) -> Tensor:
         blocks = range(0, len(self.q), BLOCK_ROWS // PANEL)
-        return torch.cat([self._expand(first, torch.float32) for first in blocks])[: self.rows]
+        weight = torch.cat([self._expand(first, torch.float32) for first in blocks])[: self.rows]
+        return weight if self.order is None else weight[:, self.order.argsort()]
 
 
 def in_panels(rows: Tensor) -> Tensor:

@@ -14,10 +14,10 @@ from sentencepiece import SentencePieceProcessor
 class Tokenizer:
     """A SentencePiece model with the original's attributes.
 
-    `n_words` is the vocabulary's size; `bos_id`, `eos_id` and `pad_id` are special ids, and so are Code Llama's
-    `prefix_id`, `suffix_id`, `middle_id` and `eot_id`, and its 70B chat model's `step_id` (-1 where the model has
-    none). `chat_template` is the Jinja template that came with the vocabulary, if one did: it is not run, but says
-    whether the model knows Llama 2's chat layout.
+    `n_words` is the vocabulary's size, `n_used` without the unused pieces that pad it at its end; `bos_id`, `eos_id`
+    and `pad_id` are special ids, and so are Code Llama's `prefix_id`, `suffix_id`, `middle_id` and `eot_id`, and its
+    70B chat model's `step_id` (-1 where the model has none). `chat_template` is the Jinja template that came with the
+    vocabulary, if one did: it is not run, but says whether the model knows Llama 2's chat layout.
 
     Raises FileNotFoundError if `model_path` is not a file, ValueError if it is not a SentencePiece model.
     """
@@ -42,6 +42,9 @@ class Tokenizer:
             raise ValueError(f"{name} is not a SentencePiece model: download tokenizer.model again") from error
         self.chat_template: str | None = None
         self.n_words: int = self.sp_model.vocab_size()
+        self.n_used = self.n_words
+        while self.n_used and self.sp_model.is_unused(self.n_used - 1):
+            self.n_used -= 1
         self.bos_id: int = self.sp_model.bos_id()
         self.eos_id: int = self.sp_model.eos_id()
         self.pad_id: int = self.sp_model.pad_id()

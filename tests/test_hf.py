@@ -197,7 +197,11 @@ def test_the_tokenizer_is_found_in_the_folder_or_beside_it(judged: tuple[Path, t
         ({"attention_bias": True}, "config.json has attention_bias True: not supported, only False is"),
         ({"mlp_bias": True}, "config.json has mlp_bias True: not supported"),
         ({"hidden_act": "gelu"}, "config.json has hidden_act 'gelu': not supported, only 'silu' is"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "config.json has quantization_config .*: not supported"),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            "config.json has quant_method 'fp8': not supported, only gptq",
+        ),
+        ({"quantization_config": "int4"}, "config.json has quantization_config 'int4': expected a dict"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling of type 'dynamic': not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling of type 'llama3': not supported"),
         ({"rope_scaling": "linear"}, "config.json has rope_scaling 'linear': expected a dict"),
@@ -422,3 +426,69 @@ except ImportError as error:
 """)
     job = run_python(script)
     assert "model.safetensors needs the package safetensors: pip install safetensors" in job.stdout, job.stderr
+
+
+def extended(folder: Path, args: ModelArgs, rows: int, added: list[str], file: str) -> torch.Tensor:
+    """A judged folder with an embedding of so many rows, and tokens beyond tokenizer.model's 512 that `file` lists."""
+    logits = save_judge(folder, replace(args, vocab_size=rows))
+    ids = dict(zip(added, range(512, 512 + len(added)), strict=True))
+    if file == "added_tokens.json":
+        (folder / file).write_text(json.dumps(ids))
+    elif file == "tokenizer.json":
+        entries = [{"id": token, "content": text, "special": True} for text, token in {"<s>": 1, **ids}.items()]
+        (folder / file).write_text(json.dumps({"added_tokens": entries}))
+    return logits
+
+
+@pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer.json"])
+@pytest.mark.parametrize("rows", [514, 520, 576])
+def test_tokens_that_were_added_are_part_of_the_vocabulary(
+    tmp_path: Path, args: ModelArgs, file: str, rows: int
+) -> None:
+    folder = tmp_path / "extended"
+    logits = extended(folder, args, rows, ["<|im_start|>", "[PAD]"], file)
+    assert_logits(folder, logits)
+    llm = build(folder)
+    assert (llm.tokenizer.n_used, llm.tokenizer.n_words) == (514, rows)
+    ids = llm.tokenizer.encode("a<|im_start|>b[PAD]", bos=False, eos=False)
+    assert ids.count(512) == ids.count(513) == 1 and llm.tokenizer.decode(ids) == "a<|im_start|>b[PAD]"
+    convert(str(folder), str(tmp_path / "again"), "hf")
+    convert(str(tmp_path / "again"), str(tmp_path / "release"), "meta")
+    for name in ("again", "release"):
+        again = build(tmp_path / name).tokenizer
+        assert again.encode("[PAD]", bos=False, eos=False)[-1] == 513 and again.n_used == 514
+
+
+def test_rows_that_only_pad_the_embedding_are_never_drawn(tmp_path: Path, args: ModelArgs) -> None:
+    folder = tmp_path / "padded"
+    logits = extended(folder, args, 576, [], "")
+    assert_logits(folder, logits)
+    llm = build(folder)
+    llm.model.output.weight[512:] *= 50  # by far the likeliest
+    tokens, logprobs = llm.generate([[1, 30], [1, 40]], 40, 2.0, 1.0, logprobs=True)
+    assert max(map(max, tokens)) < 512 and logprobs
+    prompt = list(range(3, 30))
+    _, scored = llm.generate([prompt], 0, 0, logprobs=True, echo=True)
+    wanted = llm.model(torch.tensor([prompt]))[0, :, :512].log_softmax(-1)
+    exact = wanted[range(26), prompt[1:]].tolist()
+    assert scored is not None and scored[0][1:] == pytest.approx(exact, abs=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "added"), [(513, []), (516, ["<a>", "<b>"]), (528, []), (1024, []), (544, [])])
+def test_rows_that_nothing_explains_are_another_tokenizers(
+    tmp_path: Path, args: ModelArgs, rows: int, added: list[str]
+) -> None:
+    extended(tmp_path / "other", args, rows, added, "added_tokens.json")
+    with pytest.raises(
+        ValueError, match=rf"tokenizer has {512 + len(added)} pieces, the checkpoint's embedding {rows} r"
+    ):
+        build(tmp_path / "other")
+
+
+@pytest.mark.parametrize("content", ['{"a": "b"}', '{"": 512}', '{"a": 512.5}', "[]", "{"])
+def test_added_tokens_that_are_none_are_refused(tmp_path: Path, args: ModelArgs, content: str) -> None:
+    folder = tmp_path / "broken"
+    extended(folder, args, 513, [], "")
+    (folder / "added_tokens.json").write_text(content)
+    with pytest.raises(ValueError, match=r"added_tokens\.json .*: download it again"):
+        build(folder)

@@ -80,10 +80,10 @@ def import_safetensors(path: Path) -> Any:
     return safetensors.torch
 
 
-def map_tensors(path: Path) -> dict[str, Tensor]:
+def map_tensors(path: Path, types: tuple[torch.dtype, ...] = TYPES) -> dict[str, Tensor]:
     """The tensors of a file of safetensors, or of torch.save, in the page cache's memory.
 
-    Code in a pickle is refused, not run. Raises ValueError for what is no whole file of dense floating-point tensors.
+    Code in a pickle is refused, not run. Raises ValueError for what is no whole file of dense tensors of these types.
     """
     broken = f"{path} is not a whole PyTorch checkpoint: download it again"
     load: Callable[[Path], Any] = partial(torch.load, map_location="cpu", mmap=True, weights_only=True)
@@ -99,7 +99,7 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"{path} is not a dictionary of tensors: is it a checkpoint of Llama 2?")
     for name, tensor in tensors.items():
-        if tensor.dtype not in TYPES or tensor.layout != torch.strided or tensor.is_meta:
+        if tensor.dtype not in types or tensor.layout != torch.strided or tensor.is_meta:
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise ValueError(f"{path}: {name} is of {dtype}: only dense float32, bfloat16 and float16 are read")
     return tensors

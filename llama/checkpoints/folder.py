@@ -26,6 +26,7 @@ from .lora import Adapter
 from .names import Shapes, interleave, is_rotary, part_shape, shard_dim
 from .quantized import Quantized
 from .release import Source, open_release
+from .vocabulary import with_added, with_padding
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +60,17 @@ class Checkpoint:
 
     def open_tokenizer(self, path: str | os.PathLike[str] | None = None) -> Tokenizer:
         """The checkpoint's tokenizer, or the one at `path`. Raises ValueError where it is not the embedding's."""
-        tokenizer = Tokenizer.from_proto(self.tokenizer_model(), self.name) if path is None else Tokenizer(path)
+        vocabulary, added = self.source.vocabulary, self.source.added_tokens
+        if path is None and vocabulary is not None:
+            tokenizer = Tokenizer.from_proto(vocabulary, self.name)
+        else:
+            tokenizer = Tokenizer(self.tokenizer_path if path is None else path)
+        proto, rows = tokenizer.sp_model.serialized_model_proto(), len(self.source.tensor(EMBEDDING))
+        if added:
+            tokenizer = Tokenizer.from_proto(proto := with_added(proto, tokenizer.n_words, added), self.name)
+        if self.source.pads and is_padded(tokenizer.n_words, rows, extended=bool(added)):
+            tokenizer = Tokenizer.from_proto(with_padding(proto, tokenizer.n_words, rows), self.name)
         tokenizer.chat_template = self.source.chat_template
-        rows = len(self.source.tensor(EMBEDDING))
         if tokenizer.n_words != rows:
             raise ValueError(
                 f"tokenizer has {tokenizer.n_words} pieces, the checkpoint's embedding {rows} rows: "
@@ -70,7 +79,10 @@ class Checkpoint:
         return tokenizer
 
     def tokenizer_model(self) -> bytes:
-        """The content of tokenizer.model. Raises FileNotFoundError where there is none."""
+        """The content of tokenizer.model, and what was added to it. Raises FileNotFoundError where there is none."""
+        if self.source.pads:
+            proto: bytes = self.open_tokenizer().sp_model.serialized_model_proto()
+            return proto
         return self.tokenizer_path.read_bytes() if self.source.vocabulary is None else self.source.vocabulary
 
     @property
@@ -156,6 +168,13 @@ class Checkpoint:
     def check_groups(self, names: Iterable[str], args: ModelArgs, ranks: int) -> None:
         """Raise ValueError where so many ranks would cut a group of inputs of one of these matrices, which are held in
         the file's own bits."""
+        linear = {name: tensor for name in names if isinstance(tensor := self.source.tensor(name), Quantized)}
+        for name, tensor in linear.items():
+            if shard_dim(name) == 1 and tensor.order is not None and ranks > 1:
+                raise ValueError(
+                    f"{self.name} has inputs of {name} whose groups are scattered (desc_act), which {ranks} ranks "
+                    "cannot share: use 1, or dtype='bfloat16'"
+                )
         cut = [name for name in names if shard_dim(name) == 1 and self.source.tensor(name).shape[1] // ranks % GROUP]
         if cut:
             inputs = {self.source.tensor(name).shape[1] for name in names if shard_dim(name) == 1}
@@ -207,6 +226,16 @@ class Checkpoint:
 def as_tensor(tensor: Tensor | Quantized) -> Tensor:
     assert isinstance(tensor, Tensor), "only matrices are quantized, and only where there are no shards"
     return tensor
+
+
+def is_padded(pieces: int, rows: int, extended: bool) -> bool:
+    """Whether an embedding has no more rows than fill its pieces up to a round number.
+
+    A multiple of 64 or more, as trainers make it for speed; of 8 or more where the vocabulary is known to be an
+    `extended` one. Another tokenizer's vocabulary must not pass for padding.
+    """
+    round_numbers = (8, 16, 32, 64, 128, 256) if extended else (64, 128, 256)
+    return any(rows % number == 0 and 0 < rows - pieces <= number for number in round_numbers)
 
 
 def is_gguf(path: Path) -> bool:

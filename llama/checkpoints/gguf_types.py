@@ -33,7 +33,8 @@ class Blocks(Quantized):
         """`raw` is (rows, blocks, bytes)."""
         super().__init__(len(raw), raw.shape[1] * type.block)
         self.raw, self.type = raw, type
-        self.kind, self.block, self.bits = type.name, type.block, type.bits
+        self.kind = self.joins = type.name
+        self.block, self.bits = type.block, type.bits
         self.bytes_per_weight = (type.bits or 8) / 8 + type.factors / GROUP
 
     def read(self, rows: slice, inputs: slice) -> Groups:

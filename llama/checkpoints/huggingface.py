@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor
 
 from ..model import ModelArgs
-from .files import check_numbers, map_tensors, read_json
+from .files import TYPES, check_numbers, map_tensors, read_json
 from .names import huggingface_name
+from .packed import packing_of, unpacked
+from .quantized import Quantized
 from .release import Source
 
 # config.json's keys -> params.json's
@@ -31,7 +34,6 @@ REQUIRED_CONFIG = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
-    "quantization_config": None,
     "partial_rotary_factor": 1.0,
 }
 
@@ -39,16 +41,42 @@ REQUIRED_CONFIG = {
 def open_huggingface(path: Path) -> Source:
     """A folder in this layout. Raises FileNotFoundError and ValueError as `find_files` and `params_of` do."""
     config = read_json(path / "config.json")
-    params, files = params_of(config), find_files(path)
-    tensors: dict[str, Tensor] = {}
+    params, files, packing = params_of(config), find_files(path), packing_of(path, config)
+    plain: dict[str, Tensor] = {}
     for file in files:
-        tensors |= map_tensors(file)
+        plain |= map_tensors(file, types=TYPES if packing is None else (*TYPES, torch.int32))
+    tensors: Mapping[str, Tensor | Quantized] = plain if packing is None else unpacked(plain, packing)
     embedding, shards, longest = huggingface_name("tok_embeddings.weight"), {path: tensors}, config.get(MAX_POSITIONS)
     if config.get("tie_word_embeddings") and embedding in tensors:
-        tensors[huggingface_name("output.weight")] = tensors[embedding]
+        shards = {path: {**tensors, huggingface_name("output.weight"): tensors[embedding]}}
     return Source(
-        "Hugging Face", "config.json", params, files, shards, huggingface_name, in_halves=True, max_positions=longest
+        "Hugging Face",
+        "config.json",
+        params,
+        files,
+        shards,
+        huggingface_name,
+        in_halves=True,
+        max_positions=longest,
+        added_tokens=added_tokens(path),
+        pads=True,
     )
+
+
+def added_tokens(path: Path) -> dict[int, str]:
+    """Ids and texts of the tokens that a folder says were added to its vocabulary. Raises ValueError for other JSON."""
+    added: dict[Any, Any] = {}
+    if (file := path / "added_tokens.json").exists():
+        added = {token: text for text, token in read_json(file).items()}
+    elif (file := path / "tokenizer.json").exists():
+        entries = read_json(file).get("added_tokens", [])
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise ValueError(f"{file} has added_tokens that are no list of objects: download it again")
+        added = {entry.get("id"): entry.get("content") for entry in entries}
+    for token, text in added.items():
+        if type(token) is not int or not isinstance(text, str) or not text:
+            raise ValueError(f"{file} has an added token {text!r} with id {token!r}: download it again")
+    return added
 
 
 def find_files(path: Path) -> list[Path]:
@@ -66,6 +94,8 @@ def find_files(path: Path) -> list[Path]:
                 if not file.exists():
                     raise FileNotFoundError(f"{file} is missing: {index.name} lists it; download it")
             return files
+    if len(others := list(path.glob("*.safetensors"))) == 1:  # as gptq_model-4bit-128g.safetensors
+        return others
     raise FileNotFoundError(f"no model.safetensors, pytorch_model.bin or index of either in {path}/: download it again")
 
 

@@ -94,7 +94,7 @@ def joined(checkpoint: Checkpoint, model: nn.Module, parts: dict[str, Tensor | Q
     for path, module in model.named_modules():
         if hasattr(module, "joined"):
             names = [f"{path}.{part}.weight" for part in module.joined]
-            kinds = {getattr(checkpoint.source.tensor(name), "kind", "plain") for name in names}
+            kinds = {getattr(checkpoint.source.tensor(name), "joins", "plain") for name in names}
             if len(kinds) == 1 and not any(isinstance(parts.get(name), Tensor) for name in names):
                 groups.append(names)
     return groups
@@ -133,7 +133,7 @@ class Loader(NamedTuple):
         for factors in (groups.scales, groups.lows):
             if factors is not None:
                 self.check_finite(names, factors)
-        held = Grouped(groups)
+        held = Grouped(groups, order=parts[0].order)
         for part in parts:
             part.let_go()
         return held

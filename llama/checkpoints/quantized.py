@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import TypeVar
 
 import torch
@@ -21,11 +21,13 @@ class Quantized:
     kind: str  # what its layout calls it
     bits: int | None = None  # in which `groups` holds exactly what the file says; None: only values are to be had
     bytes_per_weight: float  # of these groups
+    joins: Hashable  # matrices in which it is equal can be held as one
     block: int  # so many inputs of a row are decoded together
+    order: Tensor | None = None  # input order[i] of a row is the i-th of its groups; None: they stand in their order
     dtype = torch.float16  # of a copy of it in a layout without such matrices
 
     def __init__(self, rows: int, inputs: int):
-        self.rows, self.inputs = range(rows), range(inputs)
+        self.rows, self.inputs, self.width = range(rows), range(inputs), inputs
 
     def read(self, rows: slice, inputs: slice) -> Groups:
         """Some rows' inputs, whole blocks of them, decoded."""
@@ -53,7 +55,7 @@ class Quantized:
         return part
 
     def groups(self) -> Groups:
-        """What a store of `bits` bits holds. Inputs begin and end with a group (`check_split`)."""
+        """What a store of `bits` bits holds, in `order`. The part begins and ends with a group."""
         parts = list(self._decode())
         first = (self.inputs.start - self._blocks.start) // GROUP
         return concatenate(parts).map(lambda tensor: tensor.narrow(1, first, len(self.inputs) // GROUP))
@@ -62,11 +64,16 @@ class Quantized:
         """Fill `out`, (rows, inputs), with the values, rounded to its type."""
         first = self.inputs.start - self._blocks.start
         for rows, part in zip(out.split(QUANTISED_ROWS), self._decode(), strict=True):
-            rows.copy_(part.dequantize().narrow(1, first, len(self.inputs)))
+            values = part.dequantize()
+            if self.order is not None:
+                values = values[:, self.order.argsort()]
+            rows.copy_(values.narrow(1, first, len(self.inputs)))
 
     @property
     def _blocks(self) -> slice:
         """The inputs of the blocks that the part's inputs are in."""
+        if self.order is not None:
+            return slice(0, self.width)
         return slice(self.inputs.start // self.block * self.block, -(-self.inputs.stop // self.block) * self.block)
 
     def _decode(self) -> Iterator[Groups]:

@@ -31,6 +31,8 @@ class Source(NamedTuple):
     max_positions: int | None = None  # what the model was made for, before scaling; None: the folder does not say
     vocabulary: bytes | None = None  # a whole SentencePiece model, where the layout has one
     chat_template: Any = None  # a Jinja template, where the layout has one
+    added_tokens: Mapping[int, str] = {}  # ids that follow tokenizer.model's, and their texts
+    pads: bool = False  # whether the embedding may have more rows than there are pieces
 
     def tensor(self, name: str) -> Tensor | Quantized:
         """The first shard's part of a tensor, by its name in the release."""

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-UNKNOWN, USER_DEFINED, BYTE = 2, 4, 6  # kinds of pieces, numbered alike in GGUF
+UNKNOWN, USER_DEFINED, UNUSED, BYTE = 2, 4, 5, 6  # kinds of pieces, numbered alike in GGUF
 BPE = 2
 NO_SCORE = -1000.0  # what a file has that was made without tokenizer.model
 
@@ -68,6 +68,22 @@ def pieces_of(proto: bytes) -> list[tuple[str, float, int]]:
     """Text, score and kind of each piece of a SentencePiece model."""
     pieces = [{2: 0.0, 3: 1} | dict(fields(value)) for number, value in fields(proto) if number == 1]
     return [(piece[1].decode(), piece[2], piece[3]) for piece in pieces]
+
+
+def with_added(proto: bytes, number: int, added: Mapping[int, str]) -> bytes:
+    """A SentencePiece model of so many pieces with more, by their ids, which are found in a text before it is split.
+
+    Those that the model has already are left out, as are those after an id that is not given.
+    """
+    while number in added:
+        proto += piece(added[number], 0.0, USER_DEFINED)
+        number += 1
+    return proto
+
+
+def with_padding(proto: bytes, number: int, rows: int) -> bytes:
+    """A SentencePiece model of so many pieces with as many unused ones more as an embedding has rows for."""
+    return proto + b"".join(piece(f"[PAD{token}]", 0.0, UNUSED) for token in range(number, rows))
 
 
 def adds_prefix(proto: bytes) -> bool:
