@@ -1,14 +1,18 @@
+import re
 from pathlib import Path
 
 from setuptools import Extension, setup
 
+HERE = Path(__file__).parent
+(version,) = re.findall(r'^__version__ = "(.+)"', (HERE / "llama" / "__init__.py").read_text(), re.MULTILINE)
+
 setup(
     name="llama",
-    version="0.1.0",
+    version=version,
     description="Reference inference for Llama 2",
     license="MIT",
     packages=["llama", "llama.checkpoints", "llama.serving"],
-    package_data={"llama.serving": ["page.html"]},
+    package_data={"llama": ["py.typed"], "llama.serving": ["page.html"]},
     # Optional: without a compiler, or OpenMP in it, other ways to multiply remain, and one line says so.
     ext_modules=[
         Extension(
@@ -19,7 +23,7 @@ setup(
         )
     ],
     python_requires=">=3.10",
-    install_requires=Path(__file__).with_name("requirements.txt").read_text().split(),
+    install_requires=(HERE / "requirements.txt").read_text().split(),
     extras_require={
         "hf": ["safetensors"],
         "gguf": ["gguf"],

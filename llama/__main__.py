@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import launch, terminal
+from .batch import batch
 from .checkpoints.convert import convert, reshard
 from .checkpoints.folders import info, verify
 from .perplexity import perplexity
@@ -12,6 +13,7 @@ COMMANDS: dict[str, launch.Command] = {
     "chat": terminal.Chat,
     "run": terminal.Run,
     "serve": serve,
+    "batch": batch,
     "perplexity": perplexity,
     "info": info,
     "verify": verify,

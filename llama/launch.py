@@ -36,6 +36,8 @@ KINDS = {bool: "True or False", int: "a whole number", float: "a number"}
 FLAGS = {
     "ckpt_dir": "folder of weights, or GGUF file",
     "prompt": "the text; read from standard input if it is - or left out",
+    "input": "file with a line of JSON for each prompt",
+    "output": "file to write answers to, line by line",
     "text": "file of UTF-8 text",
     "stride": "new tokens in each window of max_seq_len",
     "out": "folder to write, which must not be there yet",

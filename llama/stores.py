@@ -6,6 +6,7 @@ and gives back the weight that it multiplies by. Activations keep 16 bits: Llama
 
 from __future__ import annotations
 
+import functools
 import platform
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -199,6 +200,13 @@ def in_panels(rows: Tensor) -> Tensor:
     return filled.unflatten(0, (-1, PANEL))
 
 
+@functools.cache
+def has_weight_only_int8(device: str) -> bool:
+    """Whether PyTorch multiplies by int8 weights of this type of device without expanding them first."""
+    found: bool = torch._C._dispatch_has_kernel_for_dispatch_key("aten::_weight_int8pack_mm", device.upper())
+    return found
+
+
 class Int8(Held):
     """8 bits where there are no kernels of ours: weight ≈ q × scale, q in [-127, 127], one scale per output row.
 
@@ -218,7 +226,11 @@ class Int8(Held):
             q.copy_((rows / scales.float()[:, None]).round_().clamp_(-127, 127))
 
     def forward(self, x: Tensor) -> Tensor:
-        if not x.is_cpu:  # the operation is the CPU's; elsewhere the expansion is left to a compiler to fuse
+        if not x.is_cpu:
+            one = x.is_cuda and x.shape[-2] == 1 and not torch.compiler.is_compiling()
+            if one and has_weight_only_int8("cuda"):
+                y = torch._weight_int8pack_mm(x.flatten(0, -2), self.q, self.scales.to(x.dtype))
+                return y.unflatten(0, x.shape[:-1])
             return self.expanded(x)
         if x.shape[-2] < expand_tokens() and x.shape[-1] % 16 == 0:  # else it reads beyond a row
             y = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), self.q, self.scales)

@@ -1,4 +1,4 @@
-"""What the README prints is what runs."""
+"""What the README and the pages of docs/ print is what runs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, TINY, clean_environment, random_state, run_python, write_release
@@ -19,11 +20,13 @@ from release_server import CLIENTS, Release, assert_whole, make_tools
 from llama import ModelArgs
 from llama.checkpoints.convert import reshard
 
-README = (ROOT / "README.md").read_text()
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    """In the README, then in the other pages; each once."""
+    fence = re.compile(rf"^```{language}\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
+    return list(dict.fromkeys(block for page in PAGES.values() for block in fence.findall(page)))
 
 
 def test_ci_runs_the_test_command_exactly_as_printed() -> None:
@@ -44,7 +47,7 @@ def test_the_quick_start_runs_the_example_without_torchrun() -> None:
 
 def commands(block: str) -> list[str]:
     """The commands of a block, without those that install, which a fresh clone runs."""
-    lines = block.replace("\\\n", " ").splitlines()
+    lines = re.sub(r" *\\\n *", " ", block).splitlines()
     return [
         line for line in lines if line and not re.match(r"python3 -m venv|\. \.venv|pip install|pytest|bash \.ci", line)
     ]
@@ -80,7 +83,13 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-BLOCKS = [commands(block) for block in blocks("bash") if commands(block)]
+# Of pages that begin alike, what only the later one has.
+SEEN: set[str] = set()
+BLOCKS = [
+    new
+    for block in blocks("bash")
+    if (new := [command for command in commands(block) if command not in SEEN]) and not SEEN.update(new)
+]
 
 
 @pytest.mark.parametrize(
@@ -141,8 +150,7 @@ def test_the_examples_print_what_the_readme_shows() -> None:
 
 
 def sentences() -> list[str]:
-    table = README.split("## Troubleshooting")[1].split("\n## ")[0]
-    return re.findall(r"^\| `([^`]+)` \|", table, flags=re.MULTILINE)
+    return re.findall(r"^\| `([^`]+)` \|", PAGES[ROOT / "docs" / "troubleshooting.md"], flags=re.MULTILINE)
 
 
 def literals(source: str) -> list[str]:
@@ -170,7 +178,7 @@ def test_the_python_examples_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.chdir(ROOT)
     names: dict[str, object] = {}
     for block in blocks("python"):
-        if "openai" not in block:  # which asks a server
+        if not re.search("import (OpenAI|ray)", block):  # which asks a server, or needs a package that is not installed
             exec(block, names)
     printed = capsys.readouterr().out
     assert "\nGrass.\n" in printed
@@ -178,5 +186,22 @@ def test_the_python_examples_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 def test_every_link_into_the_repository_leads_somewhere() -> None:
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+    for path, page in PAGES.items():
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_the_recipe_for_ray_runs(tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray")
+    (recipe,) = (block for block in blocks("python") if "import ray" in block)
+    names: dict[str, Any] = {}
+    exec(recipe, names)
+    prompts = [f"The owl number {i}" for i in range(100)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    ray.init(num_cpus=2, include_dashboard=False)
+    try:
+        names["answer"](str(TINY), str(tmp_path / "in.jsonl"), str(tmp_path / "out"), actors=2, cpus=0.5)
+    finally:
+        ray.shutdown()
+    rows = [json.loads(line) for file in (tmp_path / "out").iterdir() for line in file.read_text().splitlines()]
+    assert sorted(row["prompt"] for row in rows) == sorted(prompts) and all("generation" in row for row in rows)
