@@ -44,8 +44,8 @@ def make_requests(
     """
     n = len(prompts)
     top_logprobs = integer("top_logprobs", settings.top_logprobs)
-    if not 0 <= top_logprobs <= tokenizer.n_words:
-        raise ValueError(f"top_logprobs is {top_logprobs}: use 0 to {tokenizer.n_words}, the size of the vocabulary")
+    if not 0 <= top_logprobs <= tokenizer.n_used:
+        raise ValueError(f"top_logprobs is {top_logprobs}: use 0 to {tokenizer.n_used}, the size of the vocabulary")
     if top_logprobs and not settings.logprobs:
         raise ValueError(f"top_logprobs is {top_logprobs}, and logprobs are not asked for: set logprobs=True too")
     max_gen_lens = per_prompt("max_gen_len", settings.max_gen_len, n)
@@ -150,8 +150,8 @@ def check_prompt(tokenizer: Tokenizer, name: str, prompt: Any, max_seq_len: int)
         )
     tokens = [integer(f"a token id of {name}", token) for token in prompt]
     for token in tokens:
-        if not 0 <= token < tokenizer.n_words:
-            raise ValueError(f"{name} has token id {token}, and the vocabulary has {tokenizer.n_words} pieces")
+        if not 0 <= token < tokenizer.n_used:
+            raise ValueError(f"{name} has token id {token}, and the vocabulary has {tokenizer.n_used} pieces")
     return tokens
 
 

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import torch.distributed as dist
 from tqdm import tqdm
 
-from .arguments import check_positive, integer
+from .arguments import check_positive, check_settings, integer
 from .checkpoints.files import path_of
 from .distributed import patient_ranks
 from .generation import Llama
-from .parallel import Ranks
 from .request import Answer
-from .serving.openai import BadRequest, ChatCompletion, Embeddings, TextCompletion, error_of
+from .serving.openai import BadRequest, ChatCompletion, Embeddings, TextCompletion, error_of, shown
+
+fcntl: Any = None
+with contextlib.suppress(ImportError):  # Windows
+    import fcntl
 
 # Lines that are read ahead of the first one that is not answered, for each row of the batch: answers are written in
 # order, so that a long one lets so many others wait for it.
 AHEAD = 32
 
 TOLD = ("generation", "finish_reason", "logprobs", "error")  # what a result has beside the fields of its line
+
+MOST_SEEDS = 2**32  # each has 2^40 lines
 
 URLS: dict[str, Any] = {
     "/v1/chat/completions": ChatCompletion,
@@ -61,33 +67,36 @@ class Line:
         if self.error is None:
             try:
                 kind, body = self._kind_and_body(defaults)
-                self.asked = kind(body | {"stream": False}, llm, body.get("model") or "llama")
-            except BadRequest as error:
-                self.error = error
+                self.asked = kind(body | {"stream": False}, llm, body.get("model", "llama"))
+            except (TypeError, ValueError) as error:
+                self.error = error if isinstance(error, BadRequest) else BadRequest(str(error))
                 return
             # Equal whenever it is run, so that a run that was cut short and went on leaves no trace.
             self.asked.id, self.asked.created = f"{self._id()}-answer", self.time
             self.answers = [llm.engine.submit(request) for request in self.asked.requests]
 
     def _kind_and_body(self, defaults: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        own = {"seed": (defaults["seed"] << 40) + self.number}  # draws that depend on no other line
-        settings = {key: value for key, value in defaults.items() if value is not None} | own
+        # Draws that depend on no other line. What is null is as if it were left out.
+        settings = defaults | {"seed": (defaults["seed"] << 40) + self.number}
+        said = {key: value for key, value in self.fields.items() if value is not None}
         if self.in_openais_shape:
-            url, body = self.fields.get("url"), self.fields["body"]
-            if url not in URLS or self.fields.get("method", "POST") != "POST" or not isinstance(body, dict):
-                raise BadRequest(f"url is {url!r}: use method POST, an object as body, and {', '.join(URLS)}", "url")
-            settings.pop("max_tokens", None)
-            return URLS[url], settings | body
-        asks = [name for name in ("prompt", "messages") if name in self.fields]
+            url, body = said.get("url"), said["body"]
+            if not isinstance(url, str) or url not in URLS or said.get("method", "POST") != "POST":
+                raise BadRequest(f"url is {url!r}: use method POST and one of {', '.join(URLS)}", "url")
+            if not isinstance(body, dict):
+                raise BadRequest(f"body is {shown(body)}: use an object", "body")
+            del settings["max_tokens"]  # OpenAI has defaults of its own
+            return URLS[url], settings | {key: value for key, value in body.items() if value is not None}
+        asks = [name for name in ("prompt", "messages") if name in said]
         if len(asks) != 1:
             raise BadRequest('the line has to have "prompt" or "messages", or custom_id, method, url and body')
-        asked = self.fields[asks[0]]
+        asked = said[asks[0]]
         several = isinstance(asked, list) and asks[0] == "prompt" and not all(isinstance(token, int) for token in asked)
-        if several or self.fields.get("n", 1) != 1:
+        if several or said.get("n", 1) != 1:
             raise BadRequest(
                 "several answers are for OpenAI's shape: give each prompt a line, and leave out n", asks[0]
             )
-        return (TextCompletion if asks[0] == "prompt" else ChatCompletion), settings | self.fields
+        return (TextCompletion if asks[0] == "prompt" else ChatCompletion), settings | said
 
     def _kept(self) -> dict[str, Any]:
         return {key: value for key, value in self.fields.items() if key not in TOLD}
@@ -133,79 +142,104 @@ class Line:
     def may_begin(self, data: bytes) -> bool:
         """Whether these bytes may be the beginning of its result, of which the rest was not written."""
         fields = {"id": self._id()} if self.in_openais_shape else self._kept()
-        begin = json.dumps(fields, ensure_ascii=False)[:-1].encode(errors="replace")
+        begin = encode(fields)[:-1]
         return begin.startswith(data) or data.startswith(begin)
 
 
-def lines_of(path: Path, share: slice) -> Iterator[Line]:
-    """A share of a file's lines, those that are empty left out; read as they are asked for."""
-    created = int(path.stat().st_mtime)
+def encode(result: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(result, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can only escape
+        return json.dumps(result).encode()
+
+
+def lines_of(path: Path, share: slice, skip: int = 0) -> Iterator[Line]:
+    """A share of a file's lines but the first few, those that are empty left out; read as they are asked for."""
+    created, first = int(path.stat().st_mtime), share.start + skip * share.step
     with path.open("rb") as file:
-        number = 0
-        for data in file:
-            if data.strip():
-                if number % share.step == share.start:
-                    yield Line(number, data, created)
-                number += 1
+        for number, data in enumerate(data for data in file if data.strip()):
+            if number >= first and (number - first) % share.step == 0:
+                yield Line(number, data, created)
 
 
-def resume(output: Path, lines: Iterator[Line]) -> int:
-    """How many lines an earlier run has answered, and passes over them. What it began to write of another is cut off.
+def count_lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(bool(data.strip()) for data in file)
 
-    Raises ValueError where the output is not of this input.
+
+class Output:
+    """The file of results, of which an earlier run may have written some: opened, checked and, while it is open, ours.
+
+    What that run began to write of a line is cut off. Raises ValueError where the file does not answer `lines`, or
+    another run is writing it; OSError, of a full disk, saying how to go on.
     """
-    if not output.exists():
-        return 0
-    done = end = 0
-    with output.open("r+b") as file:
-        for data in file:
+
+    def __init__(self, path: Path, lines: Iterator[Line]):
+        self.path, self.done = path, 0
+        self.file = path.open("a+b")
+        try:
+            self._lock()
+            end = self._check(lines)
+            if end < path.stat().st_size:
+                self.file.truncate(end)
+        except BaseException:
+            self.file.close()
+            raise
+
+    def _lock(self) -> None:
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{self.path} is being written by another run: let it end, or end it") from None
+
+    def _check(self, lines: Iterator[Line]) -> int:
+        """Count the lines that are whole; returns where they end."""
+        end = 0
+        self.file.seek(0)
+        for data in self.file:
             line, whole = next(lines, None), data.endswith(b"\n")
             if line is None or not (line.is_answered_by(data) if whole else line.may_begin(data)):
                 raise ValueError(
-                    f"line {done + 1} of {output} does not answer that of the input: choose another name, or remove it"
+                    f"line {self.done + 1} of {self.path} does not answer that of the input: choose another name, "
+                    "or remove it"
                 )
             if whole:
-                done, end = done + 1, end + len(data)
-        file.truncate(end)
-    return done
-
-
-class Writer:
-    """Writes results in order, as they come; on the first rank only."""
-
-    def __init__(self, output: Path, done: int, ranks: Ranks):
-        self.output, self.done = output, done
-        self.file: BinaryIO | None = output.open("ab") if ranks.rank == 0 else None
+                self.done, end = self.done + 1, end + len(data)
+        return end
 
     def write(self, lines: list[Line]) -> None:
-        """Raises OSError, of a full disk, saying how much is written and how to go on."""
-        self.done += len(lines)
-        if self.file is None:
-            return
         try:
-            results = (json.dumps(line.result(), ensure_ascii=False) for line in lines)
-            self.file.write("".join(f"{result}\n" for result in results).encode(errors="replace"))
+            self.file.write(b"".join(encode(line.result()) + b"\n" for line in lines))
             self.file.flush()
         except OSError as error:
-            advice = "make room, and run it again: it goes on where it was"
-            raise OSError(f"{self.output} could not be written ({error.strerror}): {advice}") from error
+            raise cannot_write(self.path, error) from error
 
     def close(self) -> None:
-        if self.file is not None:
-            with contextlib.suppress(OSError):  # of what was told when it was written
-                self.file.close()
+        with contextlib.suppress(OSError):  # of what was told when it was written
+            self.file.close()
 
 
-def run(llm: Llama, lines: Iterator[Line], writer: Writer, total: int, defaults: dict[str, Any]) -> int:
-    """Answer lines; returns how many tokens were generated."""
+def cannot_write(path: Path, error: OSError) -> OSError:
+    advice = "make room, and run it again: it goes on where it was"
+    return OSError(f"{path} could not be written ({error.strerror}): {advice}")
+
+
+def run(
+    llm: Llama, lines: Iterator[Line], done: int, total: int, write: Callable[[list[Line]], None], **defaults: Any
+) -> int:
+    """Answer lines, in order; returns how many tokens were generated.
+
+    Raises what fails for no fault of a request's own, of memory for instance: such a run can go on later.
+    """
     engine, pending, tokens = llm.engine, deque[Line](), 0
-    ahead = AHEAD * llm.model.params.max_batch_size
-    quiet = True if llm.model.ranks.rank or (dist.is_initialized() and dist.get_rank()) else None
-    bar = tqdm(total=total, initial=writer.done, desc="answering", unit="line", disable=quiet)
+    rows = llm.model.params.max_batch_size
+    quiet = True if llm.model.ranks.rank or dist.get_rank() else None
     start, more = time.monotonic(), True
-    with bar:
+    with tqdm(total=total, initial=done, desc="answering", unit="line", disable=quiet) as bar:
         while more or pending:
-            while more and len(pending) < ahead and len(engine.schedule.waiting) < llm.model.params.max_batch_size:
+            while more and len(pending) < AHEAD * rows and len(engine.schedule.waiting) < rows:
                 line = next(lines, None)
                 more = line is not None
                 if line is not None:
@@ -215,9 +249,12 @@ def run(llm: Llama, lines: Iterator[Line], writer: Writer, total: int, defaults:
                 engine.step()
             ready = []
             while pending and pending[0].over:
+                for answer in pending[0].answers:
+                    if answer.error is not None and not isinstance(answer.error, ValueError):
+                        raise answer.error
                 ready.append(pending.popleft())
             if ready:
-                writer.write(ready)
+                write(ready)
                 tokens += sum(len(answer.tokens) for line in ready for answer in line.answers)
                 bar.set_postfix_str(f"{tokens / (time.monotonic() - start):.1f} tokens/s", refresh=False)
                 bar.update(len(ready))
@@ -251,14 +288,16 @@ def batch(
     """
     source, target = path_of("input", input), path_of("output", output)
     check_positive(max_seq_len=max_seq_len)
-    defaults: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": integer("seed", seed)}
     # All that there is room for, where nothing else is said: OpenAI's 16 tokens are for who asks in its shape.
-    defaults["max_tokens"] = max_seq_len if max_gen_len is None else integer("max_gen_len", max_gen_len)
+    longest = max_seq_len if max_gen_len is None else integer("max_gen_len", max_gen_len)
+    check_settings(longest, temperature, top_p)
+    if not 0 <= integer("seed", seed) < MOST_SEEDS:
+        raise ValueError(f"seed is {seed}: use 0 or more and less than {MOST_SEEDS}")
     if not source.is_file():
         raise FileNotFoundError(f"no file {input}: pass one with a line of JSON for each prompt")
     if target.exists() and source.samefile(target):
         raise ValueError(f"{output} is the input: choose another name for the output")
-    if target.is_dir() or not target.parent.is_dir():
+    if (target.exists() and not target.is_file()) or not target.parent.is_dir():
         raise FileNotFoundError(f"{output} cannot be written: pass the name of a file in a folder that is there")
     llm = Llama.build(
         ckpt_dir,
@@ -276,24 +315,32 @@ def batch(
     share = slice(everyone.rank // ranks.size, None, everyone.size // ranks.size)
     parts = [target] if share.step == 1 else [part_of(target, n, share.step) for n in range(share.step)]
     check_parts(target, parts)
-    own, whole = parts[share.start], sum(1 for _ in lines_of(source, slice(0, None, 1)))
+    own, whole = parts[share.start], count_lines(source)
     if share.step > 1 and target.exists():
-        if everyone.ask_first(lambda: resume(target, lines_of(source, slice(0, None, 1)))) == whole:
-            return f"{output}: {whole} lines, all of them from before"
-        raise ValueError(f"{output} was begun by one group of ranks: run one, or remove it")
-    done, lines = ranks.ask_first(lambda: resume(own, lines_of(source, share))), lines_of(source, share)
-    for _ in range(done):
-        next(lines)
-    total = len(range(share.start, whole, share.step))
-    writer = Writer(own, done, ranks)
+        everyone.ask_first(lambda: check_whole(target, source, whole, parts))
+        return f"{output}: {whole} lines, all of them from before"
+    opened: list[Output] = []
+
+    def open_output() -> int:
+        opened.append(Output(own, lines_of(source, share)))
+        return opened[0].done
+
+    done, total = ranks.ask_first(open_output), len(range(share.start, whole, share.step))
+    write = opened[0].write if opened else lambda lines: None  # the first rank's, of those that share a model
+    settings = {"temperature": temperature, "top_p": top_p, "seed": seed, "max_tokens": longest}
     try:
-        tokens = run(llm, lines, writer, total, defaults)
+        tokens = run(llm, lines_of(source, share, done), done, total, write, **settings)
     finally:
-        writer.close()
-    everyone.alike(lambda: None)  # all are done
+        for out in opened:
+            out.close()
+    counts: list[Any] = [(done, tokens)]
+    if everyone.size > 1:  # and so all are done
+        counts *= everyone.size
+        dist.all_gather_object(counts, (done, tokens), group=everyone.group)
     if share.step > 1 and everyone.rank == 0:
         merge(parts, target)
-    return f"{output}: {total} lines, {done} of them from before, {tokens} tokens generated now"
+    done, tokens = (sum(column) for column in zip(*counts[:: ranks.size], strict=True))
+    return f"{output}: {whole} lines, {done} of them from before, {tokens} tokens generated now"
 
 
 def part_of(target: Path, number: int, count: int) -> Path:
@@ -303,21 +350,35 @@ def part_of(target: Path, number: int, count: int) -> Path:
 
 def check_parts(target: Path, parts: list[Path]) -> None:
     """Raise ValueError where an earlier run with another number of groups has left something to go on from."""
-    there = sorted(target.parent.glob(f"{target.name}.part-*-of-*"))
+    there = sorted(target.parent.glob(f"{glob.escape(target.name)}.part-*-of-*"))
     if others := [path for path in there if path not in parts]:
         count = others[0].name.rpartition("-")[2]
         raise ValueError(f"{others[0]} is of a run with {count} groups of ranks: run as many, or remove it")
 
 
+def check_whole(target: Path, source: Path, count: int, parts: list[Path]) -> None:
+    """Raise ValueError unless the output has all lines, and nothing is left to do but to remove the parts."""
+    output = Output(target, lines_of(source, slice(0, None, 1)))
+    output.close()
+    if output.done < count:
+        raise ValueError(f"{target} was begun by one group of ranks: run one, or remove it")
+    for part in parts:
+        part.unlink(missing_ok=True)
+
+
 def merge(parts: list[Path], target: Path) -> None:
     """One line of each part in turn, in the order of the input; the parts go once all is written."""
     merged = target.with_name(f"{target.name}.part-all")
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(part.open("rb")) for part in parts]
-        with merged.open("wb") as out:
-            while line := files[0].readline():
-                out.write(line)
-                out.writelines(file.readline() for file in files[1:])
-    merged.replace(target)
+    try:
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(part.open("rb")) for part in parts]
+            with merged.open("wb") as out:
+                while line := files[0].readline():
+                    out.write(line)
+                    out.writelines(file.readline() for file in files[1:])
+        merged.replace(target)
+    except OSError as error:
+        merged.unlink(missing_ok=True)
+        raise cannot_write(target, error) from error
     for part in parts:
         part.unlink()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from tqdm import tqdm
 
 from .arguments import check_positive
+from .checkpoints.files import path_of
 from .generation import Llama
+
+MOST_NATS = 709  # of which exp is a float
 
 
 class Score(NamedTuple):
@@ -22,7 +24,8 @@ class Score(NamedTuple):
     @property
     def perplexity(self) -> float:
         """exp of the mean negative logprob of a token."""
-        return math.exp(-self.logprob / self.tokens)
+        mean = -self.logprob / self.tokens
+        return math.exp(mean) if mean < MOST_NATS else math.inf
 
 
 class Window(NamedTuple):
@@ -82,7 +85,7 @@ def perplexity(
     if max_seq_len < 2 or stride >= max_seq_len:
         raise ValueError(f"stride is {stride}, and max_seq_len {max_seq_len}: use a stride below it")
     try:
-        content = Path(text).expanduser().read_bytes().decode()
+        content = path_of("text", text).read_bytes().decode()
     except OSError as error:
         raise type(error)(f"{text} cannot be read ({error.strerror}): pass a text file") from error
     except UnicodeDecodeError as error:

@@ -65,6 +65,7 @@ def write_gguf(
     `metadata` replaces what the file says of the architecture, by the last part of its key.
     """
     writer = gguf.GGUFWriter(path, metadata.pop("architecture", "llama"))
+    eos = metadata.pop("tokenizer.ggml.eos_token_id", None)
     said = {
         "context_length": 4096,
         "embedding_length": args.dim,
@@ -82,7 +83,7 @@ def write_gguf(
             writer.add_float32(f"llama.{key}", value)
         elif value is not None:
             writer.add_uint32(f"llama.{key}", value)
-    add_vocabulary(writer, tokenizer)
+    add_vocabulary(writer, tokenizer, eos)
     values = {}
     for seed, (name, shape) in enumerate(shapes.items()):
         if len(shape) == 1:
@@ -101,12 +102,12 @@ def write_gguf(
     return values
 
 
-def add_vocabulary(writer: gguf.GGUFWriter, tokenizer: Tokenizer) -> None:
+def add_vocabulary(writer: gguf.GGUFWriter, tokenizer: Tokenizer, eos: int | None = None) -> None:
     texts, scores, kinds = zip(*pieces_of(tokenizer.sp_model.serialized_model_proto()), strict=True)
     writer.add_tokenizer_model("llama")
     writer.add_token_list(list(texts))
     writer.add_token_scores(list(scores))
     writer.add_token_types(list(kinds))
     writer.add_bos_token_id(tokenizer.bos_id)
-    writer.add_eos_token_id(tokenizer.eos_id)
+    writer.add_eos_token_id(tokenizer.eos_id if eos is None else eos)
     writer.add_unk_token_id(tokenizer.sp_model.unk_id())

@@ -15,7 +15,8 @@ import pytest
 from conftest import ROOT, TINY, clean_environment, run_python, torchrun
 
 from llama import Llama
-from llama.batch import batch
+from llama.batch import Line, Output, batch
+from llama.engine import Passes
 
 QUESTION = {"role": "user", "content": "Where does the owl live?"}
 
@@ -130,6 +131,63 @@ def test_a_bad_line_becomes_an_error_line(tmp_path: Path) -> None:
     assert errors[8] == errors[3] == "several answers are for OpenAI's shape: give each prompt a line, and leave out n"
 
 
+def test_what_no_request_can_be_made_of_ends_only_its_own_line(tmp_path: Path) -> None:
+    lines: list[Any] = [
+        '{"prompt": "half \\ud83d"}\n',
+        {"custom_id": "a", "url": ["/v1/completions"], "body": {"prompt": "x"}},
+        {"custom_id": "b", "url": "/v1/completions", "body": []},
+        {"prompt": [1, 1280], "echo": True, "logprobs": 1},
+        '{"prompt": "The owl", "note": "half \\ud83d", "temperature": null, "n": null, "messages": null}\n',
+    ]
+    for _ in range(2):
+        run(write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl", temperature=0.0)
+    results = read(tmp_path / "out.jsonl")
+    assert results[0]["error"].startswith("'utf-8' codec can't encode")
+    urls, body = (result["response"]["body"]["error"]["message"] for result in results[1:3])
+    assert urls.startswith("url is ['/v1/completions']: use method POST") and body == "body is []: use an object"
+    assert results[3]["error"] == "prompt 0 has token id 1280, and the vocabulary has 1280 pieces"
+    assert results[4]["note"] == "half \ud83d" and results[4]["generation"]
+
+
+def test_settings_that_no_line_could_be_run_with_are_refused_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Llama, "build", lambda *_, **__: pytest.fail("loaded"))
+    source = write(tmp_path / "in.jsonl", prompts(1))
+    for wrong in ({"temperature": -1.0}, {"max_gen_len": -5}, {"seed": -1}, {"seed": 2**40}, {"top_p": 2.0}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} is {next(iter(wrong.values()))}: use "):
+            run(source, tmp_path / "out.jsonl", **wrong)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_failure_that_is_no_requests_own_ends_the_run_which_can_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out, feed = write(tmp_path / "in.jsonl", prompts(30)), tmp_path / "out.jsonl", Passes.feed
+    count = iter(range(10**6))
+
+    def refuse(self: Passes, runs: Any) -> None:
+        if next(count) == 3:
+            raise MemoryError("no room")
+        feed(self, runs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Passes, "feed", refuse)
+        with pytest.raises(MemoryError, match="no room"):
+            run(source, out)
+    run(source, out)
+    assert len(read(out)) == 30 and all("generation" in result for result in read(out))
+
+
+def test_two_runs_do_not_write_one_output(tmp_path: Path) -> None:
+    source, out = write(tmp_path / "in.jsonl", prompts(3)), tmp_path / "out.jsonl"
+    first = Output(out, iter([]))
+    with pytest.raises(ValueError, match=r"out\.jsonl is being written by another run: let it end, or end it"):
+        run(source, out)
+    first.close()
+    run(source, out)
+
+
 def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", prompts(400))
     run(source, tmp_path / "whole.jsonl", max_gen_len=None)
@@ -148,7 +206,7 @@ def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
         sizes.append(size)
     (tmp_path / "out.jsonl").open("ab").write((tmp_path / "whole.jsonl").read_bytes()[size : size + 20])
     said = run(source, tmp_path / "out.jsonl", max_gen_len=None)
-    assert "0 of them from before" not in said
+    assert ", 0 of them from before" not in said
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert "400 lines, 400 of them from before, 0 tokens" in run(source, tmp_path / "out.jsonl", max_gen_len=None)
 
@@ -185,28 +243,28 @@ def test_what_cannot_be_read_or_written_is_told_before_a_model_is_loaded(
         run(tmp_path / "nowhere", tmp_path / "out.jsonl")
     with pytest.raises(ValueError, match=r"in\.jsonl is the input: choose another name for the output"):
         run(source, source)
-    for out in (tmp_path, tmp_path / "nowhere" / "out.jsonl"):
+    for out in (tmp_path, tmp_path / "nowhere" / "out.jsonl", Path("/dev/null")):
         with pytest.raises(FileNotFoundError, match="cannot be written: pass the name of a file in a folder"):
             run(source, out)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_disk_that_fills_is_told_and_what_was_written_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llama.batch import Writer
+    source, out, write_all = write(tmp_path / "in.jsonl", prompts(30)), tmp_path / "out.jsonl", Output.write
+    written: list[Line] = []
 
-    source, out, write_all = write(tmp_path / "in.jsonl", prompts(30)), tmp_path / "out.jsonl", Writer.write
-
-    def full_after(self: Writer, lines: list[Any]) -> None:
-        if self.done >= 5:
-            self.file = open("/dev/full", "wb")  # noqa: SIM115
+    def full_after(self: Output, lines: list[Line]) -> None:
+        if len(written) >= 5:
+            self.file = open("/dev/full", "r+b", buffering=0)  # noqa: SIM115
         write_all(self, lines)
+        written.extend(lines)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Writer, "write", full_after)
+        patch.setattr(Output, "write", full_after)
         with pytest.raises(OSError, match=r"out\.jsonl could not be written \(No space left on device\): make room"):
             run(source, out)
     assert 5 <= len(read(out)) < 30
-    assert "0 of them from before" not in run(source, out)
+    assert ", 0 of them from before" not in run(source, out)
     assert len(read(out)) == 30
 
 
@@ -217,6 +275,11 @@ def test_groups_of_ranks_take_shares_of_the_lines(tmp_path: Path) -> None:
     job = torchrun(2, "-m", "llama", "batch", TINY, source, out, *flags)
     assert job.returncode == 0, job.stderr
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "whole.jsonl"]
+    assert job.stdout.startswith(f"{out}: 41 lines, 0 of them from before, ")
+    (tmp_path / "out.jsonl.part-2-of-2").touch()
+    job = torchrun(2, "-m", "llama", "batch", TINY, source, out, *flags)
+    assert job.stdout == f"{out}: 41 lines, all of them from before\n", job.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "whole.jsonl"]
     (tmp_path / "out.jsonl.part-1-of-3").touch()
     with pytest.raises(ValueError, match="part-1-of-3 is of a run with 3 groups of ranks: run as many, or remove it"):

@@ -11,13 +11,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import GOLDEN, ROOT, TINY, build_golden, clean_environment, run_python, torchrun
 
 from llama import Llama
-from llama.checkpoints import Checkpoint
+from llama.checkpoints import load
 
 TOKENS = torch.tensor([[1, 5, 9, 7, 12]])
 
@@ -34,13 +35,13 @@ def build(folder: Path) -> Llama:
 def test_a_file_removed_between_opening_and_reading_is_still_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load, wanted = Checkpoint.load, build_golden("gqa-mp2").model(TOKENS, 0)
+    wanted = build_golden("gqa-mp2").model(TOKENS, 0)
 
-    def remove_and_load(self: Checkpoint, *arguments: object) -> None:
+    def remove_and_load(*arguments: Any) -> None:
         (folder / "consolidated.01.pth").unlink()
-        load(self, *arguments)
+        load(*arguments)
 
-    monkeypatch.setattr(Checkpoint, "load", remove_and_load)
+    monkeypatch.setattr("llama.generation.load", remove_and_load)
     assert torch.equal(build(folder).model(TOKENS, 0), wanted)
 
 
@@ -143,6 +144,7 @@ def timed_job(nproc: int, script: Path, *arguments: str | Path) -> tuple[subproc
 FAULT = """
 import os, signal, sys, time
 from pathlib import Path
+from typing import Any
 from conftest import GOLDEN, ROOT, TINY
 sys.path.insert(0, str(ROOT))
 import llama.checkpoints.release, llama.generation

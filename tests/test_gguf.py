@@ -26,7 +26,7 @@ from llama.checkpoints.folders import info, verify
 from llama.checkpoints.gguf import read_file
 from llama.checkpoints.gguf_types import TYPES, Blocks
 from llama.checkpoints.names import gguf_name
-from llama.checkpoints.vocabulary import pieces_of
+from llama.checkpoints.vocabulary import piece, pieces_of, proto_of
 from llama.parallel import ShardedLinear
 from llama.stores import Grouped
 
@@ -307,6 +307,36 @@ def test_the_rebuilt_llama_2_tokenizer_is_the_original() -> None:
     same_as(real_tokenizer_path(), [case["text"] for case in cases])
 
 
+def test_pieces_that_end_a_text_do_so_whatever_kind_they_are_of(tmp_path: Path) -> None:
+    more = [("<|im_end|>", 0.0, 4), ("plain", 0.0, 1)]
+    proto = (GOLDEN / "tokenizer.model").read_bytes() + b"".join(piece(*each) for each in more)
+    extended = Tokenizer.from_proto(proto, "extended")
+    for eos in (512, 513):
+        tokenizer = vocabulary_only(tmp_path / "a.gguf", extended, **{"tokenizer.ggml.eos_token_id": eos})
+        assert (tokenizer.bos_id, tokenizer.eos_id) == (1, eos)
+
+
+def test_pieces_that_sentencepiece_does_not_take_are_unused(tmp_path: Path) -> None:
+    tokens = ["<unk>", "<s>", "</s>", "", "a", "a"]
+    metadata: dict[str, Any] = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tokens}
+    metadata |= {"tokenizer.ggml.scores": [0.0] * 6, "tokenizer.ggml.token_type": [2, 3, 3, 1, 1, 1]}
+    tokenizer = Tokenizer.from_proto(proto_of("a.gguf", metadata), "a.gguf")
+    assert (tokenizer.n_words, tokenizer.n_used, tokenizer.bos_id, tokenizer.eos_id) == (6, 5, 1, 2)
+    assert tokenizer.encode("a", bos=False, eos=False)[-1] == 4
+
+
+def test_padding_ids_are_no_prompt(tmp_path: Path) -> None:
+    args = small_args(TOKENIZER)
+    args.vocab_size = 520
+    proto = (GOLDEN / "tokenizer.model").read_bytes() + b"".join(piece(f"[PAD{i}]", 0.0, 5) for i in range(8))
+    write_gguf(tmp_path / "a.gguf", args, Tokenizer.from_proto(proto, "padded"), Kind.Q8_0, shapes_of(args))
+    llm = build(tmp_path / "a.gguf")
+    with pytest.raises(ValueError, match="prompt 0 has token id 512, and the vocabulary has 512 pieces"):
+        llm.generate([[1, 512]], 2)
+    with pytest.raises(ValueError, match="top_logprobs is 513: use 0 to 512, the size of the vocabulary"):
+        llm.text_completion(["a"], logprobs=True, top_logprobs=513)
+
+
 def test_a_chat_template_of_another_layout_is_refused_by_name(tmp_path: Path) -> None:
     dialog = [{"role": "user", "content": "Hello"}]
     small_file(tmp_path / "a.gguf", Kind.Q4_0, **{"tokenizer.chat_template": "{{ '<|im_start|>' + message }}"})
@@ -432,6 +462,13 @@ def test_linear_scaling_of_positions_is_kept(tmp_path: Path) -> None:
     torch.testing.assert_close(llm.model(TOKENS), model(TOKENS).detach(), atol=1e-4, rtol=0)
 
 
+def test_a_factor_alone_scales_linearly(tmp_path: Path) -> None:
+    small_file(tmp_path / "a.gguf", Kind.Q8_0, **{"rope.scaling.factor": 2.0})
+    assert build(tmp_path / "a.gguf").model.params.rope_scaling_factor == 2
+    small_file(tmp_path / "a.gguf", Kind.Q8_0, **{"rope.scaling.factor": 2.0, "rope.scaling.type": "none"})
+    assert build(tmp_path / "a.gguf").model.params.rope_scaling_factor == 1
+
+
 def test_vocabularies_of_other_kinds_are_refused_by_name(tmp_path: Path) -> None:
     args = ModelArgs(dim=32, n_layers=1, n_heads=2, vocab_size=512, multiple_of=32)
     path = tmp_path / "a.gguf"
@@ -463,7 +500,6 @@ def test_vocabularies_of_other_kinds_are_refused_by_name(tmp_path: Path) -> None
         ({"token_type": [1] * 512}, "has a vocabulary with 0 unknown pieces"),
         ({"token_type": [2, 9, *[1] * 510]}, "has a vocabulary with piece 1"),
         ({"eos_token_id": 512}, "has tokenizer.ggml.eos_token_id 512"),
-        ({"bos_token_id": None}, "has tokenizer.ggml.bos_token_id None"),
     ]
     for changes, said in cases:
         with pytest.raises(ValueError, match=said):
@@ -476,6 +512,8 @@ def pieces() -> list[tuple[str, float, int]]:
 
 
 def test_paths_that_are_no_file_or_hold_one_are_told_what_to_pass(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"m-00001-of-00000\.gguf says that it is part 1 of 0: give it its own name again"):
+        build(tmp_path / "m-00001-of-00000.gguf")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.gguf cannot be read \(No such file or directory\): check"):
         build(tmp_path / "nowhere.gguf")
     (tmp_path / "b.Q4_0.gguf").touch()

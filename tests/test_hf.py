@@ -485,7 +485,30 @@ def test_rows_that_nothing_explains_are_another_tokenizers(
         build(tmp_path / "other")
 
 
-@pytest.mark.parametrize("content", ['{"a": "b"}', '{"": 512}', '{"a": 512.5}', "[]", "{"])
+def test_added_tokens_without_a_row_are_left_out(tmp_path: Path, args: ModelArgs) -> None:
+    folder = tmp_path / "folder"
+    logits = extended(folder, args, 512, ["<pad>"], "added_tokens.json")  # as Meta's first folders have it
+    assert_logits(folder, logits)
+    assert build(folder).tokenizer.n_words == 512
+
+
+def test_added_tokens_with_spaces_or_of_pieces_that_are_there(tmp_path: Path, args: ModelArgs) -> None:
+    extended(tmp_path / "folder", args, 514, ["<|end of text|>", "</s>"], "added_tokens.json")
+    tokenizer = build(tmp_path / "folder").tokenizer
+    assert 512 in tokenizer.encode("a<|end of text|>b", bos=False, eos=False)
+    assert tokenizer.decode([512]) == "<|end of text|>" and tokenizer.eos_id == 2
+
+
+def test_a_folder_is_resharded_without_a_tokenizer_that_is_not_its_own(
+    tmp_path: Path, args: ModelArgs, caplog: pytest.LogCaptureFixture
+) -> None:
+    extended(tmp_path / "folder", args, 516, [], "")
+    reshard(str(tmp_path / "folder"), str(tmp_path / "out"), 1)
+    assert not (tmp_path / "out" / "tokenizer.model").exists()
+    assert "writing no tokenizer.model: tokenizer has 512 pieces" in caplog.text
+
+
+@pytest.mark.parametrize("content", ['{"a": [1]}', '{"a": "b"}', '{"": 512}', '{"a": 512.5}', "[]", "{"])
 def test_added_tokens_that_are_none_are_refused(tmp_path: Path, args: ModelArgs, content: str) -> None:
     folder = tmp_path / "broken"
     extended(folder, args, 513, [], "")

@@ -218,6 +218,26 @@ def test_a_packed_folder_is_described_checked_and_converted(tmp_path: Path) -> N
     assert all(torch.equal(state[name], value.half().float()) for name, value in values.items())
 
 
+def test_a_zero_of_0_has_borrowed_from_its_neighbour_in_version_1(tmp_path: Path) -> None:
+    write_folder(tmp_path / "packed", symmetric=False, layout="gptq_v2")
+    file, stem = tmp_path / "packed" / "model.safetensors", "model.layers.0.mlp.up_proj"
+    tensors = load_file(file)
+    tensors[f"{stem}.qzeros"][:, 0] &= ~0xF  # the first row's zero
+    save_file(tensors, file)
+    wanted = build(tmp_path / "packed", dtype="float32").model.state_dict()
+    zeros = {name: tensor - 0x11111111 for name, tensor in tensors.items() if name.endswith(".qzeros")}
+    save_file(tensors | zeros, file)
+    edit_config(tmp_path / "packed", checkpoint_format="gptq")
+    ours = build(tmp_path / "packed", dtype="float32").model.state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in wanted.items())
+
+
+def edit_config(folder: Path, **said: Any) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"quantization_config": config["quantization_config"] | said}))
+
+
 def test_what_older_packers_wrote_is_found(tmp_path: Path) -> None:
     values = write_folder(tmp_path / "packed")
     folder = tmp_path / "packed"
@@ -250,6 +270,7 @@ def test_what_older_packers_wrote_is_found(tmp_path: Path) -> None:
         ),
         ({"bits": 3}, "config.json has bits 3: not supported, only 4 and 8 are"),
         ({"bits": None}, "config.json has bits None: not supported, only 4 and 8 are"),
+        ({"checkpoint_format": None, "format": "marlin"}, "weights in gptq's format 'marlin'"),
         ({"group_size": 16}, "has group_size 16: not supported, only -1 and multiples of 32 are"),
         ({"group_size": 64}, r"qzeros has shape \(\d, 32\), which does not fit 4 bits in groups of 64"),
         ({"bits": 8}, "which does not fit 8 bits in groups of 128: download it again"),
@@ -258,9 +279,7 @@ def test_what_older_packers_wrote_is_found(tmp_path: Path) -> None:
 )
 def test_other_packings_are_refused_by_name(tmp_path: Path, said: dict[str, Any], sentence: str) -> None:
     write_folder(tmp_path / "packed")
-    file = tmp_path / "packed" / "config.json"
-    config = json.loads(file.read_text())
-    file.write_text(json.dumps(config | {"quantization_config": config["quantization_config"] | said}))
+    edit_config(tmp_path / "packed", **said)
     with pytest.raises(ValueError, match=sentence):
         build(tmp_path / "packed")
 
@@ -288,5 +307,7 @@ def test_damaged_parts_are_refused_by_name(tmp_path: Path) -> None:
     refused({f"{stem}.qweight": tensors[f"{stem}.qweight"][:-1].contiguous()}, "does not fit 4 bits in groups of 128")
     refused({f"{stem}.qzeros": tensors[f"{stem}.qzeros"].float()}, rf"{stem}\.qzeros is of float32: download it again")
     refused({f"{stem}.g_idx": torch.zeros(256, dtype=torch.int32)}, "groups that are not of 128 inputs")
+    refused({f"{stem}.scales": torch.tensor(1.0).half()}, rf"{stem}\.scales has shape \(\): download it again")
+    refused({f"{stem}.qweight": torch.tensor(1).int()}, rf"{stem}\.qweight has shape \(\): download it again")
     refused({f"{stem}.bias": torch.ones(256).half()}, rf"holds unknown tensor {stem}\.bias")
     refused({"model.norm.weight": torch.ones(256).int()}, r"model\.norm\.weight is of int32")

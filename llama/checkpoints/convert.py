@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import shutil
 import tempfile
@@ -23,6 +24,8 @@ from .gguf_writer import GGUFFile
 from .huggingface import config_of
 from .names import Shapes, huggingface_name, is_rotary, part_shape, split_halves
 from .release import OPTIONAL_PARAMS, REQUIRED_PARAMS
+
+logger = logging.getLogger(__name__)
 
 PART_BYTES = 2 * 10**9  # of a safetensors file; one at a time is in memory
 
@@ -45,7 +48,7 @@ def reshard(ckpt_dir: str, out: str, model_parallel_size: int) -> str:
 
 def convert(ckpt_dir: str, out: str, to: str, type: str = "f16") -> str:
     """Write the checkpoint in Hugging Face's layout ("hf"), in one shard of the release's ("meta"), or as a GGUF file
-    ("gguf") whose matrices are of a `type`: f16, bf16, q8_0 or q4_0."""
+    ("gguf") whose matrices are of a `type`: f16, bf16, q8_0, q4_0 or q4_1."""
     if to == "meta":
         return reshard(ckpt_dir, out, 1)
     if to not in ("hf", "gguf"):
@@ -135,11 +138,16 @@ def new_path(out: str, needed: int) -> Iterator[Path]:
 @contextlib.contextmanager
 def new_folder(out: str, checkpoint: Checkpoint, needed: int) -> Iterator[Path]:
     """A new path that is a folder, for a checkpoint's weights; it gets their tokenizer and checklist.chk."""
+    tokenizer = None
+    try:
+        tokenizer = checkpoint.tokenizer_model()
+    except (FileNotFoundError, ValueError) as error:  # the weights are whole without it
+        logger.warning("writing no tokenizer.model: %s", error)
     with new_path(out, needed) as folder:
         folder.mkdir()  # with the permissions of the umask, unlike the temporary one around it
         yield folder
-        with contextlib.suppress(FileNotFoundError):  # the weights are whole without it
-            (folder / "tokenizer.model").write_bytes(checkpoint.tokenizer_model())
+        if tokenizer is not None:
+            (folder / "tokenizer.model").write_bytes(tokenizer)
         sums = [f"{md5_of(file)}  {file.name}\n" for file in sorted(folder.iterdir())]
         (folder / "checklist.chk").write_text("".join(sums))
         for file in folder.iterdir():

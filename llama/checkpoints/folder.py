@@ -26,7 +26,7 @@ from .lora import Adapter
 from .names import Shapes, interleave, is_rotary, part_shape, shard_dim
 from .quantized import Quantized
 from .release import Source, open_release
-from .vocabulary import with_added, with_padding
+from .vocabulary import with_rows
 
 logger = logging.getLogger(__name__)
 
@@ -60,16 +60,14 @@ class Checkpoint:
 
     def open_tokenizer(self, path: str | os.PathLike[str] | None = None) -> Tokenizer:
         """The checkpoint's tokenizer, or the one at `path`. Raises ValueError where it is not the embedding's."""
-        vocabulary, added = self.source.vocabulary, self.source.added_tokens
+        vocabulary, rows = self.source.vocabulary, len(self.source.tensor(EMBEDDING))
         if path is None and vocabulary is not None:
             tokenizer = Tokenizer.from_proto(vocabulary, self.name)
         else:
             tokenizer = Tokenizer(self.tokenizer_path if path is None else path)
-        proto, rows = tokenizer.sp_model.serialized_model_proto(), len(self.source.tensor(EMBEDDING))
-        if added:
-            tokenizer = Tokenizer.from_proto(proto := with_added(proto, tokenizer.n_words, added), self.name)
-        if self.source.pads and is_padded(tokenizer.n_words, rows, extended=bool(added)):
-            tokenizer = Tokenizer.from_proto(with_padding(proto, tokenizer.n_words, rows), self.name)
+        if self.source.pads and rows > tokenizer.n_words:
+            proto = with_rows(tokenizer.sp_model.serialized_model_proto(), self.source.added_tokens, rows)
+            tokenizer = Tokenizer.from_proto(proto, self.name)
         tokenizer.chat_template = self.source.chat_template
         if tokenizer.n_words != rows:
             raise ValueError(
@@ -226,16 +224,6 @@ class Checkpoint:
 def as_tensor(tensor: Tensor | Quantized) -> Tensor:
     assert isinstance(tensor, Tensor), "only matrices are quantized, and only where there are no shards"
     return tensor
-
-
-def is_padded(pieces: int, rows: int, extended: bool) -> bool:
-    """Whether an embedding has no more rows than fill its pieces up to a round number.
-
-    A multiple of 64 or more, as trainers make it for speed; of 8 or more where the vocabulary is known to be an
-    `extended` one. Another tokenizer's vocabulary must not pass for padding.
-    """
-    round_numbers = (8, 16, 32, 64, 128, 256) if extended else (64, 128, 256)
-    return any(rows % number == 0 and 0 < rows - pieces <= number for number in round_numbers)
 
 
 def is_gguf(path: Path) -> bool:

@@ -57,7 +57,9 @@ def open_gguf(path: Path) -> Source:
         raise ValueError(f"{name} has rope_freqs.weight (Llama 3.1's positions): not supported")
     if "output.weight" not in tensors and "token_embd.weight" in tensors:
         tensors["output.weight"] = tensors["token_embd.weight"]
-    longest = metadata.get("llama.context_length")
+    longest, template = metadata.get("llama.context_length"), metadata.get("tokenizer.chat_template")
+    if not isinstance(template, str | None):
+        raise ValueError(f"{name} has tokenizer.chat_template {template!r}: download it again")
     return Source(
         "GGUF",
         name,
@@ -68,7 +70,7 @@ def open_gguf(path: Path) -> Source:
         gives_back=True,
         max_positions=longest if isinstance(longest, int) else None,
         vocabulary=proto_of(name, metadata),
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=template,
     )
 
 
@@ -76,6 +78,10 @@ def parts_of(path: Path) -> list[Path]:
     """All parts of what `path` is one of. Raises FileNotFoundError for one that is missing."""
     if (part := PART.fullmatch(path.name)) is None:
         return [path]
+    if not 1 <= int(part[2]) <= int(part[3]):
+        raise ValueError(
+            f"{path.name} says that it is part {int(part[2])} of {int(part[3])}: give it its own name again"
+        )
     files = [path.with_name(f"{part[1]}-{number:05}-of-{part[3]}.gguf") for number in range(1, int(part[3]) + 1)]
     for file in files:
         if not file.is_file():
@@ -101,11 +107,11 @@ def params_of(name: str, metadata: dict[str, Any]) -> dict[str, Any]:
     for key, wanted in others.items():
         if metadata.get(key, wanted) != wanted:
             raise ValueError(f"{name} has {key} {metadata[key]!r}: not supported, only {wanted!r} is")
-    scaling = metadata.get("llama.rope.scaling.type", "none")
-    factor = metadata.get("llama.rope.scaling.factor", metadata.get("llama.rope.scale_linear", 1.0))
+    scaling = metadata.get("llama.rope.scaling.type", "linear")
+    factor = metadata.get("llama.rope.scaling.factor", metadata.get("llama.rope.scale_linear"))
     if scaling not in ("none", "linear"):
         raise ValueError(f"{name} has llama.rope.scaling.type {scaling!r}: not supported, only 'linear' is")
-    if factor and (scaling == "linear" or "llama.rope.scale_linear" in metadata):
+    if factor and scaling == "linear":
         check_numbers(name, {"llama.rope.scaling.factor": factor}, real=("llama.rope.scaling.factor",))
         params["rope_scaling_factor"] = as_written(factor)
     return params | feed_forward_params(given["llama.embedding_length"], given["llama.feed_forward_length"])

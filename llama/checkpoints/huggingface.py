@@ -65,18 +65,18 @@ def open_huggingface(path: Path) -> Source:
 
 def added_tokens(path: Path) -> dict[int, str]:
     """Ids and texts of the tokens that a folder says were added to its vocabulary. Raises ValueError for other JSON."""
-    added: dict[Any, Any] = {}
+    pairs: list[tuple[Any, Any]] = []
     if (file := path / "added_tokens.json").exists():
-        added = {token: text for text, token in read_json(file).items()}
+        pairs = [(token, text) for text, token in read_json(file).items()]
     elif (file := path / "tokenizer.json").exists():
         entries = read_json(file).get("added_tokens", [])
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise ValueError(f"{file} has added_tokens that are no list of objects: download it again")
-        added = {entry.get("id"): entry.get("content") for entry in entries}
-    for token, text in added.items():
+        pairs = [(entry.get("id"), entry.get("content")) for entry in entries]
+    for token, text in pairs:
         if type(token) is not int or not isinstance(text, str) or not text:
             raise ValueError(f"{file} has an added token {text!r} with id {token!r}: download it again")
-    return added
+    return dict(pairs)
 
 
 def find_files(path: Path) -> list[Path]:

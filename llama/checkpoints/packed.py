@@ -28,7 +28,7 @@ class Packing(NamedTuple):
     method: str  # "gptq" or "awq"
     bits: int
     group_size: int  # inputs; -1 for all
-    zero_offset: int  # what is added to the zeros as stored
+    zero_offset: int  # what was taken from the zeros before they were packed
 
 
 def packing_of(folder: Path, config: dict[str, Any]) -> Packing | None:
@@ -48,7 +48,8 @@ def packing_of(folder: Path, config: dict[str, Any]) -> Packing | None:
     layouts = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}
     if method not in layouts:
         raise ValueError(f"{file} has quant_method {said.get('quant_method')!r}: not supported, only gptq and awq are")
-    layout = str(said.get("checkpoint_format", said.get("format", said.get("version"))) or layouts[method][0]).lower()
+    named = said.get("checkpoint_format") or said.get("format") or said.get("version")
+    layout = str(named or layouts[method][0]).lower()
     if layout not in layouts[method]:
         known = " and ".join(map(repr, layouts[method]))
         raise ValueError(f"{file} has weights in {method}'s format {layout!r}: not supported, only {known} are")
@@ -77,6 +78,9 @@ def packed_matrix(stem: str, tensors: dict[str, Tensor], packing: Packing) -> Pa
     found = {part: tensors[f"{stem}.{part}"] for part in PARTS if f"{stem}.{part}" in tensors}
     if missing := [part for part in PARTS[:3] if part not in found]:
         raise ValueError(f"{stem}.{missing[0]} is missing beside {stem}.qweight: download it again")
+    for part, tensor in found.items():
+        if tensor.dim() != (1 if part == "g_idx" else 2) or tensor.numel() == 0:
+            raise ValueError(f"{stem}.{part} has shape {tuple(tensor.shape)}: download it again")
     qweight, scales, per_word = found["qweight"], found["scales"], 32 // packing.bits
     rows = scales.shape[-1]
     inputs = len(qweight) * (per_word if packing.method == "gptq" else 1)
@@ -129,7 +133,9 @@ class Packed(Quantized):
         groups = torch.arange(inputs.start, inputs.stop, GROUP) // self.group_size
         scales, lows = self.parts["scales"][groups, rows].T, None
         if not self.symmetric:
-            zeros = self.columns(self.parts["qzeros"], rows)[groups].T.to(torch.int16) + self.packing.zero_offset
+            # Taken from whole words, so that a zero of 0 has borrowed from its neighbour.
+            offset = sum(self.packing.zero_offset << self.packing.bits * j for j in range(self.per_word))
+            zeros = self.columns(self.parts["qzeros"] + offset, rows)[groups].T.to(torch.int16)
             lows = (self.middle * (self.bits == 8) - zeros) * scales.float()
         q = q.unflatten(1, (-1, GROUP))
         q = (q.to(torch.int16) - 128).to(torch.int8) if self.bits == 8 else q[..., :16] | q[..., 16:] << 4

@@ -30,7 +30,7 @@ class Source(NamedTuple):
     gives_back: bool = False  # whether tensors are certain to lie on pages of their file, which can be read in again
     max_positions: int | None = None  # what the model was made for, before scaling; None: the folder does not say
     vocabulary: bytes | None = None  # a whole SentencePiece model, where the layout has one
-    chat_template: Any = None  # a Jinja template, where the layout has one
+    chat_template: str | None = None  # a Jinja template, where the layout has one
     added_tokens: Mapping[int, str] = {}  # ids that follow tokenizer.model's, and their texts
     pads: bool = False  # whether the embedding may have more rows than there are pieces
 

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-UNKNOWN, USER_DEFINED, UNUSED, BYTE = 2, 4, 5, 6  # kinds of pieces, numbered alike in GGUF
+UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6  # kinds of pieces, numbered alike in GGUF
 BPE = 2
 NO_SCORE = -1000.0  # what a file has that was made without tokenizer.model
 
@@ -70,20 +70,32 @@ def pieces_of(proto: bytes) -> list[tuple[str, float, int]]:
     return [(piece[1].decode(), piece[2], piece[3]) for piece in pieces]
 
 
-def with_added(proto: bytes, number: int, added: Mapping[int, str]) -> bytes:
-    """A SentencePiece model of so many pieces with more, by their ids, which are found in a text before it is split.
+def with_rows(proto: bytes, added: Mapping[int, str], rows: int) -> bytes:
+    """A SentencePiece model with pieces for all rows of an embedding, as far as they are explained.
 
-    Those that the model has already are left out, as are those after an id that is not given.
+    `added` tokens follow the model's own without a gap, and are found in a text before it is split. Rows that fill
+    these up to a round number are unused pieces.
     """
-    while number in added:
-        proto += piece(added[number], 0.0, USER_DEFINED)
+    texts = {text for text, _, _ in pieces_of(proto)}
+    first = number = len(texts)
+    while number in added and number < rows:
+        text = added[number].replace(" ", "\u2581")  # as SentencePiece has spaces
+        proto += piece(f"[{number}]", 0.0, UNUSED) if text in texts else piece(text, 0.0, USER_DEFINED)
+        texts.add(text)
         number += 1
+    if is_padding(number, rows, extended=number > first):
+        proto += b"".join(piece(f"[PAD{token}]", 0.0, UNUSED) for token in range(number, rows))
     return proto
 
 
-def with_padding(proto: bytes, number: int, rows: int) -> bytes:
-    """A SentencePiece model of so many pieces with as many unused ones more as an embedding has rows for."""
-    return proto + b"".join(piece(f"[PAD{token}]", 0.0, UNUSED) for token in range(number, rows))
+def is_padding(pieces: int, rows: int, extended: bool) -> bool:
+    """Whether an embedding has no more rows than fill its pieces up to a round number.
+
+    A multiple of 64 or more, as trainers make it for speed; of 8 or more where the vocabulary is known to be an
+    `extended` one. Another tokenizer's vocabulary must not pass for padding.
+    """
+    round_numbers = (8, 16, 32, 64, 128, 256) if extended else (64, 128, 256)
+    return any(rows % number == 0 and 0 < rows - pieces <= number for number in round_numbers)
 
 
 def adds_prefix(proto: bytes) -> bool:
@@ -107,17 +119,24 @@ def proto_of(name: str, metadata: dict[str, Any]) -> bytes:
         if not (isinstance(value[0], str) and isinstance(value[1], float) and math.isfinite(value[1]))
         or value[2] not in range(1, 7)
     ]
+    special = {}
+    for what, usual in (("bos", 1), ("eos", 2)):
+        token = metadata.get(f"tokenizer.ggml.{what}_token_id", usual)
+        if type(token) is not int or not 0 <= token < len(texts):
+            raise ValueError(f"{name} has tokenizer.ggml.{what}_token_id {token!r}: download it again")
+        special[what] = token
+    # What begins and ends a text is a control piece to SentencePiece, whatever fine-tuning made of it.
+    kinds = [CONTROL if token in special.values() else kind for token, kind in enumerate(kinds)]
     if wrong or kinds.count(UNKNOWN) != 1:
         reason = wrong[0] if wrong else f"{kinds.count(UNKNOWN)} unknown pieces"
         raise ValueError(f"{name} has a vocabulary with {reason}: download it again")
     if set(scores) == {NO_SCORE}:
         raise ValueError(f"{name} has a vocabulary without scores, made without tokenizer.model: convert it again")
-    special = {}
-    for what in ("bos", "eos"):
-        token = metadata.get(f"tokenizer.ggml.{what}_token_id")
-        if type(token) is not int or not 0 <= token < len(texts):
-            raise ValueError(f"{name} has tokenizer.ggml.{what}_token_id {token!r}: download it again")
-        special[what] = token
+    seen: set[str] = set()
+    for token, text in enumerate(texts):  # SentencePiece takes no piece twice, and none without text
+        if not text or text in seen:
+            texts[token], kinds[token] = f"[{token}]", UNUSED
+        seen.add(texts[token])
     trainer = field(3, BPE) + field(4, len(texts)) + field(35, int(BYTE in kinds))  # whether it falls back to bytes
     trainer += field(40, kinds.index(UNKNOWN)) + field(41, special["bos"]) + field(42, special["eos"]) + field(43, -1)
     trainer += field(45, texts[kinds.index(UNKNOWN)]) + field(46, texts[special["bos"]])
