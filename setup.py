@@ -39,6 +39,7 @@ setup(
             "pexpect",
             "protobuf",
             "pytest",
+            "pytest-xdist",
             "ruff",
             "safetensors",
             "selenium",

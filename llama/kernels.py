@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import logging
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -68,7 +69,13 @@ def library() -> ctypes.CDLL | None:
     return found
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def constant(function: Callable[[], bool]) -> Callable[[], bool]:
+    """What torch.compiler.assume_constant_result does, which would import the compiler for it: most of a second."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant
 def available() -> bool:
     return library() is not None
 

@@ -24,6 +24,10 @@ import fire
 
 from . import __version__
 
+# A rank that fails waits so long for each before it, up to three, to have told the same: torchrun, on busy cores, takes
+# seconds to stop the others.
+FAIL_SECONDS = 4
+
 REPORT = "TORCHELASTIC_ERROR_FILE"  # set by torchrun
 
 Command = Callable[..., Any]
@@ -116,7 +120,7 @@ def fail(sentence: str, status: int = 1) -> None:
     if report is None:
         print(sentence, file=sys.stderr)
     else:
-        time.sleep(2 * min(int(os.environ["RANK"]), 3))
+        time.sleep(FAIL_SECONDS * min(int(os.environ["RANK"]), 3))
         message = {"message": sentence, "extraInfo": {"timestamp": str(int(time.time()))}}
         Path(report).write_text(json.dumps({"message": message}))
     sys.exit(status)

@@ -26,7 +26,7 @@ BLOCK_ROWS = 512
 SPARE_TOKENS = 3
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@kernels.constant
 def has_bfloat16_products() -> bool:
     """Whether this CPU multiplies bfloat16 matrices natively (AVX512-BF16; every CPU with AMX has it too)."""
     return "AVX512" in torch.backends.cpu.get_cpu_capability() and torch.cpu._is_avx512_bf16_supported()

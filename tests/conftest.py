@@ -29,6 +29,18 @@ torch.set_num_threads(1)  # models this small gain nothing from threads, and los
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+# Files whose tests start programs, jobs of several ranks, servers or a browser, and tests elsewhere that do.
+STARTING = {"batch", "faults", "launch", "page", "ranks", "readme", "serving", "serving_faults", "terminal", "original"}
+STARTING_WORDS = ("ranks", "shell", "command", "compiled", "compiler", "torchrun", "starts")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        words = item.name.split("[")[0].split("_")
+        if item.path.stem.removeprefix("test_") in STARTING or any(word in words for word in STARTING_WORDS):
+            item.add_marker("slow")
+
+
 def expected(folder: str) -> dict[str, Any]:
     """What the original computes from a golden folder."""
     return json.loads((GOLDEN / f"{folder.split('-')[0]}-expected.json").read_text())

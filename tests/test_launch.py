@@ -248,3 +248,10 @@ main()
     assert job.returncode == 0 and "release layout" in job.stdout, job.stderr
     job = run_python(script, "chat", TINY, "--temperature=0", input="Where does the fox live?\n", env=environment)
     assert job.returncode == 0 and "The fox lives" in job.stdout, job.stderr
+
+
+def test_the_import_leaves_the_compiler_and_optional_packages_alone() -> None:
+    names = "torch._dynamo", "transformers", "safetensors", "gguf", "starlette", "numpy.testing"
+    code = f"import sys, llama, llama.__main__; print([name for name in {names} if name in sys.modules])"
+    job = run_python("-c", code)
+    assert job.stdout == "[]\n", job.stderr
