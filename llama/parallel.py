@@ -229,6 +229,7 @@ class ParallelEmbedding(fs_layers.ParallelEmbedding):
 def new_weight(rows: int, columns: int) -> nn.Parameter:
     """A weight to be trained, or on the meta device to be replaced by a checkpoint's.
 
-    Not by nn.init.normal_, which on the meta device imports torch.compile's machinery, a second's work.
+    There nothing is computed: arithmetic on the meta device imports the compiler, most of a second.
     """
-    return nn.Parameter(0.02 * torch.randn(rows, columns))
+    weight = torch.empty(rows, columns)
+    return nn.Parameter(weight if weight.is_meta else 0.02 * torch.randn_like(weight))

@@ -60,6 +60,10 @@ class Tape(TorchDispatchMode):
         self.calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
         self.outside: list[tuple[Tensor, int]] = []  # what our kernels find elsewhere, and at which address
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled in here, and to say so would import the compiler, most of a second
+
     def __enter__(self) -> Tape:
         self.pool.rewind()
         super().__enter__()  # type: ignore[no-untyped-call]
