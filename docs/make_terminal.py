@@ -15,7 +15,7 @@ SAID = [
     "What does the rabbit eat?",
     "And where does it live?",
     "/system Answer like a pirate.",
-    "What does the bear like?",
+    "What does the bear like to do?",
 ]
 
 
