@@ -286,19 +286,13 @@ def batch(
     interrupted, it goes on where it was. Under torchrun with a --model_parallel_size smaller than the number of ranks,
     each group of ranks answers a share of the lines.
     """
-    source, target = path_of("input", input), path_of("output", output)
     check_positive(max_seq_len=max_seq_len)
     # All that there is room for, where nothing else is said: OpenAI's 16 tokens are for who asks in its shape.
     longest = max_seq_len if max_gen_len is None else integer("max_gen_len", max_gen_len)
     check_settings(longest, temperature, top_p)
     if not 0 <= integer("seed", seed) < MOST_SEEDS:
         raise ValueError(f"seed is {seed}: use 0 or more and less than {MOST_SEEDS}")
-    if not source.is_file():
-        raise FileNotFoundError(f"no file {input}: pass one with a line of JSON for each prompt")
-    if target.exists() and source.samefile(target):
-        raise ValueError(f"{output} is the input: choose another name for the output")
-    if (target.exists() and not target.is_file()) or not target.parent.is_dir():
-        raise FileNotFoundError(f"{output} cannot be written: pass the name of a file in a folder that is there")
+    source, target = files_of(input, output)
     llm = Llama.build(
         ckpt_dir,
         tokenizer_path,
@@ -311,6 +305,24 @@ def batch(
         adapter_dir=adapter_dir,
         compile=compile,
     )
+    settings = {"temperature": temperature, "top_p": top_p, "seed": seed, "max_tokens": longest}
+    return f"{output}: {answer_file(llm, source, target, settings)}"
+
+
+def files_of(input: str, output: str) -> tuple[Path, Path]:
+    """Raises FileNotFoundError or ValueError for what cannot be read, or written to."""
+    source, target = path_of("input", input), path_of("output", output)
+    if not source.is_file():
+        raise FileNotFoundError(f"no file {input}: pass one with a line of JSON for each prompt")
+    if target.exists() and source.samefile(target):
+        raise ValueError(f"{output} is the input: choose another name for the output")
+    if (target.exists() and not target.is_file()) or not target.parent.is_dir():
+        raise FileNotFoundError(f"{output} cannot be written: pass the name of a file in a folder that is there")
+    return source, target
+
+
+def answer_file(llm: Llama, source: Path, target: Path, settings: dict[str, Any]) -> str:
+    """Answer this group's share of the lines, and merge what all groups wrote; returns what is told of it."""
     ranks, everyone = llm.model.ranks, patient_ranks()
     share = slice(everyone.rank // ranks.size, None, everyone.size // ranks.size)
     parts = [target] if share.step == 1 else [part_of(target, n, share.step) for n in range(share.step)]
@@ -318,7 +330,7 @@ def batch(
     own, whole = parts[share.start], count_lines(source)
     if share.step > 1 and target.exists():
         everyone.ask_first(lambda: check_whole(target, source, whole, parts))
-        return f"{output}: {whole} lines, all of them from before"
+        return f"{whole} lines, all of them from before"
     opened: list[Output] = []
 
     def open_output() -> int:
@@ -327,7 +339,6 @@ def batch(
 
     done, total = ranks.ask_first(open_output), len(range(share.start, whole, share.step))
     write = opened[0].write if opened else lambda lines: None  # the first rank's, of those that share a model
-    settings = {"temperature": temperature, "top_p": top_p, "seed": seed, "max_tokens": longest}
     try:
         tokens = run(llm, lines_of(source, share, done), done, total, write, **settings)
     finally:
@@ -340,7 +351,7 @@ def batch(
     if share.step > 1 and everyone.rank == 0:
         merge(parts, target)
     done, tokens = (sum(column) for column in zip(*counts[:: ranks.size], strict=True))
-    return f"{output}: {whole} lines, {done} of them from before, {tokens} tokens generated now"
+    return f"{whole} lines, {done} of them from before, {tokens} tokens generated now"
 
 
 def part_of(target: Path, number: int, count: int) -> Path:

@@ -512,9 +512,7 @@ def pieces() -> list[tuple[str, float, int]]:
 
 
 def test_paths_that_are_no_file_or_hold_one_are_told_what_to_pass(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"m-00001-of-00000\.gguf says that it is part 1 of 0: give it its own"
-    ):
+    with pytest.raises(ValueError, match=r"m-00001-of-00000\.gguf says that it is part 1 of 0: give it its own"):
         build(tmp_path / "m-00001-of-00000.gguf")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.gguf cannot be read \(No such file or directory\): check"):
         build(tmp_path / "nowhere.gguf")
