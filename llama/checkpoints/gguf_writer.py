@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class GGUFFile:
             import gguf
         except ImportError as error:
             raise ImportError("writing GGUF needs the package gguf: pip install '.[gguf]'") from error
+        logging.getLogger("gguf").setLevel(logging.WARNING)  # else it tells of its own files, which become another
         self.gguf, self.checkpoint, self.args, self.shapes = gguf, checkpoint, args, shapes
         self.matrices, self.vectors = gguf.GGMLQuantizationType[type.upper()], gguf.GGMLQuantizationType.F32
         self.proto = checkpoint.tokenizer_model()
