@@ -294,8 +294,7 @@ class Llama(Generator):
         tokenizer = checkpoint.open_tokenizer(tokenizer_path)
         args = checkpoint.model_args(max_seq_len, max_batch_size)
         device = init_model_parallel(device, model_parallel_size)
-        stored_bits = checkpoint.stored_bits if adapter_dir is None else None
-        store = select_store(quantize, dtype, device, compile, stored_bits)
+        store = select_store(quantize, dtype, device, compile, checkpoint.stored_bits)
         model = load_model(checkpoint, args, device, select_dtype(dtype, checkpoint.dtype, device), store)
         runner = Runner(model, compile=compile, cuda_graph=cuda_graph and device.type == "cuda")
         logger.info(

@@ -23,7 +23,7 @@ from .files import folder_of, give_back, path_of
 from .gguf import open_gguf
 from .huggingface import open_huggingface
 from .lora import Adapter
-from .names import Shapes, interleave, is_rotary, part_shape, shard_dim
+from .names import Shapes, interleave, part_shape, shard_dim
 from .quantized import Quantized
 from .release import Source, open_release
 from .vocabulary import with_rows
@@ -65,8 +65,8 @@ class Checkpoint:
             tokenizer = Tokenizer.from_proto(vocabulary, self.name)
         else:
             tokenizer = Tokenizer(self.tokenizer_path if path is None else path)
-        if self.source.pads and rows > tokenizer.n_words:
-            proto = with_rows(tokenizer.sp_model.serialized_model_proto(), self.source.added_tokens, rows)
+        if self.source.added_tokens is not None and rows > tokenizer.n_words:
+            proto = with_rows(tokenizer.sp_model.serialized_model_proto(), self.source.added_tokens(), rows)
             tokenizer = Tokenizer.from_proto(proto, self.name)
         tokenizer.chat_template = self.source.chat_template
         if tokenizer.n_words != rows:
@@ -78,7 +78,7 @@ class Checkpoint:
 
     def tokenizer_model(self) -> bytes:
         """The content of tokenizer.model, and what was added to it. Raises FileNotFoundError where there is none."""
-        if self.source.pads:
+        if self.source.added_tokens is not None:
             proto: bytes = self.open_tokenizer().sp_model.serialized_model_proto()
             return proto
         return self.tokenizer_path.read_bytes() if self.source.vocabulary is None else self.source.vocabulary
@@ -91,9 +91,9 @@ class Checkpoint:
 
     @property
     def stored_bits(self) -> int | None:
-        """Bits of most of the linear weights, where a file has them in fewer than 16."""
+        """Bits of most of the linear weights, where a file has them in fewer than 16 and no adapter makes them wide."""
         weight = self.source.first.get(self.source.name_of("layers.0.feed_forward.w1.weight"))
-        return weight.bits or 8 if isinstance(weight, Quantized) else None
+        return weight.bits or 8 if isinstance(weight, Quantized) and self.adapter is None else None
 
     @property
     def tokenizer_path(self) -> Path:
@@ -160,32 +160,31 @@ class Checkpoint:
         part = shards[number].narrow(dim, first, shape[dim])
         if isinstance(part, Quantized):
             return part if part.bits in store.keeps else None
-        in_order = not (source.in_halves and is_rotary(name))
-        return part if store.in_place and part.dtype == torch.bfloat16 and in_order else None
+        return part if store.in_place and part.dtype == torch.bfloat16 and not source.in_halves_of(name) else None
 
     def check_groups(self, names: Iterable[str], args: ModelArgs, ranks: int) -> None:
         """Raise ValueError where so many ranks would cut a group of inputs of one of these matrices, which are held in
         the file's own bits."""
-        linear = {name: tensor for name in names if isinstance(tensor := self.source.tensor(name), Quantized)}
-        for name, tensor in linear.items():
-            if shard_dim(name) == 1 and tensor.order is not None and ranks > 1:
+        tensors = {name: self.source.tensor(name) for name in names if shard_dim(name) == 1}
+        for name, tensor in tensors.items():
+            if isinstance(tensor, Quantized) and tensor.order is not None and ranks > 1:
                 raise ValueError(
                     f"{self.name} has inputs of {name} whose groups are scattered (desc_act), which {ranks} ranks "
                     "cannot share: use 1, or dtype='bfloat16'"
                 )
-        cut = [name for name in names if shard_dim(name) == 1 and self.source.tensor(name).shape[1] // ranks % GROUP]
-        if cut:
-            inputs = {self.source.tensor(name).shape[1] for name in names if shard_dim(name) == 1}
-            whole = [n for n in world_sizes(args) if not any(count // n % GROUP for count in inputs)]
-            raise ValueError(
-                f"{self.name} has {self.source.tensor(cut[0]).shape[1]} inputs of {cut[0]} in groups of {GROUP}, "
-                f"which {ranks} ranks would cut: use {either(whole)}, or dtype='bfloat16'"
-            )
+        inputs = {name: tensor.shape[1] for name, tensor in tensors.items()}
+        for name, count in inputs.items():
+            if count // ranks % GROUP:
+                whole = [n for n in world_sizes(args) if not any(other // n % GROUP for other in inputs.values())]
+                raise ValueError(
+                    f"{self.name} has {count} inputs of {name} in groups of {GROUP}, which {ranks} ranks would cut: "
+                    f"use {either(whole)}, or dtype='bfloat16'"
+                )
 
     def groups(self, name: str, part: Quantized) -> Groups:
         """A part of a matrix in the file's own bits, its rows in the release's order."""
         groups = part.groups()
-        if self.source.in_halves and is_rotary(name):
+        if self.source.in_halves_of(name):
             groups = groups.map(partial(interleave, head_dim=self.head_dim))
         return groups
 
@@ -207,14 +206,14 @@ class Checkpoint:
             if first < last:
                 part = tensor.narrow(dim, first - number * size, last - first)
                 target = out.narrow(dim, first - start, last - first)
-                in_order = not (source.in_halves and is_rotary(name))
+                in_halves = source.in_halves_of(name)
                 if isinstance(part, Quantized):
                     part.copy_to(target)
-                    if not in_order:
+                    if in_halves:
                         target.copy_(interleave(target, self.head_dim).clone())
                     part.let_go()
                     continue
-                target.copy_(part if in_order else interleave(part, self.head_dim))
+                target.copy_(interleave(part, self.head_dim) if in_halves else part)
                 if source.gives_back:
                     give_back(part)
         if self.adapter is not None:
@@ -228,11 +227,11 @@ def as_tensor(tensor: Tensor | Quantized) -> Tensor:
 
 def is_gguf(path: Path) -> bool:
     """Whether a path is a GGUF file, or is called one."""
-    if not path.is_file():
+    if path.suffix == ".gguf" or not path.is_file():
         return path.suffix == ".gguf" and not path.is_dir()
     with contextlib.suppress(OSError), path.open("rb") as file:
-        return path.suffix == ".gguf" or file.read(4) == b"GGUF"
-    return path.suffix == ".gguf"
+        return file.read(4) == b"GGUF"
+    return False
 
 
 def open_folder(ckpt_dir: str | os.PathLike[str]) -> Source:

@@ -36,7 +36,7 @@ class GGUFFile:
         logging.getLogger("gguf").setLevel(logging.WARNING)  # else it tells of its own files, which become another
         self.gguf, self.checkpoint, self.args, self.shapes = gguf, checkpoint, args, shapes
         self.matrices, self.vectors = gguf.GGMLQuantizationType[type.upper()], gguf.GGMLQuantizationType.F32
-        self.proto = checkpoint.tokenizer_model()
+        self.tokenizer = checkpoint.open_tokenizer()
         block, _ = gguf.GGML_QUANT_SIZES[self.matrices]
         for name, shape in shapes.items():
             if len(shape) > 1 and shape[-1] % block:
@@ -93,8 +93,9 @@ class GGUFFile:
             writer.add_quantization_version(self.gguf.GGML_QUANT_VERSION)
 
     def add_vocabulary(self, writer: Any) -> None:
-        texts, scores, kinds = zip(*pieces_of(self.proto), strict=True)
-        tokenizer = self.checkpoint.open_tokenizer()
+        tokenizer = self.tokenizer
+        proto = tokenizer.sp_model.serialized_model_proto()
+        texts, scores, kinds = zip(*pieces_of(proto), strict=True)
         writer.add_tokenizer_model("llama")
         writer.add_token_list(list(texts))
         writer.add_token_scores(list(scores))
@@ -104,6 +105,6 @@ class GGUFFile:
         writer.add_unk_token_id(tokenizer.sp_model.unk_id())
         writer.add_add_bos_token(True)
         writer.add_add_eos_token(False)
-        writer.add_add_space_prefix(adds_prefix(self.proto))
+        writer.add_add_space_prefix(adds_prefix(proto))
         if tokenizer.chat_template is not None:
             writer.add_chat_template(tokenizer.chat_template)

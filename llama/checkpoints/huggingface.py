@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,7 @@ def open_huggingface(path: Path) -> Source:
         huggingface_name,
         in_halves=True,
         max_positions=longest,
-        added_tokens=added_tokens(path),
-        pads=True,
+        added_tokens=partial(added_tokens, path),
     )
 
 

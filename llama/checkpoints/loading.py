@@ -33,19 +33,18 @@ def linear_layers(model: Transformer) -> dict[str, ShardedLinear]:
 
 def bytes_per_weight(checkpoint: Checkpoint, model: Transformer, dtype: torch.dtype, store: Store | None) -> float:
     """Of the linear layers, as `load` holds them."""
-    layers = linear_layers(model)
+    if store is None:
+        return dtype.itemsize
 
     def of(name: str) -> float:
         stored = checkpoint.source.first.get(checkpoint.source.name_of(name))  # `load` tells what is missing
-        if store is None:
-            return dtype.itemsize
         if not isinstance(stored, Quantized) or checkpoint.adapter is not None:
             return store.bytes_per_weight
         if stored.bits in store.keeps:
             return stored.bytes_per_weight
         return STORES["int8"].bytes_per_weight if store.hold_coarse else store.bytes_per_weight
 
-    sizes = {name: layer.weight.numel() for name, layer in layers.items()}
+    sizes = {name: layer.weight.numel() for name, layer in linear_layers(model).items()}
     return sum(of(name) * size for name, size in sizes.items()) / sum(sizes.values())
 
 

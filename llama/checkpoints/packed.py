@@ -108,9 +108,11 @@ class Packed(Quantized):
         super().__init__(rows, inputs)
         self.parts, self.packing, self.group_size = parts, packing, group_size
         self.bits, self.per_word, self.middle = packing.bits, 32 // packing.bits, 1 << packing.bits - 1
+        ones = sum(1 << packing.bits * number for number in range(self.per_word))  # in each integer of a word
+        # To whole words, so that a zero of 0, which borrowed from its neighbour, gives back what it took.
+        self.zeros = parts["qzeros"] + packing.zero_offset * ones
         # Of symmetric weights the zero is the middle, which no store has to hold.
-        zero = sum(self.middle - packing.zero_offset << packing.bits * number for number in range(self.per_word))
-        self.symmetric = bool((parts["qzeros"] == torch.tensor(zero).to(torch.int32)).all())
+        self.symmetric = bool((self.zeros == torch.tensor(self.middle * ones).to(torch.int32)).all())
         in_order = torch.arange(inputs) // group_size
         groups = parts.get("g_idx", in_order).long()
         if not torch.equal(groups, in_order):  # groups of inputs that are not neighbours: "desc_act"
@@ -133,9 +135,7 @@ class Packed(Quantized):
         groups = torch.arange(inputs.start, inputs.stop, GROUP) // self.group_size
         scales, lows = self.parts["scales"][groups, rows].T, None
         if not self.symmetric:
-            # Taken from whole words, so that a zero of 0 has borrowed from its neighbour.
-            offset = sum(self.packing.zero_offset << self.packing.bits * j for j in range(self.per_word))
-            zeros = self.columns(self.parts["qzeros"] + offset, rows)[groups].T.to(torch.int16)
+            zeros = self.columns(self.zeros, rows)[groups].T.to(torch.int16)
             lows = (self.middle * (self.bits == 8) - zeros) * scales.float()
         q = q.unflatten(1, (-1, GROUP))
         q = (q.to(torch.int16) - 128).to(torch.int8) if self.bits == 8 else q[..., :16] | q[..., 16:] << 4

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .files import check_numbers, map_tensors, read_json
+from .names import is_rotary
 from .quantized import Quantized
 
 REQUIRED_PARAMS = ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps")
@@ -31,12 +32,16 @@ class Source(NamedTuple):
     max_positions: int | None = None  # what the model was made for, before scaling; None: the folder does not say
     vocabulary: bytes | None = None  # a whole SentencePiece model, where the layout has one
     chat_template: str | None = None  # a Jinja template, where the layout has one
-    added_tokens: Mapping[int, str] = {}  # ids that follow tokenizer.model's, and their texts
-    pads: bool = False  # whether the embedding may have more rows than there are pieces
+    # Ids that follow tokenizer.model's, and their texts, where an embedding may have more rows than that has pieces.
+    added_tokens: Callable[[], Mapping[int, str]] | None = None
 
     def tensor(self, name: str) -> Tensor | Quantized:
         """The first shard's part of a tensor, by its name in the release."""
         return self.first[self.name_of(name)]
+
+    def in_halves_of(self, name: str) -> bool:
+        """Whether a tensor, by its name in the release, has rows in Hugging Face's order."""
+        return self.in_halves and is_rotary(name)
 
     @property
     def first(self) -> Mapping[str, Tensor | Quantized]:
