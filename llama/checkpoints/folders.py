@@ -84,7 +84,7 @@ def md5_of(file: Path) -> str:
         file.open("rb") as stream,
         tqdm.wrapattr(stream, "read", size, desc=file.name, leave=False, disable=None) as counted,
     ):
-        while data := counted.read(2**24):
+        while data := counted.read(2**20):  # writing checks sums too, beside what it has not given back yet
             md5.update(data)
     return md5.hexdigest()
 
