@@ -170,11 +170,14 @@ def measure(name: str, folder: str, quick: bool = False, only: tuple[str, ...] |
     seeds = itertools.count(1)  # no prompt begins as one before it, whose keys and values may still be held
 
     def prefill(length: int) -> float:
+        if torch.cuda.is_available():  # the first product of a shape looks for its kernel
+            contender.generate([prompt_of(length, next(seeds))], 1)
         prompt = prompt_of(length, next(seeds))
         return length / seconds(lambda: contender.generate([prompt], 1))
 
     def decode(batch: int) -> float:
-        one, more = ([prompt_of(DECODE_PROMPT, next(seeds)) for _ in range(batch)] for _ in range(2))
+        ready, one, more = ([prompt_of(DECODE_PROMPT, next(seeds)) for _ in range(batch)] for _ in range(3))
+        contender.generate(ready, 2)  # the first step of a shape is recorded, captured or compiled
         first = seconds(lambda: contender.generate(one, 1))
         return (seconds(lambda: contender.generate(more, 1 + steps)) - first) / steps * 1e3
 

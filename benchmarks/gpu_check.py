@@ -21,7 +21,7 @@ import torch
 
 from llama import Llama
 from llama.checkpoints import memory_needs
-from llama.stores import has_weight_only_int8
+from llama.stores import Int8, few_rows_on_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN, TINY = ROOT / "tests" / "golden", ROOT / "llama-2-tiny"
@@ -66,10 +66,20 @@ class Checks:
         assert self.answers(quantize="int8") == wanted
         assert self.answers(quantize="int4") is not None
 
-    def int8_multiplies_by_pytorchs_own_operation(self) -> str:
-        found = has_weight_only_int8(self.device)
-        assert found, "PyTorch has none here: int8 expands every weight at every step"
-        return "it has one"
+    def int8_of_few_rows_equals_float64(self) -> str:
+        if self.device != "cuda":
+            return "on cuda only"
+        assert few_rows_on_gpu(), "there is no Triton here: int8 expands every weight at every step"
+        torch.manual_seed(0)
+        for dtype, near in (torch.float32, 1e-5), (torch.bfloat16, 4e-3), (torch.float16, 5e-4):
+            for n, rows, columns in (1, 4096, 4096), (3, 1000, 777), (16, 11008, 4096), (70, 96, 11008):
+                store = Int8(torch.randn(rows, columns, device="cuda") / columns**0.5)
+                x = torch.randn(n, 1, columns, device="cuda", dtype=dtype)
+                want = x.double() @ store.unpack().double().T
+                error = float((store(x) - want).norm() / want.norm())
+                assert error < near, (dtype, n, rows, columns, error)
+                assert torch.equal(store(x[-1:]), store(x)[-1:]), "a row's product depends on how many there are"
+        return "within rounding"
 
     def a_captured_step_equals_an_eager_one(self) -> None:
         assert self.answers(dtype="float32") == self.answers(dtype="float32", cuda_graph=False)
@@ -144,6 +154,7 @@ class Checks:
         told = ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items())
         if self.device == "cuda":
             assert times["bfloat16"] <= times["without graphs"], told
+            assert times["int8"] <= 1.3 * times["bfloat16"], told
         return told + " a step; this model is small: see speed.py --shape 7b"
 
 

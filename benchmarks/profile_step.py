@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 # What multiplies by a weight, by the names that the stores' kernels have in a profile.
 PRODUCTS = (
     *("llama::multiply", "linear_pointwise", "linear_dynamic_fp16", "aten::mm", "aten::addmm"),
-    *("int8pack_mm", "int4pack_mm"),
+    *("int8pack_mm", "int4pack_mm", "_multiply", "gemm", "nvjet", "splitK"),  # on a GPU, by the names of kernels
 )
 
 
@@ -45,7 +45,7 @@ def main(shape: str = "1b", kind: str = "auto", batch: int = 1, length: int = 12
         contender = Ours(weights.make(shape, Path(folder or scratch)), kind, length + 128, batch)
         contender.generate([prompt_of(length)], 1)  # the first pass allocates
         with profile(activities=activities) as prompt:
-            contender.generate([prompt_of(length)], 1)
+            contender.generate([prompt_of(length, 1)], 1)
         show(f"prompt of {length}", prompt, 1)
         texts = [f"{seed}" for seed in range(batch)]
         steps = contender.llm.stream_text_completion(texts, temperature=0, max_gen_len=repeats + 8)

@@ -34,10 +34,11 @@ def make(shape: str, folder: Path) -> Path:
         with torch.device("meta"):
             shapes = {name: tensor.shape for name, tensor in Transformer(args).state_dict().items()}
         torch.manual_seed(0)
+        device = "cuda" if torch.cuda.is_available() else "cpu"  # billions of numbers
         state = {
             name: torch.ones(size, dtype=torch.bfloat16)
             if len(size) == 1
-            else torch.empty(size, dtype=torch.bfloat16).normal_(std=size[1] ** -0.5)
+            else torch.empty(size, dtype=torch.bfloat16, device=device).normal_(std=size[1] ** -0.5).cpu()
             for name, size in shapes.items()
         }
         torch.save(state, target / "consolidated.00.pth")

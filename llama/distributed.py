@@ -29,9 +29,10 @@ def init_model_parallel(device: str | torch.device = "auto", model_parallel_size
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-        if backend == "gloo":
-            atexit.register(leave_process_group)
     world_size = dist.get_world_size()
+    if device.type != "cuda" or world_size == 1:  # whoever made it; leaving NCCL's, a rank may wait for one that failed
+        atexit.unregister(leave_process_group)
+        atexit.register(leave_process_group)
     size = world_size if model_parallel_size is None else model_parallel_size
     if size < 1 or world_size % size:
         raise ValueError(

@@ -134,7 +134,7 @@ def attend(xq: Tensor, to: Attended) -> Tensor:
     else:
         # The query heads that share a key head become more rows of it, so that no key is repeated.
         groups = xq.reshape(xq.shape[0], to.keys.shape[1], -1, xq.shape[-1])
-        y = F.scaled_dot_product_attention(groups, to.keys, to.values, attn_mask=mask).view_as(xq)
+        y = F.scaled_dot_product_attention(groups, to.keys, to.values, attn_mask=mask).reshape(xq.shape)
     return y.transpose(1, 2).flatten(2)
 
 

@@ -55,6 +55,7 @@ class Runner:
         self.model, self.cache = model, model.cache
         self.compile, self.cuda_graph = compile, cuda_graph
         self.graph_pool: Any = None
+        self.stream: Any = None
         self.pool = Pool()
         model.angles(self.device)  # else they would change what the model consists of at its first pass
         self.forget()
@@ -160,16 +161,17 @@ class Runner:
         with torch.cuda.device(self.device):
             # Kernels choose their algorithms and allocate at first use, which a capture may not. These runs write what
             # the replay is about to write at the same positions, so they leave no trace.
-            side = torch.cuda.Stream()
+            # One stream for all, for cuBLAS keeps 32 MB for each that it was used on; one pool, for no two graphs run
+            # at once, and so they share the memory of one.
+            side = self.stream = self.stream or torch.cuda.Stream()
+            self.graph_pool = self.graph_pool or torch.cuda.graph_pool_handle()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(2):
                     program(tokens, positions)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            # One pool for all graphs: no two run at once, and so they share the memory of one.
-            self.graph_pool = self.graph_pool or torch.cuda.graph_pool_handle()
-            with torch.cuda.graph(graph, pool=self.graph_pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, self.graph_pool, side, capture_error_mode="thread_local"):
                 logits = program(tokens, positions)
 
         def replay(ids: Tensor, at: Tensor) -> Tensor:

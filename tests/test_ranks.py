@@ -112,7 +112,9 @@ def test_no_thread_of_the_process_group_outlives_the_last_exit_handler(tmp_path:
     script.write_text("""
 import atexit, os
 import torch, torch.distributed as dist
+import llama, tqdm
 from conftest import build_golden
+tqdm.tqdm.monitor_interval = 0  # a thread of its own
 def count():
     return len(os.listdir("/proc/self/task"))
 @atexit.register  # registered first, so run last
@@ -120,6 +122,7 @@ def check():
     if count() != before:
         os._exit(7)
 before = count()
+dist.init_process_group("gloo")  # as a caller may; build makes it where none did
 llm = build_golden("gqa-mp2", model_parallel_size=2)  # a global: still there when the handlers run
 alone = build_golden("gqa-mp2", model_parallel_size=1)
 assert llm.generate([[1, 30]], 5, 0) == alone.generate([[1, 30]], 5, 0)
