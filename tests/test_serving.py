@@ -478,6 +478,11 @@ def test_only_the_key_opens_and_other_sites_pages_are_kept_out(served: Served) -
     assert stranger.status_code == 403 and "access-control-allow-origin" not in stranger.headers
     own = httpx.get(f"{served.url}/v1/models", headers={"Origin": served.url})
     assert own.status_code == 200
+    port = served.url.rpartition(":")[2]
+    for host, status in {f"localhost:{port}": 200, f"[::1]:{port}": 200, f"a.example:{port}": 403}.items():
+        answer = httpx.get(f"{served.url}/v1/models", headers={"Host": host, "Origin": f"http://{host}"})
+        assert answer.status_code == status, host
+    assert f"--allow_origin http://a.example:{port}" in answer.json()["error"]["message"]
 
 
 def test_prompts_are_not_logged_and_the_key_may_come_from_the_environment() -> None:

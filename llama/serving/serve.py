@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ipaddress
 import logging
 import os
 import signal
@@ -46,7 +44,7 @@ def serve(
     one ends at once.
     """
     try:
-        from .web import App, Server
+        from .web import App, Server, is_loopback
     except ImportError as error:
         raise ImportError(f"serve needs starlette and uvicorn ({error}): pip install 'starlette>=1' uvicorn") from error
 
@@ -92,9 +90,3 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         advice = "use another --port, or 0 for one that is free"
         raise OSError(f"cannot listen on {host} port {port} ({error}): {advice}") from None
-
-
-def is_loopback(host: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import hmac
+import ipaddress
 import json
 import logging
 import os
@@ -170,7 +172,10 @@ class App:
         self.asgi = app
 
     def admit(self, request: Request) -> None:
-        """Raise HTTPException for who lacks the key, and for pages of other servers, which a browser would let ask."""
+        """Raise HTTPException for who lacks the key, and for pages of other servers, which a browser would let ask.
+
+        Where no key is asked for, such a page could also have its own name lead to this machine's loopback address.
+        """
         given = request.headers.get("authorization", "").encode("latin-1")  # the bytes that came
         if self.key and not hmac.compare_digest(given, self.key):
             raise HTTPException(401, "no valid API key: send the header Authorization: Bearer KEY")
@@ -178,6 +183,11 @@ class App:
         own = origin is None or origin.partition("://")[2] == request.headers.get("host")
         if not own and self.allow_origin not in (origin, "*"):
             raise HTTPException(403, f"pages of {origin} may not ask this server: start it with --allow_origin")
+        name, asked, (here, _) = request.url.hostname or "", request.url.netloc, request.scope["server"]
+        allowed = self.allow_origin == "*" or asked == (self.allow_origin or "").partition("://")[2]
+        if is_loopback(here) and not (self.key or allowed or is_address(name)):
+            way = f"ask {here}, or start it with --allow_origin http://{asked}"
+            raise HTTPException(403, f"this server does not know the name {name}: {way}")
 
     async def complete(self, kind: Callable[..., Any], request: Request) -> Response:
         """Answer a call, whole or as a stream, unless its client leaves before."""
@@ -329,3 +339,14 @@ async def failed(request: Request, error: Exception) -> Response:
         return Response(status_code=499)  # which nobody hears
     logger.error("%s %s failed: %s", request.method, request.url.path, error, exc_info=error)
     return answer_of(error_of(str(error), 500), 500)
+
+
+def is_address(host: str) -> bool:
+    """Whether this is an address, which leads nowhere else tomorrow, or localhost."""
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(host))
+    return host == "localhost"
+
+
+def is_loopback(host: str) -> bool:
+    return is_address(host) and (host == "localhost" or ipaddress.ip_address(host).is_loopback)
