@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from release_server import Release
@@ -55,17 +56,32 @@ def clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
 
 
-def run_python(*arguments: str | Path, timeout: float = 240, **options: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *map(str, arguments)]
+def run_python(
+    *words: str | Path, input: str = "", timeout: float = 240, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """What `python *words` does, without the seconds of its imports; run_fresh where they matter."""
+    return forked.run(list(map(str, words)), [clean_environment() | environment], input, timeout)
+
+
+def run_ranks(
+    count: int, *words: str | Path, input: str = "", timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """The same on so many ranks, without torchrun's part in it."""
+    store, environments = forked.ranks(count)  # the ranks meet there until all have ended
+    return forked.run(list(map(str, words)), [clean_environment() | own for own in environments], input, timeout)
+
+
+def run_fresh(*words: str | Path, timeout: float = 240, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *map(str, words)]
     environment = clean_environment() | {"PYTHONPATH": str(ROOT / "tests")} | options.pop("env", {})
     return subprocess.run(
         command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=environment, **options
     )
 
 
-def torchrun(nproc: int, *arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+def torchrun(nproc: int, *words: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)]
-    return run_python(*launcher, *arguments, env={"OMP_NUM_THREADS": "1"}, **options)
+    return run_fresh(*launcher, *words, env={"OMP_NUM_THREADS": "1"}, **options)
 
 
 def random_state(args: ModelArgs, seed: int = 0) -> dict[str, torch.Tensor]:

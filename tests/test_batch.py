@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, TINY, clean_environment, run_python, torchrun
+from conftest import ROOT, TINY, clean_environment, run_python, run_ranks
 
 from llama import Llama
 from llama.batch import Line, Output, batch
@@ -272,13 +272,13 @@ def test_groups_of_ranks_take_shares_of_the_lines(tmp_path: Path) -> None:
     source, out = write(tmp_path / "in.jsonl", [*prompts(40), "broken\n"]), tmp_path / "out.jsonl"
     run(source, tmp_path / "whole.jsonl", max_gen_len=None)
     flags = ["--max_seq_len", "128", "--max_batch_size", "4", "--dtype", "float32", "--model_parallel_size", "1"]
-    job = torchrun(2, "-m", "llama", "batch", TINY, source, out, *flags)
+    job = run_ranks(2, "-m", "llama", "batch", TINY, source, out, *flags)
     assert job.returncode == 0, job.stderr
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "whole.jsonl"]
     assert job.stdout.startswith(f"{out}: 41 lines, 0 of them from before, ")
     (tmp_path / "out.jsonl.part-2-of-2").touch()
-    job = torchrun(2, "-m", "llama", "batch", TINY, source, out, *flags)
+    job = run_ranks(2, "-m", "llama", "batch", TINY, source, out, *flags)
     assert job.stdout == f"{out}: 41 lines, all of them from before\n", job.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "whole.jsonl"]
     (tmp_path / "out.jsonl.part-1-of-3").touch()

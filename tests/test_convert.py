@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN, TINY, random_state, run_python, write_release
+from conftest import GOLDEN, TINY, random_state, run_fresh, run_python, write_release
 
 from llama import Llama, ModelArgs, Tokenizer
 from llama.checkpoints import Checkpoint
@@ -242,7 +242,7 @@ def test_memory_holds_one_ranks_weights_and_little_more(
     script = tmp_path / "watch.py"
     work = work.format(large=str(large), tokenizer=tokenizer, out=out)
     script.write_text(WATCH.format(tests=str(Path(__file__).parent), work=work))
-    job = run_python(script)
+    job = run_fresh(script)
     assert job.returncode == 0, job.stderr
     weights = sum(file.stat().st_size for file in large.glob("*.pth")) * share
     assert int(job.stdout.splitlines()[-1]) <= limit * weights + 8e6

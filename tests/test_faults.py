@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, TINY, build_golden, clean_environment, run_python, torchrun
+from conftest import GOLDEN, ROOT, TINY, build_golden, clean_environment, run_fresh, run_python, torchrun
 
 from llama import Llama
 from llama.checkpoints import load
@@ -126,7 +126,7 @@ def main():
     Llama.build(GOLDEN / "gqa-mp1", GOLDEN / "tokenizer.model", 2048, 1024, device="cpu", dtype="float32")
 run(main)
 """)
-    job = run_python(script)
+    job = run_fresh(script)
     assert job.returncode == 1
     last = job.stderr.strip().splitlines()[-1]
     assert last.startswith("error: gqa-mp1 needs 0.7 MB for its weights, 1.1 GB for a cache of max_batch_size 1024 ×")
@@ -273,5 +273,5 @@ print(build_golden("gqa-mp4").generate([[1, 30]], 9, 0)[0])
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_2000_requests_leave_memory_flat_and_the_answers_as_they_were() -> None:
-    job = run_python(ROOT / "tests" / "workers" / "soak.py", timeout=600)
+    job = run_fresh(ROOT / "tests" / "workers" / "soak.py", timeout=600)
     assert job.returncode == 0, job.stdout + job.stderr

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GOLDEN_FOLDERS, build_golden, expected, run_python
+from conftest import GOLDEN_FOLDERS, build_golden, expected, run_fresh
 
 from llama import Llama
 from llama.chat import UNSAFE_ERROR
@@ -328,7 +328,7 @@ assert before == (sys.stdout, torch.get_default_dtype(), torch.get_rng_state().t
 assert not torch.distributed.is_initialized()
 assert not torch.cuda.is_initialized()
 """
-    result = run_python("-c", code)
+    result = run_fresh("-c", code)
     assert (result.returncode, result.stdout) == (0, ""), result.stderr
 
 

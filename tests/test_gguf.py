@@ -14,7 +14,7 @@ import gguf
 import numpy
 import pytest
 import torch
-from conftest import GOLDEN, TINY, random_state, real_tokenizer_path, run_python, torchrun, write_release
+from conftest import GOLDEN, TINY, random_state, real_tokenizer_path, run_python, run_ranks, write_release
 from gguf_files import K_KINDS, KINDS, Kind, dequantized, random_blocks, small_args, write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -210,7 +210,7 @@ logits = [
 ]
 torch.save(logits, "{tmp_path}/logits")
 """)
-    job = torchrun(world_size, script)
+    job = run_ranks(world_size, script)
     assert job.returncode == 0, job.stderr
     own, exact = torch.load(tmp_path / "logits")
     tokens = torch.arange(3, 40)[None]
@@ -230,7 +230,7 @@ for dtype in ("bfloat16", "auto"):
     Llama.build("{tmp_path}/a.gguf", None, 64, 1, device="cpu", dtype=dtype)
     print(dtype, flush=True)
 """)
-    job = torchrun(4, script)
+    job = run_ranks(4, script)
     assert job.returncode != 0
     assert (
         "ValueError: a.gguf has 64 inputs of layers.0.attention.wo.weight in groups of 32, which 4 ranks would cut: "

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GOLDEN, huggingface_config, random_state, run_python, torchrun, write_release
+from conftest import GOLDEN, huggingface_config, random_state, run_python, run_ranks, write_release
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -129,7 +129,7 @@ import sys, torch
 from test_hf import TOKENS, Path, build
 torch.save(build(Path({str(folder)!r})).model(TOKENS, 0), {str(tmp_path / "logits")!r})
 """)
-    job = torchrun(world_size, script)
+    job = run_ranks(world_size, script)
     assert job.returncode == 0, job.stderr
     torch.testing.assert_close(torch.load(tmp_path / "logits"), logits, atol=1e-4, rtol=0)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from conftest import ROOT, TINY, clean_environment, run_python
+from conftest import ROOT, TINY, clean_environment, run_fresh
 
 import example_chat_completion
 import example_text_completion
@@ -244,9 +244,9 @@ from llama.__main__ import main
 main()
 """)
     environment = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    job = run_python(script, "info", TINY, env=environment)
+    job = run_fresh(script, "info", TINY, env=environment)
     assert job.returncode == 0 and "release layout" in job.stdout, job.stderr
-    job = run_python(script, "chat", TINY, "--temperature=0", input="Where does the fox live?\n", env=environment)
+    job = run_fresh(script, "chat", TINY, "--temperature=0", input="Where does the fox live?\n", env=environment)
     assert job.returncode == 0 and "The fox lives" in job.stdout, job.stderr
 
 
@@ -259,5 +259,5 @@ llm = llama.Llama.build({str(TINY)!r}, None, 64, 2, device="cpu")
 llm.text_completion(["The owl"], max_gen_len=4)
 print([name for name in {names} if name in sys.modules])
 """
-    job = run_python("-c", code)
+    job = run_fresh("-c", code)
     assert job.stdout == "[]\n", job.stderr

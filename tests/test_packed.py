@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GOLDEN, huggingface_config, random_state, torchrun
+from conftest import GOLDEN, huggingface_config, random_state, run_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -186,7 +186,7 @@ for name, dtype in (("gptq", "auto"), ("awq", "auto"), ("gptq", "float32"), ("or
 torch.save(logits, "{tmp_path}/logits")
 Llama.build("{tmp_path}/order", None, 64, 1, device="cpu", quantize="int4")
 """)
-    job = torchrun(world_size, script)
+    job = run_ranks(world_size, script)
     if kernels.available():
         assert job.returncode != 0
         assert (

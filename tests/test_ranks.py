@@ -1,4 +1,4 @@
-"""Real torchrun jobs of gloo ranks on this machine."""
+"""Jobs of gloo ranks on this machine, by torchrun where it has a part in what is tested."""
 
 from __future__ import annotations
 
@@ -8,7 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN, GOLDEN_FOLDERS, ROOT, TINY, build_golden, expected, random_state, torchrun, write_release
+from conftest import (
+    GOLDEN,
+    GOLDEN_FOLDERS,
+    ROOT,
+    TINY,
+    build_golden,
+    expected,
+    random_state,
+    run_ranks,
+    torchrun,
+    write_release,
+)
 
 from llama import ModelArgs, Transformer
 from llama.checkpoints.convert import reshard
@@ -18,7 +29,7 @@ WORKERS = ROOT / "tests" / "workers"
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_every_shard_count_on_every_world_size_equals_the_original(tmp_path: Path, world_size: int) -> None:
-    job = torchrun(world_size, WORKERS / "golden.py", tmp_path / "results.json")
+    job = run_ranks(world_size, WORKERS / "golden.py", tmp_path / "results.json")
     assert job.returncode == 0, job.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     for folder in GOLDEN_FOLDERS:
@@ -60,7 +71,7 @@ logits = [
 assert all(torch.equal(other, logits[0]) for other in logits)
 torch.save(logits[0], "{tmp_path}/logits")
 """)
-    job = torchrun(world_size, script)
+    job = run_ranks(world_size, script)
     assert job.returncode == 0, job.stderr
     model = Transformer(args)
     model.load_state_dict(random_state(args))
@@ -83,7 +94,7 @@ except ValueError as error:
     assert str(error).startswith("model_parallel_size is 3, and 4 ranks do not divide into groups of it: use 1, 2 or 4")
     open({str(tmp_path)!r} + f"/{{dist.get_rank()}}", "w").close()
 """)
-    job = torchrun(4, script)
+    job = run_ranks(4, script)
     assert job.returncode == 0, job.stderr
     assert all((tmp_path / str(rank)).exists() for rank in range(4))
 
@@ -102,7 +113,7 @@ everywhere = [None, None]
 dist.all_gather_object(everywhere, ours)
 assert everywhere[0] == everywhere[1], everywhere
 """)
-    job = torchrun(2, script)
+    job = run_ranks(2, script)
     assert job.returncode == 0, job.stderr
 
 
@@ -159,7 +170,7 @@ dist.all_gather_object(everywhere, ours)
 assert everywhere[0] == everywhere[1], everywhere
 assert [r["generation"]["content"] == "No." for r in ours[1]] == [False, True, False]
 """)
-    job = torchrun(2, script, timeout=100)
+    job = run_ranks(2, script, timeout=100)
     assert job.returncode == 0, job.stderr
 
 
@@ -235,7 +246,7 @@ def odd(text):
     raise Odd("one", "two")
 refused(Odd if rank == 0 else RuntimeError, "one", llm.chat_completion, dialogs, 0, max_gen_len=3, input_check=odd)
 """)
-    job = torchrun(2, script, timeout=100)
+    job = run_ranks(2, script, timeout=100)
     assert job.returncode == 0, job.stderr
 
 
@@ -270,5 +281,5 @@ else:
     raise SystemExit("the check's question was answered")
 llm.generate([[1, 30]], 5)
 """)
-    job = torchrun(2, script, timeout=100)
+    job = run_ranks(2, script, timeout=100)
     assert job.returncode == 0, job.stderr

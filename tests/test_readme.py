@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, TINY, clean_environment, random_state, run_python, write_release
+from conftest import ROOT, TINY, clean_environment, random_state, run_fresh, write_release
 from release_server import CLIENTS, Release, assert_whole, make_tools
 
 from llama import ModelArgs
@@ -40,7 +40,7 @@ def test_ci_runs_the_test_command_exactly_as_printed() -> None:
 def test_the_quick_start_runs_the_example_without_torchrun() -> None:
     command = blocks("bash")[0].rstrip("\n").rsplit("\n", 1)[1]
     assert command == "python example_text_completion.py"
-    result = run_python("example_text_completion.py")
+    result = run_fresh("example_text_completion.py")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("\n> ") == 4
 
@@ -145,7 +145,7 @@ def test_the_download_command_runs_as_printed(release: Release, tmp_path: Path) 
 
 def test_the_examples_print_what_the_readme_shows() -> None:
     for name, shown in zip(("text", "chat"), blocks("text"), strict=True):
-        job = run_python(f"example_{name}_completion.py", "--temperature", "0")
+        job = run_fresh(f"example_{name}_completion.py", "--temperature", "0")
         assert shown in job.stdout, name
 
 

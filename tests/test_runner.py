@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_golden, expected, torchrun
+from conftest import build_golden, expected, run_ranks
 
 from llama import Llama, kernels, runner
 from llama.model import Transformer
@@ -56,7 +56,7 @@ from conftest import build_golden
 from test_runner import as_the_original
 as_the_original(build_golden("gqa-mp4", compile=True))
 """)
-    job = torchrun(2, script)
+    job = run_ranks(2, script)
     assert job.returncode == 0, job.stderr
 
 

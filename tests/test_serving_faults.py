@@ -143,7 +143,7 @@ def test_who_reads_slowly_holds_up_nobody(scripted: Served) -> None:
     body = json.dumps(say("long:900", stream=True, logprobs=True))
     with socket.create_connection((host, int(port))) as silent:
         silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-        silent.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+        silent.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
         answer = httpx.post(scripted.url + CHAT, json=say("say:next"), timeout=60)
         assert answer.json()["choices"][0]["message"]["content"] == "next"
     until(lambda: idle(scripted))
@@ -221,7 +221,9 @@ def test_clients_cut_off_at_random_moments_leave_nothing_behind(served: Served) 
     requests = []
     for stream in (True, False):
         body = json.dumps(say("Tell me a short story about the fox.", stream=stream, max_tokens=200))
-        requests.append(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+        requests.append(
+            f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+        )
 
     def cut(number: int) -> None:
         rng, request = random.Random(number), requests[number % 2]
@@ -399,7 +401,9 @@ def test_an_answer_that_is_still_being_read_is_not_cut_by_a_signal() -> None:
         host, port = served.url.removeprefix("http://").split(":")
         body = json.dumps({"prompt": "a" * 3_000_000})
         with socket.create_connection((host, int(port))) as slow:
-            slow.sendall(f"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+            slow.sendall(
+                f"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+            )
             said = slow.recv(100)
             served.job.terminate()
             time.sleep(2)
@@ -432,13 +436,13 @@ def test_half_a_request_is_not_waited_for_and_a_stalled_engine_is_told(tmp_path:
     with Served(*FLAGS, script=tmp_path / "short.py") as served:
         host, port = served.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=20) as half_a_head:
-            half_a_head.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Slow:")
+            half_a_head.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nX-Slow:")
             assert half_a_head.recv(100) == b""
         with socket.create_connection((host, int(port)), timeout=20) as half_a_body:
-            half_a_body.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
+            half_a_body.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{")
             assert half_a_body.recv(100).startswith(b"HTTP/1.1 408")
         with socket.create_connection((host, int(port)), timeout=20) as kept:
-            kept.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            kept.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             said = b""
             while part := kept.recv(1000):  # kept for another request, but not for ever
                 said += part
