@@ -67,7 +67,7 @@ def run_ranks(
     count: int, *words: str | Path, input: str = "", timeout: float = 240
 ) -> subprocess.CompletedProcess[str]:
     """The same on so many ranks, without torchrun's part in it."""
-    store, environments = forked.ranks(count)  # the ranks meet there until all have ended
+    _store, environments = forked.ranks(count)  # the ranks meet there until all have ended
     return forked.run(list(map(str, words)), [clean_environment() | own for own in environments], input, timeout)
 
 

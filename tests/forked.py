@@ -28,6 +28,30 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["forked", "llama", "llama.terminal", "llama.batch", "llama.checkpoints.convert"])
 
 
+class Job:
+    """A running program, with what subprocess.Popen has."""
+
+    def __init__(self, words: list[str], environment: dict[str, str], paths: list[Path]):
+        """`paths`: files for its standard input, output and errors."""
+        self.words = words
+        self.process = CONTEXT.Process(target=become, args=(words, environment, paths))
+        self.process.start()
+        assert self.process.pid is not None
+        self.pid, self.kill, self.terminate = self.process.pid, self.process.kill, self.process.terminate
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired(self.words, timeout or 0)
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+
 def run(
     words: list[str], environments: list[dict[str, str]], stdin: str, timeout: float
 ) -> subprocess.CompletedProcess[str]:
@@ -35,24 +59,19 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder, name) for name in ("stdin", "stdout", "stderr")]
         paths[0].write_text(stdin, errors="surrogateescape")
-        for path in paths[1:]:
-            path.touch()
-        jobs = [CONTEXT.Process(target=become, args=(words, env, paths)) for env in environments]
-        for job in jobs:
-            job.start()
+        jobs = [Job(words, environment, paths) for environment in environments]
+        end = time.monotonic() + timeout
         try:
-            end = time.monotonic() + timeout
-            while any(job.is_alive() for job in jobs) and not any(job.exitcode for job in jobs):
+            while (codes := [job.poll() for job in jobs]).count(None) and not any(codes):
                 if time.monotonic() > end:
-                    raise subprocess.TimeoutExpired(words, timeout, *(path.read_bytes() for path in paths[1:]))
-                multiprocessing.connection.wait([job.sentinel for job in jobs if job.is_alive()], timeout=0.5)
+                    raise subprocess.TimeoutExpired(words, timeout, paths[1].read_bytes(), paths[2].read_bytes())
+                multiprocessing.connection.wait([job.process.sentinel for job in jobs if job.poll() is None], 0.5)
         finally:
-            failed = [job.exitcode for job in jobs if job.exitcode]
             for job in jobs:
                 job.kill()  # the others of a rank that failed, as torchrun does
-                job.join()
+                job.wait()
         stdout, stderr = (path.read_text(errors="replace") for path in paths[1:])
-        return subprocess.CompletedProcess(words, failed[0] if failed else 0, stdout, stderr)
+        return subprocess.CompletedProcess(words, next(filter(None, codes), 0), stdout, stderr)
 
 
 def ranks(count: int) -> tuple[dist.TCPStore, list[dict[str, str]]]:
@@ -65,9 +84,10 @@ def ranks(count: int) -> tuple[dist.TCPStore, list[dict[str, str]]]:
 
 def become(words: list[str], environment: dict[str, str], paths: list[Path]) -> None:
     """The program that `python *words` is."""
-    for number, (path, flags) in enumerate(zip(paths, (os.O_RDONLY, *[os.O_WRONLY | os.O_APPEND] * 2), strict=True)):
+    write = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    for number, (path, flags) in enumerate(zip(paths, (os.O_RDONLY, write, write), strict=True)):
         os.dup2(os.open(path, flags), number)
-    sys.stdin, sys.stdout, sys.stderr = (open(n, mode, closefd=False) for n, mode in enumerate("rww"))
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, mode) for number, mode in enumerate("rww"))
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
+import forked
 import torch
 from conftest import ROOT, TINY, clean_environment
 
@@ -25,16 +28,19 @@ class Served:
     def __init__(
         self, *flags: str | Path, folder: Path = TINY, script: Path | None = None, ranks: int = 0, **environment: str
     ):
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else []
         program = [str(script)] if script else ["-m", "llama"]
-        command = [sys.executable, *launcher, *program, "serve", str(folder), "--port", "0", *map(str, flags)]
-        paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-        self.job = subprocess.Popen(
-            command, cwd=ROOT, env=clean_environment() | paths | environment, stderr=subprocess.PIPE, text=True
-        )
-        self.lines: list[str] = []
-        self.reader = threading.Thread(target=self._read, daemon=True)  # a full pipe would hold the server up
-        self.reader.start()
+        words = [*program, "serve", str(folder), "--port", "0", *map(str, flags)]
+        own = clean_environment() | {"OMP_NUM_THREADS": "1"} | environment
+        self.folder = tempfile.TemporaryDirectory()
+        self.errors = Path(self.folder.name, "stderr")
+        self.job: Any
+        if ranks:
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+            own["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
+            with self.errors.open("w") as errors:
+                self.job = subprocess.Popen([*launcher, *words], cwd=ROOT, env=own, stderr=errors)
+        else:
+            self.job = forked.Job(words, own, [Path(os.devnull), Path(os.devnull), self.errors])
         self.status: int | None = None
 
     def __enter__(self) -> Served:
@@ -46,17 +52,12 @@ class Served:
 
     @property
     def log(self) -> str:
-        return "".join(self.lines)
-
-    def _read(self) -> None:
-        assert self.job.stderr is not None
-        for line in self.job.stderr:
-            self.lines.append(line)
+        return self.errors.read_text() if self.errors.exists() else ""
 
     def wait_for(self, pattern: re.Pattern[str], seconds: float = 120) -> re.Match[str]:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            running = self.reader.is_alive()
+            running = self.job.poll() is None
             if found := pattern.search(self.log):
                 return found
             assert running, f"the server ended: {self.log}"
@@ -71,7 +72,6 @@ class Served:
             self.status = self.job.wait(60)
         finally:
             self.job.kill()
-        self.reader.join(10)
         return self.log
 
 
