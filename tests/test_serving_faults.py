@@ -36,6 +36,7 @@ from llama.serving.web import App, Protocol, Server
 
 SCRIPTED = Path(__file__).with_name("serving.py")
 FLAGS = ("--max_seq_len", "1024", "--dtype", "float32")
+CLIENT = httpx.Client(timeout=60)
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 
@@ -198,7 +199,7 @@ def test_whatever_is_sent_is_answered_or_refused_in_openais_shape(
         body = say("Hello", prompt="The fox", input="Grass", tokens=[5], max_tokens=2) | body
     with contextlib.suppress(UnicodeEncodeError):
         raw = json.dumps(body).encode()
-        answer = httpx.post(served.url + path, content=raw, timeout=60)
+        answer = CLIENT.post(served.url + path, content=raw)
         assert answer.status_code in (200, 400, 404), answer.text
         if answer.status_code != 200:
             error = answer.json()["error"]
