@@ -69,7 +69,7 @@ class Checks:
     def int8_of_few_rows_equals_float64(self) -> str:
         if self.device != "cuda":
             return "on cuda only"
-        assert few_rows_on_gpu(), "there is no Triton here: int8 expands every weight at every step"
+        assert few_rows_on_gpu(torch.float32), "Triton does not run here: int8 expands every weight at every step"
         torch.manual_seed(0)
         for dtype, near in (torch.float32, 1e-5), (torch.bfloat16, 4e-3), (torch.float16, 5e-4):
             for n, rows, columns in (1, 4096, 4096), (3, 1000, 777), (16, 11008, 4096), (70, 96, 11008):

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import fire
 import torch
 import weights
 from contender import Ours, prompt_of
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 # What multiplies by a weight, by the names that the stores' kernels have in a profile.
@@ -22,12 +24,12 @@ PRODUCTS = (
 
 
 def show(what: str, profiled: profile, repeats: int, rows: int = 12) -> None:
-    events = profiled.key_averages()
+    gpu = torch.cuda.is_available()
+    events = [event for event in profiled.key_averages() if event.device_type == DeviceType.CUDA or not gpu]
 
-    def own(event: object) -> float:
-        """Milliseconds in the operation itself, on the device where there is one."""
-        name = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        return float(getattr(event, name)) / repeats / 1e3
+    def own(event: Any) -> float:
+        """Milliseconds in the operation itself, or in the kernel where there is a GPU."""
+        return float(event.self_device_time_total if gpu else event.self_cpu_time_total) / repeats / 1e3
 
     total = sum(map(own, events))
     products = sum(own(event) for event in events if any(name in event.key for name in PRODUCTS))

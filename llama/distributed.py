@@ -30,9 +30,6 @@ def init_model_parallel(device: str | torch.device = "auto", model_parallel_size
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     world_size = dist.get_world_size()
-    if device.type != "cuda" or world_size == 1:  # whoever made it; leaving NCCL's, a rank may wait for one that failed
-        atexit.unregister(leave_process_group)
-        atexit.register(leave_process_group)
     size = world_size if model_parallel_size is None else model_parallel_size
     if size < 1 or world_size % size:
         raise ValueError(
@@ -55,15 +52,22 @@ def patient_ranks() -> Ranks:
     return Ranks(size, dist.get_rank(), group)
 
 
+@atexit.register
 def leave_process_group() -> None:
-    """End gloo's threads while the interpreter is whole.
+    """End gloo's threads while the interpreter is whole, whoever made the group, if models are in it.
 
     A gloo thread needs the interpreter's lock to let go of a collective's tensors. One that comes for it late, when the
     main thread is past its last collective and ends, is unwound by CPython, and that aborts a rank which has done its
     work. A process group joins its threads when the last reference to it goes, so here go all of them.
     """
+    if not fs_init.model_parallel_is_initialized():
+        return
+    if dist.is_initialized() and dist.get_world_size() > 1 and "nccl" in str(dist.get_backend_config()):
+        return  # a rank would wait there for one that has failed
     # Before PyTorch 2.8 a process group joins them with the lock held, for ever; its backend, let go last, does not.
-    backends = [group._get_backend(torch.device("cpu")) for group in dist.distributed_c10d._world.pg_map]  # noqa: F841
+    groups = list(dist.distributed_c10d._world.pg_map)
+    backends = [group._get_backend(device) for group in groups for device in group._device_types]  # noqa: F841
+    del groups
     let_groups_go()
     fs_init.destroy_model_parallel()
     if dist.is_initialized():

@@ -161,8 +161,8 @@ class Runner:
         with torch.cuda.device(self.device):
             # Kernels choose their algorithms and allocate at first use, which a capture may not. These runs write what
             # the replay is about to write at the same positions, so they leave no trace.
-            # One stream for all, for cuBLAS keeps 32 MB for each that it was used on; one pool, for no two graphs run
-            # at once, and so they share the memory of one.
+            # One stream for all graphs, because cuBLAS keeps 32 MB for every stream that it ever ran on; one pool,
+            # because no two graphs run at once, and so they share the memory of one.
             side = self.stream = self.stream or torch.cuda.Stream()
             self.graph_pool = self.graph_pool or torch.cuda.graph_pool_handle()
             side.wait_stream(torch.cuda.current_stream())

@@ -7,6 +7,7 @@ and gives back the weight that it multiplies by. Activations keep 16 bits: Llama
 from __future__ import annotations
 
 import functools
+import logging
 import platform
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from . import kernels
 from .groups import QUANTISED_ROWS, Groups, quantize
 from .kernels import GROUP, PANEL
+
+logger = logging.getLogger(__name__)
 
 # Quantised weights are expanded so many rows at a time: temporaries stay in the processor's cache.
 BLOCK_ROWS = 512
@@ -201,12 +204,19 @@ def in_panels(rows: Tensor) -> Tensor:
 
 
 @functools.cache
-def few_rows_on_gpu() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    """Our kernel of int8 weights; None without Triton, as on Windows. PyTorch's own operation is no other way: on an
-    H200 a step of one row took 5.6 times what it takes in 16 bits, of 16 rows 18 times."""
+def few_rows_on_gpu(dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """Our kernel of int8 weights, for inputs of this type; None where it does not run, and one line says why.
+
+    PyTorch's own operation is not used there: on an H200 it made a step of one row 5.6 times as long as in 16 bits, and
+    one of 16 rows 18 times.
+    """
     try:
         from .triton_int8 import multiply
-    except ImportError:
+
+        one = torch.ones(1, 32, device="cuda")
+        multiply(one.to(dtype), one.to(torch.int8), one[0, :1].bfloat16())
+    except Exception as error:  # no Triton, as on Windows; no compiler for what starts its kernels; a GPU too small
+        logger.warning("int8 expands its weights at every step: %s", error)
         return None
     return multiply
 
@@ -221,7 +231,8 @@ class Int8(Held):
     def __init__(self, weight: Tensor):
         super().__init__()
         # 126.5, for bfloat16 may round a scale down by a 512th, and the largest value must still not exceed 127.
-        self.q = nn.Buffer(torch.empty_like(weight, dtype=torch.int8), persistent=False)
+        q = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        self.q = nn.Buffer(q, persistent=False)
         self.scales = nn.Buffer(weight.new_empty(weight.shape[0], dtype=torch.bfloat16), persistent=False)
         blocks = (t.split(QUANTISED_ROWS) for t in (weight, self.q, self.scales))
         for rows, q, scales in zip(*blocks, strict=True):
@@ -232,7 +243,7 @@ class Int8(Held):
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_cpu:
             one = x.is_cuda and x.shape[-2] == 1 and not torch.compiler.is_compiling()
-            if one and (multiply := few_rows_on_gpu()):
+            if one and (multiply := few_rows_on_gpu(x.dtype)):
                 return multiply(x.flatten(0, -2), self.q, self.scales).unflatten(0, x.shape[:-1])
             return self.expanded(x)
         if x.shape[-2] < expand_tokens() and x.shape[-1] % 16 == 0:  # else it reads beyond a row
@@ -284,7 +295,7 @@ class Int4(Held):
         q = ((groups - zeros.float()[..., None]) / scales.float()[..., None]).round_().add_(8).clamp_(0, 15)
         q = q.flatten(1).to(torch.int32)
         if weight.is_cuda:
-            tiles = next(n for n in (8, 4, 2) if self.in_features % (16 * n) == 0)  # of inputs, that lie together
+            tiles = next(n for n in (8, 4, 2) if self.in_features % (16 * n) == 0)  # of 16 inputs, packed together
             packed = torch._convert_weight_to_int4pack((q[:, ::2] << 4 | q[:, 1::2]).to(torch.uint8), tiles)
         else:
             packed = torch._convert_weight_to_int4pack_for_cpu(q, 1)

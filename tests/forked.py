@@ -1,8 +1,8 @@
 """Programs, each a fork of one process that has imported what all of them import: that is most of a program's time.
 
 What a program is told and what it answers is as of a process of its own: words, environment, folder, streams, status.
-Only what happens before the first line of a program and after its last exit handler is not its own; where a test is
-about that, or about torchrun, it starts the real thing.
+What its imports do and read in the environment, the seed of hashes, and how the interpreter ends after the last exit
+handler are not; where a test is about those, or about torchrun, it starts the real thing.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -25,7 +26,7 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["forked", "llama", "llama.terminal", "llama.batch", "llama.checkpoints.convert"])
+CONTEXT.set_forkserver_preload(["llama", "llama.terminal", "llama.batch", "llama.checkpoints.convert"])
 
 
 class Job:
@@ -34,7 +35,7 @@ class Job:
     def __init__(self, words: list[str], environment: dict[str, str], paths: list[Path]):
         """`paths`: files for its standard input, output and errors."""
         self.words = words
-        self.process = CONTEXT.Process(target=become, args=(words, environment, paths))
+        self.process = CONTEXT.Process(target=become, args=(words, environment, paths), daemon=True)
         self.process.start()
         assert self.process.pid is not None
         self.pid, self.kill, self.terminate = self.process.pid, self.process.kill, self.process.terminate
@@ -59,9 +60,10 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder, name) for name in ("stdin", "stdout", "stderr")]
         paths[0].write_text(stdin, errors="surrogateescape")
-        jobs = [Job(words, environment, paths) for environment in environments]
+        jobs: list[Job] = []
         end = time.monotonic() + timeout
         try:
+            jobs += (Job(words, environment, paths) for environment in environments)
             while (codes := [job.poll() for job in jobs]).count(None) and not any(codes):
                 if time.monotonic() > end:
                     raise subprocess.TimeoutExpired(words, timeout, paths[1].read_bytes(), paths[2].read_bytes())
@@ -87,11 +89,13 @@ def become(words: list[str], environment: dict[str, str], paths: list[Path]) -> 
     write = os.O_WRONLY | os.O_APPEND | os.O_CREAT
     for number, (path, flags) in enumerate(zip(paths, (os.O_RDONLY, write, write), strict=True)):
         os.dup2(os.open(path, flags), number)
-    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, mode) for number, mode in enumerate("rww"))
+    sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w")
+    sys.stderr = os.fdopen(2, "w", 1, errors="backslashreplace")
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
-    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", cores)))
     status: Any = 0
     try:
         start(words)
@@ -102,6 +106,7 @@ def become(words: list[str], environment: dict[str, str], paths: list[Path]) -> 
         status = 1
     if isinstance(status, str):
         print(status, file=sys.stderr)
+    threading._shutdown()  # waits for threads, as the interpreter does
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -44,7 +44,11 @@ class Served:
         self.status: int | None = None
 
     def __enter__(self) -> Served:
-        self.url = self.wait_for(URL)[1]
+        try:
+            self.url = self.wait_for(URL)[1]
+        except BaseException:
+            self.end()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

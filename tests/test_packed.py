@@ -177,13 +177,15 @@ def test_ranks_share_a_packed_folder(tmp_path: Path, world_size: int) -> None:
     write_folder(tmp_path / "order", act_order=True)
     script = tmp_path / "ranks.py"
     script.write_text(f"""
-import torch
+import torch, torch.distributed as dist
 from llama import Llama
 tokens, logits = torch.arange(3, 40)[None], {{}}
 for name, dtype in (("gptq", "auto"), ("awq", "auto"), ("gptq", "float32"), ("order", "float32")):
     llm = Llama.build(f"{tmp_path}/{{name}}", None, 64, 1, device="cpu", dtype=dtype)
     logits[f"{{name}} {{dtype}}"] = llm.model(tokens, 0)
-torch.save(logits, "{tmp_path}/logits")
+if dist.get_rank() == 0:
+    torch.save(logits, "{tmp_path}/logits")
+dist.barrier()
 Llama.build("{tmp_path}/order", None, 64, 1, device="cpu", quantize="int4")
 """)
     job = run_ranks(world_size, script)

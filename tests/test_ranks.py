@@ -29,7 +29,8 @@ WORKERS = ROOT / "tests" / "workers"
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_every_shard_count_on_every_world_size_equals_the_original(tmp_path: Path, world_size: int) -> None:
-    job = run_ranks(world_size, WORKERS / "golden.py", tmp_path / "results.json")
+    start = torchrun if world_size == 2 else run_ranks
+    job = start(world_size, WORKERS / "golden.py", tmp_path / "results.json")
     assert job.returncode == 0, job.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     for folder in GOLDEN_FOLDERS:
@@ -118,22 +119,23 @@ assert everywhere[0] == everywhere[1], everywhere
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
-def test_no_thread_of_the_process_group_outlives_the_last_exit_handler(tmp_path: Path) -> None:
+@pytest.mark.parametrize("own", ["", 'dist.init_process_group("gloo")'], ids=["builds", "a caller's"])
+def test_no_thread_of_the_process_group_outlives_the_last_exit_handler(tmp_path: Path, own: str) -> None:
     script = tmp_path / "threads.py"
-    script.write_text("""
+    script.write_text(f"""
 import atexit, os
 import torch, torch.distributed as dist
-import llama, tqdm
-from conftest import build_golden
-tqdm.tqdm.monitor_interval = 0  # a thread of its own
 def count():
     return len(os.listdir("/proc/self/task"))
-@atexit.register  # registered first, so run last
+@atexit.register  # before the library is imported, so run last
 def check():
     if count() != before:
         os._exit(7)
+import llama, tqdm
+from conftest import build_golden
+tqdm.tqdm.monitor_interval = 0  # a thread of its own
 before = count()
-dist.init_process_group("gloo")  # as a caller may; build makes it where none did
+{own}
 llm = build_golden("gqa-mp2", model_parallel_size=2)  # a global: still there when the handlers run
 alone = build_golden("gqa-mp2", model_parallel_size=1)
 assert llm.generate([[1, 30]], 5, 0) == alone.generate([[1, 30]], 5, 0)
@@ -170,7 +172,7 @@ dist.all_gather_object(everywhere, ours)
 assert everywhere[0] == everywhere[1], everywhere
 assert [r["generation"]["content"] == "No." for r in ours[1]] == [False, True, False]
 """)
-    job = run_ranks(2, script, timeout=100)
+    job = torchrun(2, script, timeout=100)
     assert job.returncode == 0, job.stderr
 
 

@@ -471,6 +471,7 @@ def test_only_the_key_opens_and_other_sites_pages_are_kept_out(served: Served) -
         answer = httpx.options(f"{locked.url}/v1/chat/completions", headers=friend | asking)  # before a page's own
         assert answer.status_code == 200
         assert answer.headers["access-control-allow-origin"] == "https://friend.example"
+        assert httpx.get(f"{locked.url}/v1/models", headers=key | {"Host": "any.example"}).status_code == 200
         stranger = httpx.get(f"{locked.url}/v1/models", headers=key | {"Origin": "https://stranger.example"})
         assert stranger.status_code == 403 and "--allow_origin" in stranger.json()["error"]["message"]
     assert locked.status == 0
@@ -479,10 +480,15 @@ def test_only_the_key_opens_and_other_sites_pages_are_kept_out(served: Served) -
     own = httpx.get(f"{served.url}/v1/models", headers={"Origin": served.url})
     assert own.status_code == 200
     port = served.url.rpartition(":")[2]
-    for host, status in {f"localhost:{port}": 200, f"[::1]:{port}": 200, f"a.example:{port}": 403}.items():
-        answer = httpx.get(f"{served.url}/v1/models", headers={"Host": host, "Origin": f"http://{host}"})
-        assert answer.status_code == status, host
+    known = "localhost", "LOCALHOST", "127.0.0.1", "[::1]", "192.0.2.1"
+    for name in (*known, "{a}.example", "a_b.example", "a`b", "\u00e9.example", "a@localhost", "a.example"):
+        host = f"{name}:{port}".encode()
+        answer = httpx.get(f"{served.url}/v1/models", headers={b"Host": host, b"Origin": b"http://" + host})
+        assert answer.status_code == (200 if name in known else 403), name
     assert f"--allow_origin http://a.example:{port}" in answer.json()["error"]["message"]
+    with Served(*FLAGS, "--host", "localhost", "--allow_origin", "http://a.example") as open_to:
+        for name, status in {"a.example": 200, "b.example": 403, "localhost": 200}.items():
+            assert httpx.get(f"{open_to.url}/v1/models", headers={"Host": name}).status_code == status
 
 
 def test_prompts_are_not_logged_and_the_key_may_come_from_the_environment() -> None:

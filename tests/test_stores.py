@@ -20,6 +20,7 @@ from llama.stores import (
     Int8,
     PackedBFloat16,
     PackedFloat16,
+    few_rows_on_gpu,
     has_bfloat16_products,
     hold_int4,
     hold_int8,
@@ -394,3 +395,10 @@ def test_weights_of_other_types_move_and_convert_with_the_model() -> None:
         llm.model.bfloat16()
         assert llm.model.cache.k.dtype == torch.bfloat16
         assert len(llm.generate([[1, 30, 40]], 5, 0)[0][0]) > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU there is what this is about")
+def test_where_the_gpu_kernel_does_not_run_one_line_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    few_rows_on_gpu.cache_clear()
+    assert few_rows_on_gpu(torch.float32) is None and few_rows_on_gpu(torch.float32) is None
+    assert [message.partition(":")[0] for message in caplog.messages] == ["int8 expands its weights at every step"]

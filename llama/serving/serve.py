@@ -60,9 +60,9 @@ def serve(
         name = model_name or path_of("ckpt_dir", ckpt_dir).resolve().name
         listener = listen(host, port)
         url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-        if not key and not is_loopback(host):
+        if not key and not is_loopback(listener.getsockname()[0]):
             logger.warning("%s is open to all who reach it: set --api_key or %s", url, KEY)
-        app = App(service, name, key, allow_origin).asgi
+        app = App(service, name, key, allow_origin, host).asgi
         asyncio.run(Server(app, service, drain).answer(listener, f"{name} answers at {url}, OpenAI's API at {url}/v1"))
     if service.error is not None:
         raise service.error

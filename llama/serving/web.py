@@ -10,6 +10,7 @@ import ipaddress
 import json
 import logging
 import os
+import re
 import secrets
 import socket
 import time
@@ -44,6 +45,8 @@ from .openai import (
 from .service import Busy, Call, Service
 
 logger = logging.getLogger(__name__)
+
+HOST = re.compile(r"(\[[^]]*\]|[^:]*)(:\d*)?")  # the header's name and port
 
 MAX_BODY = 8 * 2**20  # bytes; the text of a hundred thousand tokens is half a megabyte
 READ_SECONDS = 30  # for the head of a request, and again for its body
@@ -146,8 +149,10 @@ class Server(uvicorn.Server):
 class App:
     """The endpoints, and what has to hold for a request to come to one."""
 
-    def __init__(self, service: Service, model: str, key: str | None, allow_origin: str | None):
+    def __init__(self, service: Service, model: str, key: str | None, allow_origin: str | None, host: str = ""):
+        """`host`: the name that the server was told to listen on."""
         self.service, self.model, self.created = service, model, int(time.time())
+        self.names = {"localhost", host.lower()}
         self.key, self.allow_origin = key and f"Bearer {key}".encode(), allow_origin
         post = functools.partial(Route, methods=["POST"])
         routes = [
@@ -174,7 +179,8 @@ class App:
     def admit(self, request: Request) -> None:
         """Raise HTTPException for who lacks the key, and for pages of other servers, which a browser would let ask.
 
-        Where no key is asked for, such a page could also have its own name lead to this machine's loopback address.
+        A site may also make its own name stand for this machine's loopback address, and its pages ask there: without a
+        key, only known names are answered.
         """
         given = request.headers.get("authorization", "").encode("latin-1")  # the bytes that came
         if self.key and not hmac.compare_digest(given, self.key):
@@ -183,11 +189,14 @@ class App:
         own = origin is None or origin.partition("://")[2] == request.headers.get("host")
         if not own and self.allow_origin not in (origin, "*"):
             raise HTTPException(403, f"pages of {origin} may not ask this server: start it with --allow_origin")
-        name, asked, (here, _) = request.url.hostname or "", request.url.netloc, request.scope["server"]
-        allowed = self.allow_origin == "*" or asked == (self.allow_origin or "").partition("://")[2]
-        if is_loopback(here) and not (self.key or allowed or is_address(name)):
-            way = f"ask {here}, or start it with --allow_origin http://{asked}"
-            raise HTTPException(403, f"this server does not know the name {name}: {way}")
+        host, (here, _) = request.headers.get("host"), request.scope["server"]
+        if host is None or self.key or not is_loopback(here):  # browsers send one
+            return
+        named = HOST.fullmatch(host.lower())
+        known = named and (named[1] in self.names or is_address(named[1].strip("[]")))
+        if not known and self.allow_origin != "*" and host != (self.allow_origin or "").partition("://")[2]:
+            way = f"ask {here}, or start it with --allow_origin http://{host}"
+            raise HTTPException(403, f"this server does not know the name {host}: {way}")
 
     async def complete(self, kind: Callable[..., Any], request: Request) -> Response:
         """Answer a call, whole or as a stream, unless its client leaves before."""
@@ -342,11 +351,10 @@ async def failed(request: Request, error: Exception) -> Response:
 
 
 def is_address(host: str) -> bool:
-    """Whether this is an address, which leads nowhere else tomorrow, or localhost."""
     with contextlib.suppress(ValueError):
         return bool(ipaddress.ip_address(host))
-    return host == "localhost"
+    return False
 
 
 def is_loopback(host: str) -> bool:
-    return is_address(host) and (host == "localhost" or ipaddress.ip_address(host).is_loopback)
+    return is_address(host) and ipaddress.ip_address(host).is_loopback
