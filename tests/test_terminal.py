@@ -55,7 +55,7 @@ def test_a_conversation_at_the_terminal(launcher: list[str]) -> None:
     child = start(*launcher)
     where = ask(child, "Where does the fox live?")
     assert where.startswith("The fox lives") and where.count("fox") == 1
-    time.sleep(4 * (SLOW_CHAT[0] in launcher))  # longer than the collectives' time limit there
+    time.sleep(6 * (SLOW_CHAT[0] in launcher))  # longer than the collectives' time limit there
     eats = ask(child, "And what does it eat?")
     assert eats.startswith("The fox eats") and eats.count("fox") == 1
     assert ask(child, "/reset") == "(a new conversation)"

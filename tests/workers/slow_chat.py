@@ -12,7 +12,10 @@ from llama import Llama
 from llama.__main__ import main
 
 if "WORLD_SIZE" in os.environ:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=3))
+    store, rank, size = next(dist.rendezvous("env://"))
+    store.set(f"{rank} is here", "")
+    store.wait([f"{other} is here" for other in range(size)], timedelta(seconds=60))  # imports take long on busy cores
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=5))
 stream = Llama.stream_chat_completion
 
 
