@@ -1,4 +1,4 @@
-"""What no machine of ours could show: python benchmarks/gpu_check.py prints pass or fail for each, on an NVIDIA GPU.
+"""What only a GPU can show: python benchmarks/gpu_check.py prints pass or fail for each, on an NVIDIA GPU.
 
 With --device cpu it runs what a CPU can show of the same checks, so that the script itself is known to work.
 """

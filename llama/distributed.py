@@ -65,9 +65,9 @@ def leave_process_group() -> None:
     if dist.is_initialized() and dist.get_world_size() > 1 and "nccl" in str(dist.get_backend_config()):
         return  # a rank would wait there for one that has failed
     # Before PyTorch 2.8 a process group joins them with the lock held, for ever; its backend, let go last, does not.
-    groups = list(dist.distributed_c10d._world.pg_map)
-    backends = [group._get_backend(device) for group in groups for device in group._device_types]  # noqa: F841
-    del groups
+    backends = [  # noqa: F841
+        group._get_backend(device) for group in dist.distributed_c10d._world.pg_map for device in group._device_types
+    ]
     let_groups_go()
     fs_init.destroy_model_parallel()
     if dist.is_initialized():

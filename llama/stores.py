@@ -231,8 +231,7 @@ class Int8(Held):
     def __init__(self, weight: Tensor):
         super().__init__()
         # 126.5, for bfloat16 may round a scale down by a 512th, and the largest value must still not exceed 127.
-        q = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-        self.q = nn.Buffer(q, persistent=False)
+        self.q = nn.Buffer(torch.empty(weight.shape, dtype=torch.int8, device=weight.device), persistent=False)
         self.scales = nn.Buffer(weight.new_empty(weight.shape[0], dtype=torch.bfloat16), persistent=False)
         blocks = (t.split(QUANTISED_ROWS) for t in (weight, self.q, self.scales))
         for rows, q, scales in zip(*blocks, strict=True):

@@ -14,12 +14,12 @@ from typing import Any
 import forked
 import pytest
 import torch
+from forked import ROOT
 from release_server import Release
 
 from llama import Llama, ModelArgs, Tokenizer, Transformer
 from llama.checkpoints.names import shard_dim
 
-ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 TINY = ROOT / "llama-2-tiny"
 GOLDEN_FOLDERS = ["mha-mp1", "mha-mp2", "gqa-mp1", "gqa-mp2", "gqa-mp4"]
@@ -60,7 +60,7 @@ def run_python(
     *words: str | Path, input: str = "", timeout: float = 240, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """What `python *words` does, without the seconds of its imports; run_fresh where they matter."""
-    return forked.run(list(map(str, words)), [clean_environment() | environment], input, timeout)
+    return forked.run(words, [clean_environment() | environment], input, timeout)
 
 
 def run_ranks(
@@ -68,7 +68,7 @@ def run_ranks(
 ) -> subprocess.CompletedProcess[str]:
     """The same on so many ranks, without torchrun's part in it."""
     _store, environments = forked.ranks(count)  # the ranks meet there until all have ended
-    return forked.run(list(map(str, words)), [clean_environment() | own for own in environments], input, timeout)
+    return forked.run(words, [clean_environment() | own for own in environments], input, timeout)
 
 
 def run_fresh(*words: str | Path, timeout: float = 240, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -79,9 +79,13 @@ def run_fresh(*words: str | Path, timeout: float = 240, **options: Any) -> subpr
     )
 
 
+def launcher(nproc: int) -> list[str]:
+    """torchrun on this machine, as words for Python."""
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)]
+
+
 def torchrun(nproc: int, *words: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)]
-    return run_fresh(*launcher, *words, env={"OMP_NUM_THREADS": "1"}, **options)
+    return run_fresh(*launcher(nproc), *words, env={"OMP_NUM_THREADS": "1"}, **options)
 
 
 def random_state(args: ModelArgs, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,10 @@ class Job:
 
 
 def run(
-    words: list[str], environments: list[dict[str, str]], stdin: str, timeout: float
+    arguments: Sequence[str | Path], environments: list[dict[str, str]], stdin: str, timeout: float
 ) -> subprocess.CompletedProcess[str]:
-    """What `python *words` does, in a process for each environment, with their output together."""
+    """What `python *arguments` does, in a process for each environment, with their output together."""
+    words = list(map(str, arguments))
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder, name) for name in ("stdin", "stdout", "stderr")]
         paths[0].write_text(stdin, errors="surrogateescape")

@@ -14,7 +14,7 @@ from typing import Any
 
 import forked
 import torch
-from conftest import ROOT, TINY, clean_environment
+from conftest import ROOT, TINY, clean_environment, launcher
 
 URL = re.compile(r"answers at (http://[^,]+),")
 
@@ -35,10 +35,10 @@ class Served:
         self.errors = Path(self.folder.name, "stderr")
         self.job: Any
         if ranks:
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
             own["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
             with self.errors.open("w") as errors:
-                self.job = subprocess.Popen([*launcher, *words], cwd=ROOT, env=own, stderr=errors)
+                command = [sys.executable, *launcher(ranks), *words]
+                self.job = subprocess.Popen(command, cwd=ROOT, env=own, stderr=errors)
         else:
             self.job = forked.Job(words, own, [Path(os.devnull), Path(os.devnull), self.errors])
         self.status: int | None = None

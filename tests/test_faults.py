@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, TINY, build_golden, clean_environment, run_fresh, run_python, torchrun
+from conftest import GOLDEN, ROOT, TINY, build_golden, clean_environment, launcher, run_fresh, run_python, torchrun
 
 from llama import Llama
 from llama.checkpoints import load
@@ -226,8 +226,7 @@ def test_a_mistake_without_torchrun_is_one_line() -> None:
 @pytest.mark.parametrize("nproc", [0, 2])
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_signals_end_a_run_cleanly(nproc: int, sent: signal.Signals) -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)] if nproc else []
-    command = [sys.executable, *launcher, str(ROOT / "tests" / "workers" / "endless.py")]
+    command = [sys.executable, *(launcher(nproc) if nproc else []), str(ROOT / "tests" / "workers" / "endless.py")]
     environment = clean_environment() | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     job = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True

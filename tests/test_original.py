@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, build_golden, expected, random_state, run_python, run_ranks, torchrun
+from conftest import GOLDEN, ROOT, build_golden, expected, random_state, run_python, torchrun
 from torch import Tensor
 from workers.old_script import continue_prompts, lines
 
@@ -276,7 +276,7 @@ everywhere = [None, None]
 dist.all_gather_object(everywhere, draws)
 assert everywhere[0] == everywhere[1] and draws[0] == draws[1] != draws[2], everywhere
 """)
-    job = run_ranks(2, script)
+    job = torchrun(2, script)
     assert job.returncode == 0, job.stderr
 
 

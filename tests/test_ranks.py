@@ -45,7 +45,7 @@ def test_every_shard_count_on_every_world_size_equals_the_original(tmp_path: Pat
         assert result["text"] == [r["generation"] for r in golden["text_completion"]["results"]]
         assert result["chat"] == [r["generation"] for r in golden["chat_completion"]["results"]]
         alone = build_golden(folder)
-        assert result["sampled"] == alone.generate(golden["prompt_tokens"], 8, 1.0, 1.0, seed=3)[0]
+        assert result["sampled"] == alone.generate(golden["prompt_tokens"], 20, 1.0, 1.0, seed=3)[0]
         norms = (2 * 2 + 1) * 64  # whole on every rank; everything else is split evenly
         whole = sum(parameter.numel() for parameter in alone.model.parameters())
         assert result["local_parameters"] == (whole - norms) // world_size + norms

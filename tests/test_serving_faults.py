@@ -44,6 +44,11 @@ def say(text: str, **options: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": text}]} | options
 
 
+def raw_post(path: str, body: str) -> bytes:
+    """A request as its bytes, for a socket that is read or left as no client would."""
+    return f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+
+
 def metric(served: Served, name: str) -> float:
     text = httpx.get(f"{served.url}/metrics").text
     return sum(float(value) for value in re.findall(rf"^vllm:{name}{{[^}}]*}} (\S+)$", text, re.MULTILINE))
@@ -144,7 +149,7 @@ def test_who_reads_slowly_holds_up_nobody(scripted: Served) -> None:
     body = json.dumps(say("long:900", stream=True, logprobs=True))
     with socket.create_connection((host, int(port))) as silent:
         silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-        silent.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+        silent.sendall(raw_post(CHAT, body))
         answer = httpx.post(scripted.url + CHAT, json=say("say:next"), timeout=60)
         assert answer.json()["choices"][0]["message"]["content"] == "next"
     until(lambda: idle(scripted))
@@ -222,9 +227,7 @@ def test_clients_cut_off_at_random_moments_leave_nothing_behind(served: Served) 
     requests = []
     for stream in (True, False):
         body = json.dumps(say("Tell me a short story about the fox.", stream=stream, max_tokens=200))
-        requests.append(
-            f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
-        )
+        requests.append(raw_post(CHAT, body))
 
     def cut(number: int) -> None:
         rng, request = random.Random(number), requests[number % 2]
@@ -246,7 +249,7 @@ def test_clients_cut_off_at_random_moments_leave_nothing_behind(served: Served) 
 def test_memory_stays_flat_over_two_thousand_requests(served: Served) -> None:
     def ask(client: httpx.Client, numbers: range) -> None:
         for number in numbers:
-            body = {"prompt": f"{number} foxes", "max_tokens": 1, "stream": number % 2 == 0, "logprobs": 1}
+            body = {"prompt": f"{number} foxes", "max_tokens": 2, "stream": number % 2 == 0, "logprobs": 1}
             assert client.post(served.url + TEXT, json=body, timeout=60).status_code == 200
 
     def load(first: int) -> None:
@@ -402,9 +405,7 @@ def test_an_answer_that_is_still_being_read_is_not_cut_by_a_signal() -> None:
         host, port = served.url.removeprefix("http://").split(":")
         body = json.dumps({"prompt": "a" * 3_000_000})
         with socket.create_connection((host, int(port))) as slow:
-            slow.sendall(
-                f"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
-            )
+            slow.sendall(raw_post("/tokenize", body))
             said = slow.recv(100)
             served.job.terminate()
             time.sleep(2)

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import GOLDEN, ROOT, TINY, clean_environment, run_fresh, run_python, torchrun
+from conftest import GOLDEN, ROOT, TINY, clean_environment, launcher, run_fresh, run_python, torchrun
 
 pexpect = pytest.importorskip("pexpect")
 
-LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+LAUNCHER = launcher(2)
 SLOW_CHAT = [str(ROOT / "tests" / "workers" / "slow_chat.py")]
 MODEL = ["--ckpt_dir", str(TINY), "--tokenizer_path", str(TINY / "tokenizer.model"), "--temperature", "0"]
 

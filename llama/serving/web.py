@@ -185,18 +185,21 @@ class App:
         given = request.headers.get("authorization", "").encode("latin-1")  # the bytes that came
         if self.key and not hmac.compare_digest(given, self.key):
             raise HTTPException(401, "no valid API key: send the header Authorization: Bearer KEY")
-        origin = request.headers.get("origin")
-        own = origin is None or origin.partition("://")[2] == request.headers.get("host")
+        origin, host = request.headers.get("origin"), request.headers.get("host")
+        own = origin is None or origin.partition("://")[2] == host
         if not own and self.allow_origin not in (origin, "*"):
             raise HTTPException(403, f"pages of {origin} may not ask this server: start it with --allow_origin")
-        host, (here, _) = request.headers.get("host"), request.scope["server"]
-        if host is None or self.key or not is_loopback(here):  # browsers send one
-            return
-        named = HOST.fullmatch(host.lower())
-        known = named and (named[1] in self.names or is_address(named[1].strip("[]")))
-        if not known and self.allow_origin != "*" and host != (self.allow_origin or "").partition("://")[2]:
+        here, _ = request.scope["server"]
+        if host is not None and not (self.key or self.goes_by(host)) and is_loopback(here):  # browsers send one
             way = f"ask {here}, or start it with --allow_origin http://{host}"
             raise HTTPException(403, f"this server does not know the name {host}: {way}")
+
+    def goes_by(self, host: str) -> bool:
+        """Whether this server has the name in a Host header."""
+        if self.allow_origin == "*" or host == (self.allow_origin or "").partition("://")[2]:
+            return True
+        named = HOST.fullmatch(host.lower())
+        return named is not None and (named[1] in self.names or address_of(named[1].strip("[]")) is not None)
 
     async def complete(self, kind: Callable[..., Any], request: Request) -> Response:
         """Answer a call, whole or as a stream, unless its client leaves before."""
@@ -350,11 +353,12 @@ async def failed(request: Request, error: Exception) -> Response:
     return answer_of(error_of(str(error), 500), 500)
 
 
-def is_address(host: str) -> bool:
+def address_of(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     with contextlib.suppress(ValueError):
-        return bool(ipaddress.ip_address(host))
-    return False
+        return ipaddress.ip_address(host)
+    return None
 
 
 def is_loopback(host: str) -> bool:
-    return is_address(host) and ipaddress.ip_address(host).is_loopback
+    address = address_of(host)
+    return address is not None and address.is_loopback

@@ -24,7 +24,7 @@ for folder in GOLDEN_FOLDERS:
         "greedy_echo": echo,
         "text": [r["generation"] for r in llm.text_completion(text["prompts"], 0, max_gen_len=text["max_gen_len"])],
         "chat": [r["generation"] for r in llm.chat_completion(chat["dialogs"], 0, max_gen_len=chat["max_gen_len"])],
-        "sampled": llm.generate(golden["prompt_tokens"], 8, 1.0, 1.0, seed=3)[0],
+        "sampled": llm.generate(golden["prompt_tokens"], 20, 1.0, 1.0, seed=3)[0],
     }
 everywhere: list[object] = [None] * dist.get_world_size()
 dist.all_gather_object(everywhere, results)
