@@ -486,6 +486,7 @@ def test_only_the_key_opens_and_other_sites_pages_are_kept_out(served: Served) -
         answer = httpx.get(f"{served.url}/v1/models", headers={b"Host": host, b"Origin": b"http://" + host})
         assert answer.status_code == (200 if name in known else 403), name
     assert f"--allow_origin http://a.example:{port}" in answer.json()["error"]["message"]
+    assert httpx.get(f"{served.url}/v1/models", headers={"Host": ""}).status_code == 403
     with Served(*FLAGS, "--host", "localhost", "--allow_origin", "http://a.example") as open_to:
         for name, status in {"a.example": 200, "b.example": 403, "localhost": 200}.items():
             assert httpx.get(f"{open_to.url}/v1/models", headers={"Host": name}).status_code == status

@@ -152,7 +152,7 @@ class App:
     def __init__(self, service: Service, model: str, key: str | None, allow_origin: str | None, host: str = ""):
         """`host`: the name that the server was told to listen on."""
         self.service, self.model, self.created = service, model, int(time.time())
-        self.names = {"localhost", host.lower()}
+        self.names = {"localhost", host.lower(), (allow_origin or "").partition("://")[2].lower()} - {""}
         self.key, self.allow_origin = key and f"Bearer {key}".encode(), allow_origin
         post = functools.partial(Route, methods=["POST"])
         routes = [
@@ -196,10 +196,10 @@ class App:
 
     def goes_by(self, host: str) -> bool:
         """Whether this server has the name in a Host header."""
-        if self.allow_origin == "*" or host == (self.allow_origin or "").partition("://")[2]:
-            return True
         named = HOST.fullmatch(host.lower())
-        return named is not None and (named[1] in self.names or address_of(named[1].strip("[]")) is not None)
+        if named is None or self.allow_origin == "*":
+            return self.allow_origin == "*"
+        return not self.names.isdisjoint({named[0], named[1]}) or address_of(named[1].strip("[]")) is not None
 
     async def complete(self, kind: Callable[..., Any], request: Request) -> Response:
         """Answer a call, whole or as a stream, unless its client leaves before."""
