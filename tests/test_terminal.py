@@ -37,6 +37,7 @@ def start(*arguments: str, term: str = "dumb", **options: str) -> pexpect.spawn:
         timeout=60,
         dimensions=(24, 1000),
     )
+    child.ptyproc.delayafterterminate = 1  # seconds that a process may take to go; 0.1 is little on busy cores
     child.expect("Ctrl-D ends")
     child.expect("> ")
     return child
