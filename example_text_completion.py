@@ -8,7 +8,7 @@ from typing import Literal
 import torch.distributed as dist
 
 from llama import Llama
-from llama.launch import run
+from llama.cli.program import run
 
 TINY = Path(__file__).parent / "llama-2-tiny"
 

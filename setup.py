@@ -11,13 +11,13 @@ setup(
     version=version,
     description="Reference inference for Llama 2",
     license="MIT",
-    packages=["llama", "llama.checkpoints", "llama.serving"],
-    package_data={"llama": ["py.typed"], "llama.serving": ["page.html"]},
+    packages=["llama", "llama.checkpoints", "llama.server"],
+    package_data={"llama": ["py.typed"], "llama.server": ["page.html"]},
     # Optional: without a compiler, or OpenMP in it, other ways to multiply remain, and one line says so.
     ext_modules=[
         Extension(
             "llama._kernels",
-            ["llama/kernels.c", "llama/half.c", "llama/fused.c"],
+            ["llama/ops/quantized.c", "llama/ops/bf16.c", "llama/ops/fused.c"],
             extra_compile_args=["-O3", "-fopenmp"],  # not for the linker: OpenMP's library is the one of PyTorch
             optional=True,
         )

@@ -17,7 +17,7 @@ CONTEXT = 512
 
 
 def llama(folder: str, port: int, rows: int) -> None:
-    from llama.serving import serve
+    from llama.server import serve
     from llama.tokenizer import Tokenizer
 
     init = Tokenizer.__init__

@@ -26,8 +26,8 @@ from contender import prompt_of
 from speed import cpu_name
 
 from llama import Llama
-from llama.engine import Passes
-from llama.request import Score
+from llama.engine.engine import Passes
+from llama.engine.request import Score
 
 LONG_PROMPT = 1500
 NEW_TOKENS = 96

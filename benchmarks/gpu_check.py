@@ -21,7 +21,7 @@ import torch
 
 from llama import Llama
 from llama.checkpoints import memory_needs
-from llama.stores import Int8, few_rows_on_gpu
+from llama.quantization.formats import Int8, few_rows_on_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN, TINY = ROOT / "tests" / "golden", ROOT / "llama-2-tiny"

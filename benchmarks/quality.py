@@ -20,8 +20,8 @@ from contender import seconds
 
 from llama import Llama
 from llama.checkpoints.convert import convert
-from llama.perplexity import Window, score
-from llama.stores import fastest_16_bits, hold_int4, hold_int8
+from llama.cli.perplexity import Window, score
+from llama.quantization.formats import fastest_16_bits, hold_int4, hold_int8
 
 TINY = Path(__file__).resolve().parents[1] / "llama-2-tiny"
 ROWS, COLUMNS, MATRICES = 5632, 2048, 12  # of 1b's feed-forward, so many in turn that none stays in a cache

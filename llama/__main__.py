@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from . import launch, terminal
-from .batch import batch
 from .checkpoints.convert import convert, reshard
-from .checkpoints.folders import info, verify
-from .perplexity import perplexity
-from .serving import serve
+from .cli import chat as terminal
+from .cli import program as launch
+from .cli.batch import batch
+from .cli.info import info, verify
+from .cli.perplexity import perplexity
+from .server import serve
 
 COMMANDS: dict[str, launch.Command] = {
     "chat": terminal.Chat,

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
+from .engine.request import Pooling, Request
 from .original import Refusal
-from .request import Pooling, Request
 from .tokenizer import Tokenizer
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import kernels
+from .ops import kernels
 
 
 class KVCache:

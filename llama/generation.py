@@ -41,13 +41,13 @@ from .checkpoints import (
 )
 from .code_llama import check_infilling, encode_infilling
 from .distributed import init_model_parallel
-from .engine import Engine
+from .engine.engine import Engine
+from .engine.request import Answer, FinishReason, Pooling, Request
+from .engine.runner import Runner
 from .model import ModelArgs, Transformer
 from .original import sample_top_p
 from .parallel import model_ranks
-from .request import Answer, FinishReason, Pooling, Request
-from .runner import Runner
-from .stores import Store, select_dtype, select_store
+from .quantization.formats import Store, select_dtype, select_store
 from .tokenizer import Tokenizer
 
 __all__ = [  # where scripts written for the original look for them

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import kernels
 from .cache import Attended, Batch, KVCache, Runs
+from .ops import kernels
 from .original import repeat_kv as repeat_kv  # old scripts look for them here
 from .original import reshape_for_broadcast as reshape_for_broadcast
 from .parallel import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, model_ranks, multiply_together

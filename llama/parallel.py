@@ -20,7 +20,7 @@ from fairscale.nn.model_parallel import initialize as fs_init
 from fairscale.nn.model_parallel import layers as fs_layers
 from torch import Tensor, nn
 
-from .stores import Plain, Rows
+from .quantization.formats import Plain, Rows
 
 T = TypeVar("T")
 

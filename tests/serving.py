@@ -91,8 +91,8 @@ def told_to(prompt: str) -> tuple[str, float]:
 def main() -> None:
     """Serve with answers as prompts ask: say:TEXT, long:N words, slow:N words at 20 a second."""
     from llama.__main__ import main
-    from llama.engine import Passes
-    from llama.request import Answer, Score
+    from llama.engine.engine import Passes
+    from llama.engine.request import Answer, Score
 
     def choose(passes: Passes, answers: list[Answer], logits: torch.Tensor) -> list[tuple[int, Score]]:
         chosen, slowest = [], 0.0

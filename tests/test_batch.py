@@ -15,8 +15,8 @@ import pytest
 from conftest import ROOT, TINY, clean_environment, run_python, run_ranks
 
 from llama import Llama
-from llama.batch import Line, Output, batch
-from llama.engine import Passes
+from llama.cli.batch import Line, Output, batch
+from llama.engine.engine import Passes
 
 QUESTION = {"role": "user", "content": "Where does the owl live?"}
 

@@ -29,7 +29,7 @@ from llama.checkpoints.memory import (
     return_freed_memory,
 )
 from llama.checkpoints.names import TENSORS, gguf_name, huggingface_name, shard_dim
-from llama.stores import select_dtype
+from llama.quantization.formats import select_dtype
 
 COUNTS = [1, 2, 4, 8]
 

@@ -16,7 +16,7 @@ from conftest import GOLDEN, TINY, random_state, run_fresh, run_python, write_re
 from llama import Llama, ModelArgs, Tokenizer
 from llama.checkpoints import Checkpoint
 from llama.checkpoints.convert import convert, reshard
-from llama.checkpoints.folders import info, verify
+from llama.cli.info import info, verify
 
 TOKENS = torch.randint(512, (2, 12), generator=torch.Generator().manual_seed(0))
 

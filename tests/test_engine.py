@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from llama import Llama, encode_dialog
 from llama.arguments import Settings, make_requests
 from llama.cache import Batch, Runs
-from llama.engine import CHUNK, SCORE_CHUNK, Engine
-from llama.request import Request, Score
+from llama.engine.engine import CHUNK, SCORE_CHUNK, Engine
+from llama.engine.request import Request, Score
 from llama.tokenizer import Detokenizer
 
 

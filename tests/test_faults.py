@@ -118,7 +118,7 @@ def test_memory_that_fails_all_the_same_is_said_with_the_numbers(tmp_path: Path)
 import resource
 from conftest import GOLDEN, build_golden
 from llama import Llama
-from llama.launch import run
+from llama.cli.program import run
 def main():
     build_golden()  # threads and libraries are there before the limit
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -148,7 +148,7 @@ from typing import Any
 from conftest import GOLDEN, ROOT, TINY
 sys.path.insert(0, str(ROOT))
 import llama.checkpoints.release, llama.generation
-from llama.launch import run
+from llama.cli.program import run
 import example_text_completion as example
 rank = int(os.environ["RANK"])
 def fault():
@@ -160,7 +160,7 @@ def fault():
 def test_a_killed_rank_ends_the_job(tmp_path: Path, when: str) -> None:
     where = {
         "loading": ("llama.checkpoints.Checkpoint", "copy", "rank == 1"),
-        "generation": ("llama.engine.Passes", "decode", "rank == 1 and args[0].count == 9"),
+        "generation": ("llama.engine.engine.Passes", "decode", "rank == 1 and args[0].count == 9"),
     }[when]
     script = tmp_path / "killed.py"
     script.write_text(

@@ -19,16 +19,17 @@ from gguf_files import K_KINDS, KINDS, Kind, dequantized, random_blocks, small_a
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama import Llama, ModelArgs, Tokenizer, Transformer, kernels
+from llama import Llama, ModelArgs, Tokenizer, Transformer
 from llama.checkpoints import Checkpoint
 from llama.checkpoints.convert import convert, reshard
-from llama.checkpoints.folders import info, verify
 from llama.checkpoints.gguf import read_file
 from llama.checkpoints.gguf_types import TYPES, Blocks
 from llama.checkpoints.names import gguf_name
 from llama.checkpoints.vocabulary import piece, pieces_of, proto_of
+from llama.cli.info import info, verify
+from llama.ops import kernels
 from llama.parallel import ShardedLinear
-from llama.stores import Grouped
+from llama.quantization.formats import Grouped
 
 TOKENIZER = Tokenizer(GOLDEN / "tokenizer.model")
 TOKENS = torch.randint(3, 512, (2, 24), generator=torch.Generator().manual_seed(0))

@@ -10,7 +10,7 @@ from sentencepiece import SentencePieceTrainer
 
 from llama import Llama, ModelArgs, Tokenizer, Transformer
 from llama.code_llama import encode_infilling
-from llama.serving.openai import BadRequest, TextCompletion
+from llama.openai.completions import BadRequest, TextCompletion
 
 PIECES = ["▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"]
 

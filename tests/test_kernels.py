@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama import kernels
 from llama.cache import Attended, Seen
+from llama.engine.tape import Pool, Tape
 from llama.model import RMSNorm, apply_rotary_emb, attend, precompute_freqs_cis
-from llama.stores import has_bfloat16_products
-from llama.tape import Pool, Tape
+from llama.ops import kernels
+from llama.quantization.formats import has_bfloat16_products
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="our kernels were not built")
 multiplies_bfloat16 = pytest.mark.skipif(not has_bfloat16_products(), reason="needs bfloat16 instructions")

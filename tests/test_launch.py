@@ -20,8 +20,8 @@ from conftest import ROOT, TINY, clean_environment, run_fresh
 import example_chat_completion
 import example_text_completion
 import llama
-from llama import launch
 from llama.__main__ import COMMANDS
+from llama.cli import program as launch
 
 PYTHON = "python -m llama"
 

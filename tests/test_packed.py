@@ -13,10 +13,11 @@ from conftest import GOLDEN, huggingface_config, random_state, run_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llama import Llama, ModelArgs, Transformer, kernels
+from llama import Llama, ModelArgs, Transformer
 from llama.checkpoints.convert import convert
-from llama.checkpoints.folders import info, verify
 from llama.checkpoints.names import huggingface_name, interleave, is_rotary, split_halves
+from llama.cli.info import info, verify
+from llama.ops import kernels
 from llama.parallel import ShardedLinear
 
 ARGS = ModelArgs(dim=256, n_layers=2, n_heads=8, n_kv_heads=4, vocab_size=512, multiple_of=256, max_seq_len=64)

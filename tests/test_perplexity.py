@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama import Llama
-from llama.perplexity import perplexity, score, windows_of
+from llama.cli.perplexity import perplexity, score, windows_of
 
 TEXT = "The owl lives in the tower. It likes to read.\nOnce upon a time, there was a little fox. Äpfel, 猫."
 

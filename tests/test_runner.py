@@ -10,9 +10,11 @@ import pytest
 import torch
 from conftest import build_golden, expected, run_ranks
 
-from llama import Llama, kernels, runner
+from llama import Llama
+from llama.engine import runner
+from llama.engine.runner import SHORTEST_WINDOW
 from llama.model import Transformer
-from llama.runner import SHORTEST_WINDOW
+from llama.ops import kernels
 
 
 def as_the_original(llm: Llama) -> None:
@@ -163,7 +165,7 @@ def test_where_capture_is_impossible_decoding_goes_on_and_says_why(
 
     monkeypatch.setattr(llm.engine.passes.runner, "_capture", refuse)
     as_the_original(llm)
-    messages = [record.message for record in caplog.records if record.name == "llama.runner"]
+    messages = [record.message for record in caplog.records if record.name == "llama.engine.runner"]
     assert messages == ["decoding without CUDA graphs: operation not permitted when stream is capturing"]
 
 

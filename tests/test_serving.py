@@ -21,9 +21,9 @@ from serving import Served
 
 from llama import Llama
 from llama.arguments import Settings, make_requests
-from llama.request import Answer, Score
-from llama.serving.openai import NOT_SUPPORTED
-from llama.serving.service import Call, Service
+from llama.engine.request import Answer, Score
+from llama.openai.completions import NOT_SUPPORTED
+from llama.server.service import Call, Service
 
 FOX = [{"role": "user", "content": "Where does the fox live?"}]
 FLAGS = ("--max_seq_len", "256", "--max_batch_size", "4", "--dtype", "float32")

@@ -28,11 +28,11 @@ from hypothesis import strategies as st
 from serving import Served
 
 from llama import Llama
-from llama.request import Request
-from llama.serving.openai import NOT_SUPPORTED, BadRequest, TextCompletion
-from llama.serving.serve import listen
-from llama.serving.service import Call, Service
-from llama.serving.web import App, Protocol, Server
+from llama.engine.request import Request
+from llama.openai.completions import NOT_SUPPORTED, BadRequest, TextCompletion
+from llama.server.app import App, Protocol, Server
+from llama.server.serve import listen
+from llama.server.service import Call, Service
 
 SCRIPTED = Path(__file__).with_name("serving.py")
 FLAGS = ("--max_seq_len", "1024", "--dtype", "float32")
@@ -307,7 +307,7 @@ def test_a_client_that_leaves_while_its_call_is_taken_up_does_not_end_the_engine
 def test_health_tells_of_a_step_that_does_not_end_whoever_waits_and_of_nothing_else(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("llama.serving.service.STALLED_SECONDS", 0.3)
+    monkeypatch.setattr("llama.server.service.STALLED_SECONDS", 0.3)
     go_on = threading.Event()
 
     async def stall() -> None:
@@ -418,9 +418,9 @@ def test_an_answer_that_is_still_being_read_is_not_cut_by_a_signal() -> None:
 
 SHORT_TIMES = """
 import sys
-from llama.serving import web, service
+from llama.server import app as web, service
 web.READ_SECONDS, web.IDLE_SECONDS, service.STALLED_SECONDS = 1, 1, 2
-from llama.engine import Engine
+from llama.engine.engine import Engine
 step = Engine.step
 def slow(engine):
     import time

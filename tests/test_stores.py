@@ -12,9 +12,11 @@ import torch
 from conftest import GOLDEN, TINY, build_golden, expected
 from torch import Tensor, nn
 
-from llama import Llama, kernels, stores
+from llama import Llama
+from llama.ops import kernels
 from llama.parallel import ShardedLinear
-from llama.stores import (
+from llama.quantization import formats as stores
+from llama.quantization.formats import (
     BFloat16,
     Int4,
     Int8,

@@ -17,9 +17,8 @@ from tqdm import tqdm
 
 from ..arguments import check_positive
 from ..model import ModelArgs
-from .files import import_safetensors, path_of, size_text
-from .folder import Checkpoint, check_world_size
-from .folders import md5_of, open_whole
+from .files import import_safetensors, md5_of, path_of, size_text
+from .folder import Checkpoint, check_world_size, open_whole
 from .gguf_writer import GGUFFile
 from .huggingface import config_of
 from .names import Shapes, huggingface_name, is_rotary, part_shape, split_halves

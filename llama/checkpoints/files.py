@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import mmap
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -114,3 +116,14 @@ def give_back(mapped: Tensor) -> None:
     extent = 1 + sum((n - 1) * stride for n, stride in zip(mapped.shape, mapped.stride(), strict=True))
     length = mapped.data_ptr() - first + extent * mapped.element_size()
     ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+
+
+def md5_of(file: Path) -> str:
+    md5, size = hashlib.md5(usedforsecurity=False), file.stat().st_size
+    with (
+        file.open("rb") as stream,
+        tqdm.wrapattr(stream, "read", size, desc=file.name, leave=False, disable=None) as counted,
+    ):
+        while data := counted.read(2**20):  # writing checks sums too, beside what it has not given back yet
+            md5.update(data)
+    return md5.hexdigest()

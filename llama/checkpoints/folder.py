@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ..distributed import divisors, either
-from ..groups import Groups
-from ..kernels import GROUP
 from ..model import ModelArgs, Transformer
-from ..stores import Store
+from ..ops.kernels import GROUP
+from ..quantization.formats import Store
+from ..quantization.groups import Groups
 from ..tokenizer import Tokenizer
 from .files import folder_of, give_back, path_of
 from .gguf import open_gguf
@@ -260,3 +260,11 @@ def check_world_size(name: str, args: ModelArgs, world_size: int) -> None:
     if uneven:
         listed = " and ".join(f"{n} {what}" for what, n in uneven.items())
         raise ValueError(f"{name} has {listed}, which {world_size} ranks cannot share: use {either(world_sizes(args))}")
+
+
+def open_whole(ckpt_dir: str, length: int = 1, rows: int = 1) -> tuple[Checkpoint, ModelArgs, Shapes]:
+    """A checkpoint, its model's shape, and the shapes of its tensors, which the files are checked to hold."""
+    checkpoint = Checkpoint(ckpt_dir)
+    args = checkpoint.model_args(max_seq_len=length, max_batch_size=rows)
+    with torch.device("meta"):
+        return checkpoint, args, checkpoint.check(Transformer(args))

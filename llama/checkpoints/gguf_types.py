@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..groups import Groups
-from ..kernels import GROUP
+from ..ops.kernels import GROUP
+from ..quantization.groups import Groups
 from .files import give_back
 from .quantized import Quantized
 

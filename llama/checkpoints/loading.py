@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..groups import concatenate
 from ..model import Transformer
 from ..parallel import ShardedLinear, hold_together
-from ..stores import STORES, Grouped, Store
+from ..quantization.formats import STORES, Grouped, Store
+from ..quantization.groups import concatenate
 from .folder import Checkpoint
 from .quantized import Quantized
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..groups import Groups
-from ..kernels import GROUP
+from ..ops.kernels import GROUP
+from ..quantization.groups import Groups
 from .files import read_json
 from .quantized import Quantized
 

@@ -9,8 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..groups import QUANTISED_ROWS, Groups, concatenate
-from ..kernels import GROUP
+from ..ops.kernels import GROUP
+from ..quantization.groups import QUANTISED_ROWS, Groups, concatenate
 
 T = TypeVar("T", bound="Quantized")
 

@@ -2,7 +2,7 @@
 
 from conftest import build_golden
 
-from llama.launch import run
+from llama.cli.program import run
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .tape import Tape
+    from ..engine.tape import Tape
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from .prompt_lookup import PromptLookup
-from .tokenizer import Detokenizer, Tokenizer
+from ..tokenizer import Detokenizer, Tokenizer
+from .drafts import PromptLookup
 
 FinishReason = Literal["stop", "length"]
 Pooling = Literal["mean", "last"]

@@ -15,10 +15,10 @@ from typing import Literal
 
 import torch.distributed as dist
 
-from .chat import SPECIAL_TAGS, UNSAFE_ERROR, Message, encode_dialog, has_special_tags
-from .distributed import patient_ranks
-from .generation import Llama
-from .launch import did_you_mean
+from ..chat import SPECIAL_TAGS, UNSAFE_ERROR, Message, encode_dialog, has_special_tags
+from ..distributed import patient_ranks
+from ..generation import Llama
+from .program import did_you_mean
 
 try:
     import readline

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels import GROUP
+from ..ops.kernels import GROUP
 
 # Weights are quantised so many rows at a time: temporaries are small beside a matrix.
 QUANTISED_ROWS = 128

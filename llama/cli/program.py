@@ -22,7 +22,7 @@ from typing import Any, get_args
 
 import fire
 
-from . import __version__
+from .. import __version__
 
 # A rank that fails waits so long for each before it, up to three, to have told the same: torchrun, on busy cores, takes
 # seconds to stop the others.

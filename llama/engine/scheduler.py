@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-from .cache import KVCache
+from ..cache import KVCache
 from .request import Answer
 
 

@@ -10,8 +10,8 @@ import socket
 from typing import Any, Literal
 
 from ..checkpoints.files import path_of
+from ..cli.program import is_first
 from ..generation import Llama
-from ..launch import is_first
 from .service import Service
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def serve(
     one ends at once.
     """
     try:
-        from .web import App, Server, is_loopback
+        from .app import App, Server, is_loopback
     except ImportError as error:
         raise ImportError(f"serve needs starlette and uvicorn ({error}): pip install 'starlette>=1' uvicorn") from error
 

@@ -30,7 +30,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..generation import Llama
-from .openai import (
+from ..openai.completions import (
     Asked,
     BadRequest,
     ChatCompletion,

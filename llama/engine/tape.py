@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import kernels
+from ..ops import kernels
 
 ALIGNMENT = 64  # bytes
 BLOCK = 2**22  # bytes that a pool grows by, or more

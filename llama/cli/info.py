@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from pathlib import Path
 
@@ -10,13 +9,12 @@ import torch
 from tqdm import tqdm
 
 from ..arguments import check_positive
-from ..model import ModelArgs, Transformer
-from ..stores import STORES, select_store
-from .files import check_readable, folder_of, path_of, size_text
-from .folder import Checkpoint, is_gguf, world_sizes
-from .loading import bytes_per_weight
-from .memory import memory_needs
-from .names import Shapes
+from ..checkpoints.files import check_readable, folder_of, md5_of, path_of, size_text
+from ..checkpoints.folder import is_gguf, open_whole, world_sizes
+from ..checkpoints.loading import bytes_per_weight
+from ..checkpoints.memory import memory_needs
+from ..model import Transformer
+from ..quantization.formats import STORES, select_store
 
 
 def info(ckpt_dir: str, max_seq_len: int = 512, max_batch_size: int = 8) -> str:
@@ -76,22 +74,3 @@ def verify_sums(checklist: Path) -> str:
     if wrong := [f"{name} has MD5 {md5}, and checklist.chk {said}" for name, md5, said in found if md5 != said]:
         raise ValueError("; ".join(wrong) + ": download again what differs")
     return f"{len(files)} file(s) are whole"
-
-
-def md5_of(file: Path) -> str:
-    md5, size = hashlib.md5(usedforsecurity=False), file.stat().st_size
-    with (
-        file.open("rb") as stream,
-        tqdm.wrapattr(stream, "read", size, desc=file.name, leave=False, disable=None) as counted,
-    ):
-        while data := counted.read(2**20):  # writing checks sums too, beside what it has not given back yet
-            md5.update(data)
-    return md5.hexdigest()
-
-
-def open_whole(ckpt_dir: str, length: int = 1, rows: int = 1) -> tuple[Checkpoint, ModelArgs, Shapes]:
-    """A checkpoint, its model's shape, and the shapes of its tensors, which the files are checked to hold."""
-    checkpoint = Checkpoint(ckpt_dir)
-    args = checkpoint.model_args(max_seq_len=length, max_batch_size=rows)
-    with torch.device("meta"):
-        return checkpoint, args, checkpoint.check(Transformer(args))

@@ -8,9 +8,9 @@ from typing import Literal, NamedTuple
 
 from tqdm import tqdm
 
-from .arguments import check_positive
-from .checkpoints.files import path_of
-from .generation import Llama
+from ..arguments import check_positive
+from ..checkpoints.files import path_of
+from ..generation import Llama
 
 MOST_NATS = 709  # of which exp is a float
 

@@ -18,8 +18,8 @@ import torch
 from ..arguments import Settings, TooLong, make_requests
 from ..chat import UNSAFE_ERROR, chat_end_ids, check_dialogs, encode_dialog, has_special_tags
 from ..code_llama import check_infilling, encode_infilling
+from ..engine.request import Answer, Request, Score
 from ..generation import Llama
-from ..request import Answer, Request, Score
 
 MAX_TOP_LOGPROBS = 20
 MAX_REQUESTS = 2048  # of one call: prompts × n

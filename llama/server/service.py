@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ..distributed import patient_ranks
+from ..engine.request import Answer, Request
 from ..generation import Llama
 from ..parallel import Ranks
-from ..request import Answer, Request
 from .metrics import Metrics
 
 # A step that takes longer is not coming back: the largest chunk of a 7B takes some 45 s on two slow cores.

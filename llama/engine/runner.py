@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import kernels
-from .cache import Batch, KVCache, Run, Runs
-from .model import Transformer
+from ..cache import Batch, KVCache, Run, Runs
+from ..model import Transformer
+from ..ops import kernels
 from .tape import Pool, Tape
 
 logger = logging.getLogger(__name__)

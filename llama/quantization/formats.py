@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import kernels
+from ..ops import kernels
+from ..ops.kernels import GROUP, PANEL
 from .groups import QUANTISED_ROWS, Groups, quantize
-from .kernels import GROUP, PANEL
 
 logger = logging.getLogger(__name__)
 
@@ -211,7 +211,7 @@ def few_rows_on_gpu(dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Te
     one of 16 rows 18 times.
     """
     try:
-        from .triton_int8 import multiply
+        from ..ops.triton_int8 import multiply
 
         one = torch.ones(1, 32, device="cuda")
         multiply(one.to(dtype), one.to(torch.int8), one[0, :1].bfloat16())

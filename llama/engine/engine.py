@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .cache import Run
-from .model import Transformer
-from .parallel import Ranks
+from ..cache import Run
+from ..model import Transformer
+from ..parallel import Ranks
+from ..sampling import sample
+from ..tokenizer import Tokenizer
 from .request import Answer, Request, Score
 from .runner import Runner, uninterrupted
-from .sampling import sample
-from .schedule import Schedule
-from .tokenizer import Tokenizer
+from .scheduler import Schedule
 
 # Tokens of prompts in a pass while others wait for their next token: as many as take three or four times as long as a
 # step of one row (benchmarks/README.md), on any CPU; a store may have its own. A GPU reads the weights for about as

@@ -14,12 +14,12 @@ from typing import Any, Literal
 import torch.distributed as dist
 from tqdm import tqdm
 
-from .arguments import check_positive, check_settings, integer
-from .checkpoints.files import path_of
-from .distributed import patient_ranks
-from .generation import Llama
-from .request import Answer
-from .serving.openai import BadRequest, ChatCompletion, Embeddings, TextCompletion, error_of, shown
+from ..arguments import check_positive, check_settings, integer
+from ..checkpoints.files import path_of
+from ..distributed import patient_ranks
+from ..engine.request import Answer
+from ..generation import Llama
+from ..openai.completions import BadRequest, ChatCompletion, Embeddings, TextCompletion, error_of, shown
 
 fcntl: Any = None
 with contextlib.suppress(ImportError):  # Windows
