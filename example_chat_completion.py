@@ -1,14 +1,18 @@
-"""Answer six dialogs. Run it plainly, or on N ranks: torchrun --nproc_per_node N example_chat_completion.py"""
+"""Answer six dialogs.
+
+Run it plainly, or on N ranks: torchrun --nproc_per_node N example_chat_completion.py
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal
 
+import fire
 import torch.distributed as dist
 
 from llama import Dialog, Llama
-from llama.cli.program import run
+from llama.cli.program import program
 
 TINY = Path(__file__).parent / "llama-2-tiny"
 
@@ -50,7 +54,10 @@ def main(
     quantize: Literal["int8", "int4"] | None = None,
     adapter_dir: str | None = None,
 ) -> None:
-    """Print the assistant's answer to each dialog; by default it may fill `max_seq_len`. Temperature 0 is greedy."""
+    """Print the assistant's answer to each dialog. Temperature 0 is greedy.
+
+    By default an answer may fill `max_seq_len`.
+    """
     llm = Llama.build(
         ckpt_dir=ckpt_dir,
         tokenizer_path=tokenizer_path,
@@ -62,7 +69,9 @@ def main(
         quantize=quantize,
         adapter_dir=adapter_dir,
     )
-    results = llm.chat_completion(DIALOGS, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p)
+    results = llm.chat_completion(
+        DIALOGS, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p
+    )
     if dist.get_rank() != 0:
         return
     for dialog, result in zip(DIALOGS, results, strict=True):
@@ -74,4 +83,5 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    with program(main):
+        fire.Fire(main)

@@ -1,14 +1,18 @@
-"""Continue four prompts. Run it plainly, or on N ranks: torchrun --nproc_per_node N example_text_completion.py"""
+"""Continue four prompts.
+
+Run it plainly, or on N ranks: torchrun --nproc_per_node N example_text_completion.py
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal
 
+import fire
 import torch.distributed as dist
 
 from llama import Llama
-from llama.cli.program import run
+from llama.cli.program import program
 
 TINY = Path(__file__).parent / "llama-2-tiny"
 
@@ -42,7 +46,7 @@ def main(
     quantize: Literal["int8", "int4"] | None = None,
     adapter_dir: str | None = None,
 ) -> None:
-    """Print a continuation of at most `max_gen_len` tokens for each prompt; temperature 0 is greedy."""
+    """Continue each prompt by at most `max_gen_len` tokens. Temperature 0 is greedy."""
     llm = Llama.build(
         ckpt_dir=ckpt_dir,
         tokenizer_path=tokenizer_path,
@@ -54,7 +58,9 @@ def main(
         quantize=quantize,
         adapter_dir=adapter_dir,
     )
-    results = llm.text_completion(PROMPTS, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
+    results = llm.text_completion(
+        PROMPTS, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len
+    )
     if dist.get_rank() != 0:
         return
     for prompt, result in zip(PROMPTS, results, strict=True):
@@ -64,4 +70,5 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    with program(main):
+        fire.Fire(main)

@@ -17,7 +17,8 @@ CONTEXT = 512
 
 
 def llama(folder: str, port: int, rows: int) -> None:
-    from llama.server import serve
+    from llama.cli.serve import serve
+    from llama.generation import BuildOptions
     from llama.tokenizer import Tokenizer
 
     init = Tokenizer.__init__
@@ -27,7 +28,7 @@ def llama(folder: str, port: int, rows: int) -> None:
         self.eos_id = -1
 
     Tokenizer.__init__ = init_without_end  # type: ignore[method-assign]
-    serve(folder, port=port, max_seq_len=CONTEXT, max_batch_size=rows)
+    serve(folder, port=port, build=BuildOptions(max_seq_len=CONTEXT, max_batch_size=rows))
 
 
 def llama_cpp(file: str, port: int, threads: int) -> None:

@@ -1,13 +1,12 @@
 """What others wait for, and what is not computed twice: python benchmarks/engine.py --shape 110m
 
-Pauses of an answering row while a long prompt is fed; time per token with and without guesses, of texts that repeat
-themselves and texts that do not; what eight conversations compute, turn by turn; how long the import takes. Random
-weights quote nothing, so the choice of tokens is forced for the guesses; everything else is as users run it.
+Pauses of an answering row while a long prompt is prefilled; time per token with and without draft tokens, of texts
+that repeat themselves and texts that do not; what eight conversations compute, turn by turn; how long the import takes.
+Random weights quote nothing, so the choice of tokens is forced for the drafts; everything else is as users run it.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import random
 import statistics
@@ -26,8 +25,7 @@ from contender import prompt_of
 from speed import cpu_name
 
 from llama import Llama
-from llama.engine.engine import Passes
-from llama.engine.request import Score
+from llama.engine import Request, ScoredToken
 
 LONG_PROMPT = 1500
 NEW_TOKENS = 96
@@ -59,17 +57,19 @@ class Forced:
     """Makes an engine say given ids, whatever its logits are."""
 
     def __init__(self, llm: Llama, texts: list[list[int]]):
-        inner = functools.partial(Passes.choose, llm.engine.passes)
+        engine = llm.engine
+        inner = type(engine).choose
 
-        def choose(answers: list[Any], logits: torch.Tensor) -> list[tuple[int, Score]]:
-            inner(answers, logits)  # its time counts
-            return [(texts[a.request.index][len(a.pieces)], Score(0.0)) for a in answers]
+        def choose(requests: list[Request], numbers: list[int], logits: torch.Tensor) -> list[ScoredToken]:
+            inner(engine, requests, numbers, logits)  # its time counts
+            pairs = zip(requests, numbers, strict=True)
+            return [ScoredToken(texts[request.prompt.index][number]) for request, number in pairs]
 
-        llm.engine.passes.choose = choose  # type: ignore[method-assign]
+        engine.choose = choose  # type: ignore[method-assign, assignment]
 
 
 def unlucky(n: int, rng: random.Random) -> list[int]:
-    """The same three ids over and over, each time before a new one: whatever is guessed is wrong."""
+    """The same three ids over and over, each time before a new one: every draft is wrong."""
     phrase = [rng.randrange(3, weights.VOCAB_SIZE) for _ in range(3)]
     return [x for _ in range(n // 4 + 1) for x in (*phrase, rng.randrange(3, weights.VOCAB_SIZE))][:n]
 
@@ -85,26 +85,26 @@ def texts_of(kind: str, rows: int, seed: int) -> tuple[list[list[int]], list[lis
     return prompts, [unlucky(NEW_TOKENS, rng) for _ in range(rows)]
 
 
-def guesses(folder: Path, kind: str, rows: int, rounds: int) -> Iterator[str]:
-    """Rows of a table: milliseconds per token without and with guesses, in turns, and tokens of a row per pass."""
+def drafts(folder: Path, kind: str, rows: int, rounds: int) -> Iterator[str]:
+    """Rows of a table: milliseconds per token without and with drafts, in turns, and tokens of a row per pass."""
     llm = build(folder, kind, 512, rows)
     for text in ("quotes", "new", "unlucky"):
         taken: dict[int, list[float]] = {0: [], 3: []}
         passes = 0
         for seed in range(rounds):
             for n in taken if seed % 2 else reversed(taken):
-                llm.engine.guess_tokens = n
+                llm.engine.scheduler.draft_tokens = n
                 prompts, answers = texts_of(text, rows, 2 * seed + bool(n))
-                llm.generate(prompts, 1, 0)  # the prompts are held: what follows is decoding
+                llm.generate(prompts, 1, 0)  # the prompts are in the cache: what follows is decoding
                 Forced(llm, answers)
-                before, start = llm.engine.passes.count, time.perf_counter()
+                before, start = llm.engine.passes, time.perf_counter()
                 llm.generate(prompts, NEW_TOKENS, 0)
                 taken[n].append((time.perf_counter() - start) / NEW_TOKENS * 1e3)
-                passes = llm.engine.passes.count - before if n else passes
-        without, with_guesses = (statistics.median(taken[n]) for n in (0, 3))
+                passes = llm.engine.passes - before if n else passes
+        without, with_drafts = (statistics.median(taken[n]) for n in (0, 3))
         # Of neighbours in time, for a machine's speed drifts by more than what is asked.
         ratio = statistics.median(b / a for a, b in zip(taken[0], taken[3], strict=True))
-        yield (f"| {text} | {rows} | {without:.2f} | {with_guesses:.2f} | {ratio:.3f} | {NEW_TOKENS / passes:.2f} |")
+        yield (f"| {text} | {rows} | {without:.2f} | {with_drafts:.2f} | {ratio:.3f} | {NEW_TOKENS / passes:.2f} |")
 
 
 def conversations(folder: Path, kind: str) -> tuple[int, int]:
@@ -118,7 +118,7 @@ def conversations(folder: Path, kind: str) -> tuple[int, int]:
             answer = llm.generate([ids + asked], 40, 0)[0][0]
             new += len(asked) + len(answer)
             ids += asked + answer
-    return llm.engine.passes.tokens, new
+    return llm.engine.tokens, new
 
 
 def import_seconds(module: str, rounds: int = 7) -> float:
@@ -132,7 +132,7 @@ def import_seconds(module: str, rounds: int = 7) -> float:
 
 
 def main(shape: str = "110m", kind: str = "auto", rounds: int = 7, folder: str | None = None, only: str = "") -> None:
-    """`kind`: a dtype, int8 or int4; `folder` keeps the weights; `only`: pause, guesses, conversations or import."""
+    """`kind`: a dtype, int8 or int4; `folder` keeps the weights; `only`: pause, drafts, conversations or import."""
     print(f"{shape}, {kind}; {cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = weights.make(shape, Path(folder or scratch))
@@ -141,11 +141,11 @@ def main(shape: str = "110m", kind: str = "auto", rounds: int = 7, folder: str |
             longest, usual = min((pause(checkpoint, kind) for _ in range(3)), key=lambda gaps: gaps[0] / gaps[1])
             print(f"longest pause {longest * 1e3:.1f} ms, {longest / usual:.1f} times the step of {usual * 1e3:.1f} ms")
 
-        def show_guesses() -> None:
-            print("| text | rows | ms per token without guesses | with | ratio | tokens per pass |")
+        def show_drafts() -> None:
+            print("| text | rows | ms per token without drafts | with | ratio | tokens per pass |")
             print("| --- | --- | --- | --- | --- | --- |")
             for rows in (1, 4):
-                for line in guesses(checkpoint, kind, rows, rounds):
+                for line in drafts(checkpoint, kind, rows, rounds):
                     print(line, flush=True)
 
         def show_conversations() -> None:
@@ -158,7 +158,7 @@ def main(shape: str = "110m", kind: str = "auto", rounds: int = 7, folder: str |
 
         shows: dict[str, Callable[[], None]] = {
             "pause": show_pause,
-            "guesses": show_guesses,
+            "drafts": show_drafts,
             "conversations": show_conversations,
             "import": show_import,
         }

@@ -75,7 +75,7 @@ class Checks:
             for n, rows, columns in (1, 4096, 4096), (3, 1000, 777), (16, 11008, 4096), (70, 96, 11008):
                 store = Int8(torch.randn(rows, columns, device="cuda") / columns**0.5)
                 x = torch.randn(n, 1, columns, device="cuda", dtype=dtype)
-                want = x.double() @ store.unpack().double().T
+                want = x.double() @ store.dequantize().double().T
                 error = float((store(x) - want).norm() / want.norm())
                 assert error < near, (dtype, n, rows, columns, error)
                 assert torch.equal(store(x[-1:]), store(x)[-1:]), "a row's product depends on how many there are"

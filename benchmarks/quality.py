@@ -1,6 +1,6 @@
 """What fewer bits cost: python benchmarks/quality.py
 
-Of each way to hold weights: the error of a product against float64 of the same weights, activations having outliers;
+Of each weight format: the error of a product against float64 of the same weights, activations having outliers;
 its time for one row; and the perplexity of llama-2-tiny on documents of its world that it was not trained on.
 """
 
@@ -10,7 +10,6 @@ import random
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,10 @@ import fire
 import torch
 from contender import seconds
 
-from llama import Llama
+from llama import Llama, ops
 from llama.checkpoints.convert import convert
 from llama.cli.perplexity import Window, score
-from llama.quantization.formats import fastest_16_bits, hold_int4, hold_int8
+from llama.quantization.formats import INT4, INT8, WeightFormat, fastest_16_bits
 
 TINY = Path(__file__).resolve().parents[1] / "llama-2-tiny"
 ROWS, COLUMNS, MATRICES = 5632, 2048, 12  # of 1b's feed-forward, so many in turn that none stays in a cache
@@ -40,15 +39,38 @@ def documents(count: int) -> list[str]:
     return texts
 
 
-def product(hold: Callable[[torch.Tensor], Any]) -> tuple[float, float]:
+class Parameter(torch.nn.Module):
+    """A weight that no format packs."""
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.linear(x, self.weight)
+
+    def dequantize(self) -> torch.Tensor:
+        return self.weight
+
+
+def packed(weight: torch.Tensor, format: WeightFormat) -> Any:
+    """A linear weight in its format."""
+    module = None if format.pack is None else format.pack(weight)
+    return module or Parameter(weight.to(format.dtype or weight.dtype))
+
+
+def product(format: WeightFormat) -> tuple[float, float]:
     """Relative error, and milliseconds of one row."""
     generator = torch.Generator().manual_seed(0)
-    held = [hold(torch.randn(ROWS, COLUMNS, generator=generator) * COLUMNS**-0.5) for _ in range(MATRICES)]
+    matrices = []
+    for _ in range(MATRICES):
+        weight = torch.randn(ROWS, COLUMNS, generator=generator) * COLUMNS**-0.5
+        matrices.append(packed(weight, format))
     x = torch.randn(1, 1, COLUMNS, generator=generator)
     x[..., ::256] *= OUTLIER
-    exact = x.double() @ held[0].unpack().double().T
-    error = ((held[0](x) - exact).norm() / exact.norm()).item()
-    times = [seconds(lambda: [store(x) for store in held]) / MATRICES for _ in range(30)]
+    exact = x.double() @ matrices[0].dequantize().double().T
+    error = ((matrices[0](x) - exact).norm() / exact.norm()).item()
+    times = [seconds(lambda: [own(x) for own in matrices]) / MATRICES for _ in range(30)]
     return error, statistics.median(times) * 1e3
 
 
@@ -56,10 +78,11 @@ def product(hold: Callable[[torch.Tensor], Any]) -> tuple[float, float]:
 def main(count: int = 300) -> None:
     """Print the table. `count`: documents."""
     texts = documents(count)
-    stores: dict[str, Callable[[torch.Tensor], Any]] = {"int8": hold_int8, "int4": hold_int4}
-    if (sixteen := fastest_16_bits()) is not None:
-        stores = {"auto": sixteen.hold} | stores
-    print("| held as | error of a product | ms, 1 row | perplexity |\n| --- | --- | --- | --- |")
+    formats = {"int8": INT8, "int4": INT4}
+    sixteen = fastest_16_bits()
+    if sixteen is not None:
+        formats = {"auto": sixteen, **formats}
+    print("| format | error of a product | ms, 1 row | perplexity |\n| --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as scratch:
         kinds: dict[str, tuple[Path, dict[str, Any]]] = {
             "float32": (TINY, {"dtype": "float32"}),
@@ -75,7 +98,7 @@ def main(count: int = 300) -> None:
             llm = Llama.build(path, None, 512, 8, device="cpu", **options)
             ids = [llm.tokenizer.encode(text, bos=True, eos=True) for text in texts]
             perplexity = score(llm, [Window(row, len(row) - 1) for row in ids]).perplexity
-            error, time = product(stores[name]) if name in stores else (None, None)
+            error, time = product(formats[name]) if name in formats else (None, None)
             cells = "– | –" if error is None or time is None else f"{error:.1e} | {time:.2f}"
             print(f"| {name} | {cells} | {perplexity:.4f} |", flush=True)
 

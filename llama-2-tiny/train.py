@@ -124,11 +124,12 @@ def pad(rows: list[list[int]], value: int) -> Tensor:
 
 
 def loss_sum(model: Transformer, tokens: Tensor, targets: Tensor) -> Tensor:
-    h = model.hidden_states(tokens)[targets != IGNORED]
-    return F.cross_entropy(model.logits(h), targets[targets != IGNORED], reduction="sum")
+    logits = model(tokens)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 def train_model(model: Transformer, tokenizer: Tokenizer, steps: int) -> None:
+    model.train()
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]

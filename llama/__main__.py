@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from .checkpoints.convert import convert, reshard
-from .cli import chat as terminal
-from .cli import program as launch
+import sys
+
+from .cli.arguments import Command, call
 from .cli.batch import batch
+from .cli.chat import chat
+from .cli.convert import convert, reshard
 from .cli.info import info, verify
 from .cli.perplexity import perplexity
-from .server import serve
+from .cli.program import program, say
+from .cli.run import run
+from .cli.serve import serve
 
-COMMANDS: dict[str, launch.Command] = {
-    "chat": terminal.Chat,
-    "run": terminal.Run,
+COMMANDS: dict[str, Command] = {
+    "chat": chat,
+    "run": run,
     "serve": serve,
     "batch": batch,
     "perplexity": perplexity,
@@ -24,7 +28,8 @@ COMMANDS: dict[str, launch.Command] = {
 
 
 def main() -> None:
-    launch.run(COMMANDS, name="python -m llama")
+    with program():
+        say(call(COMMANDS, sys.argv[1:], "python -m llama"))
 
 
 if __name__ == "__main__":

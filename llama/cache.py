@@ -1,162 +1,238 @@
-"""Keys and values of tokens that were run before, the ids whose they are, and what a pass attends to."""
+"""Keys and values of tokens that were run before, and the views of them that a pass attends to.
+
+A pass is told where its tokens stand by what the original calls `start_pos`: an integer, as there, or a
+View that the engine makes. Both have one method that attention calls: `update`.
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from .ops import kernels
+from . import ops
+from .ops import CausalMask
 
 
 class KVCache:
-    """Keys and values, each (n_layers, rows, n_local_kv_heads, length, head_dim).
+    """Keys and values of every layer, each (n_slots, n_local_kv_heads, length, head_dim).
 
-    Row i holds those of the ids held[i], at their positions from 0 on, and nothing that counts beyond them. This is the
-    one truth about what was computed: whoever writes to a row says so here, and only once it is written.
+    Slot i holds those of `token_ids[i]`, at positions 0 onward, and nothing that counts beyond them. This is
+    the one record of what was computed: whoever writes to a slot shortens its ids before, and lengthens
+    them once the keys and values are written.
     """
 
-    def __init__(self, k: Tensor, v: Tensor):
-        self.k, self.v = k, v
-        self.held: list[list[int]] = [[] for _ in range(self.rows)]
+    @torch.inference_mode(False)  # a tensor made in inference mode could not be written to outside of it
+    def __init__(
+        self,
+        n_layers: int,
+        n_slots: int,
+        n_kv_heads: int,
+        length: int,
+        head_dim: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ):
+        shape = (n_slots, n_kv_heads, length, head_dim)
+        # Zeros, not empty: masked positions are multiplied by 0, and 0 × NaN would be NaN.
+        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
+        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
+        self.token_ids: list[list[int]] = [[] for _ in range(n_slots)]
+        self.n_slots = n_slots
+        self.length = length
+        self.device = self.k[0].device
+        self.dtype = self.k[0].dtype
 
-    @property
-    def rows(self) -> int:
-        return self.k.shape[1]
-
-    @property
-    def length(self) -> int:
-        return self.k.shape[3]
-
-    def known(self, row: int, ids: list[int]) -> int:
-        """How many of `ids`, from the first on, the row holds."""
-        held = self.held[row]
-        if ids[: len(held)] == held:
-            return len(held)
+    def prefix_length(self, slot: int, ids: list[int]) -> int:
+        """How many of `ids`, from the first on, a slot holds."""
+        cached = self.token_ids[slot]
+        if ids[: len(cached)] == cached:
+            return len(cached)
         # By halves, so that lists are compared in C.
-        lengths = range(min(len(held), len(ids)) + 1)
-        return bisect_left(lengths, True, key=lambda n: held[:n] != ids[:n]) - 1
+        lengths = range(min(len(cached), len(ids)) + 1)
+        return bisect_left(lengths, True, key=lambda n: cached[:n] != ids[:n]) - 1
 
     def clear(self) -> None:
-        self.held = [[] for _ in range(self.rows)]
+        """Forget everything."""
+        self.token_ids = [[] for _ in range(self.n_slots)]
 
-    def forget(self, row: int, length: int) -> None:
-        """Keep no more than the first `length` ids of a row."""
-        del self.held[row][length:]
+    def truncate(self, slot: int, length: int) -> None:
+        """Keep no more than the first `length` tokens of a slot."""
+        del self.token_ids[slot][length:]
 
     def swap(self, a: int, b: int) -> None:
-        """Let two rows change places. Until it is done they hold nothing: an interrupt costs no more than time."""
+        """Let two slots change places. Until it is done they hold nothing: an interrupt costs no more than time."""
         if a == b:
             return
-        ids_a, ids_b = self.held[a], self.held[b]
-        self.held[a], self.held[b] = [], []
+        ids_a = self.token_ids[a]
+        ids_b = self.token_ids[b]
+        self.token_ids[a] = []
+        self.token_ids[b] = []
         for layer in (*self.k, *self.v):
-            of_a, of_b = layer[a, :, : len(ids_a)].clone(), layer[b, :, : len(ids_b)]
-            layer[a, :, : len(ids_b)] = of_b
+            of_a = layer[a, :, : len(ids_a)].clone()
+            layer[a, :, : len(ids_b)] = layer[b, :, : len(ids_b)]
             layer[b, :, : len(ids_a)] = of_a
-        self.held[a], self.held[b] = ids_b, ids_a
+        self.token_ids[a] = ids_b
+        self.token_ids[b] = ids_a
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Let `target` hold the first `length` ids of `source`."""
-        ids, self.held[target] = self.held[source][:length], []
-        for cached in (self.k, self.v):
-            cached[:, target, :, :length] = cached[:, source, :, :length]
-        self.held[target] = ids
+        """Let `target` hold the first `length` tokens of `source`."""
+        ids = self.token_ids[source][:length]
+        self.token_ids[target] = []
+        for layer in (*self.k, *self.v):
+            layer[target, :, :length] = layer[source, :, :length]
+        self.token_ids[target] = ids
 
     def wipe(self) -> None:
-        """Put zeros wherever nothing is held: of a NaN that was left there, even a masked position is multiplied."""
-        for cached in (self.k, self.v):
-            for row, ids in enumerate(self.held):
-                cached[:, row, :, len(ids) :] = 0
+        """Put zeros wherever no token is held: even a masked position is multiplied, and a NaN would spread."""
+        for layer in (*self.k, *self.v):
+            for slot, ids in enumerate(self.token_ids):
+                layer[slot, :, len(ids) :] = 0
+
+    def apply(self, layer: int, function: Callable[[Tensor], Tensor]) -> None:
+        """Move or convert one layer's part, as Module.to does with parameters."""
+        self.k[layer] = function(self.k[layer])
+        self.v[layer] = function(self.v[layer])
+        self.device = self.k[layer].device
+        self.dtype = self.k[layer].dtype
+        self.clear()
 
 
-class Seen:
-    """What tokens at positions (n, seqlen) attend to: of their row's first `length` positions, those up to their own.
-
-    `groups` query heads share a key head.
-    """
-
-    def __init__(self, positions: Tensor, length: int, groups: int):
-        self.positions, self.length, self.groups = positions, length, groups
-        self.from_start = positions.shape[1] == length  # rows begin with these tokens
-        self._mask: Tensor | None = None
-
-    def mask(self, dtype: torch.dtype) -> Tensor | None:
-        """To be added to scores, (n, 1, groups × seqlen, length); None where a causal one does. Made when first asked
-        for: kernels that go by positions need none."""
-        if self._mask is None and not self.from_start:
-            unseen = torch.arange(self.length, device=self.positions.device) > self.positions[:, None, :, None]
-            self._mask = unseen.to(dtype).masked_fill_(unseen, -torch.inf).repeat(1, 1, self.groups, 1)
-        return self._mask
-
-
-class Attended(NamedTuple):
+class KeyValues(NamedTuple):
     """What some of a pass' tokens attend to."""
 
     tokens: slice  # which of them, along the sequence
     keys: Tensor  # (bsz, n_local_kv_heads, length, head_dim)
     values: Tensor
-    seen: Seen | None  # None: each of these tokens sees itself and those before it
+    mask: CausalMask | Tensor | None  # as ops.attention takes it
 
 
-class Batch:
-    """A pass over tokens (n, seqlen) of the first n rows, at positions (n, seqlen) of their own.
+class View:
+    """Where the tokens of a pass stand, in place of the original's integer `start_pos`.
 
-    Each attends to what its row has up to it, of the row's first `length` positions. `groups` query heads share a key.
+    `positions`, of the shape of the pass' tokens, are those of their slots. A replaced Attention.forward
+    hands its keys and values to `update`, which caches them and returns what the queries attend to. It is
+    no number: arithmetic and comparisons raise a TypeError.
     """
 
-    def __init__(self, cache: KVCache, positions: Tensor, length: int, groups: int):
-        n = len(positions)
-        self.positions, self.seen = positions, Seen(positions, length, groups)
-        self.rows = torch.arange(n, device=positions.device)[:, None]
-        self.k, self.v = (t[:, :n, :, :length] for t in (cache.k, cache.v))
+    positions: Tensor
 
-    def update(self, layer_id: int, xk: Tensor, xv: Tensor) -> list[Attended]:
-        """Cache a layer's keys and values (n, seqlen, n_local_kv_heads, head_dim)."""
-        keys, values = self.k[layer_id], self.v[layer_id]
-        for x, cached in ((xk, keys), (xv, values)):
-            if kernels.fit(x, cached):
-                kernels.write_cache(x, self.positions, cached)
-            else:
-                cached[self.rows, :, self.positions] = x
-        return [Attended(slice(None), keys, values, self.seen)]
+    def update(self, cache: KVCache | None, layer: int, xk: Tensor, xv: Tensor) -> list[KeyValues]:
+        """Cache a layer's keys and values, of shape (*positions.shape, n_local_kv_heads, head_dim)."""
+        raise NotImplementedError
+
+    def _is_no_number(self, *_: Any) -> NoReturn:
+        raise TypeError(
+            "start_pos is a view of the cache, not an integer: the engine runs sequences at positions of their own. "
+            "Use start_pos.positions, and start_pos.update(self.cache, self.layer_id, xk, xv) for keys and values"
+        )
+
+    __index__ = __int__ = __float__ = __bool__ = _is_no_number
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __neg__ = _is_no_number
+    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _is_no_number
+    __hash__ = object.__hash__
 
 
-class Run(NamedTuple):
-    """Ids that follow each other in a row, the first of them at position `start`."""
+class Sequences(View):
+    """What an integer start_pos means: slots 0 to bsz - 1, each from `start_pos` on, under the caller's mask."""
 
-    row: int
+    def __init__(self, start_pos: int, mask: Tensor | None):
+        self.start = start_pos
+        self.mask = mask
+
+    def update(self, cache: KVCache | None, layer: int, xk: Tensor, xv: Tensor) -> list[KeyValues]:
+        assert cache is not None
+        bsz, seqlen = xk.shape[:2]
+        end = self.start + seqlen
+        keys = cache.k[layer][:bsz, :, :end]
+        values = cache.v[layer][:bsz, :, :end]
+        # Without gradients, which would hold on to every pass that ever wrote to the cache.
+        keys[:, :, self.start :] = xk.detach().transpose(1, 2)
+        values[:, :, self.start :] = xv.detach().transpose(1, 2)
+        mask: CausalMask | Tensor | None = self.mask
+        if mask is None and seqlen == 1:  # sees all there is; kernels that go by positions do it sooner
+            positions = torch.full((bsz, 1), self.start, device=xk.device)
+            mask = CausalMask(positions, end, 1)
+        return [KeyValues(slice(None), keys, values, mask)]
+
+
+class Uncached(View):
+    """A pass over whole sequences from position 0 on, without a cache: tokens attend to each other alone."""
+
+    def __init__(self, tokens: Tensor):
+        bsz, seqlen = tokens.shape
+        self.positions = torch.arange(seqlen, device=tokens.device).expand(bsz, seqlen)
+
+    def update(self, cache: KVCache | None, layer: int, xk: Tensor, xv: Tensor) -> list[KeyValues]:
+        keys = xk.transpose(1, 2)
+        values = xv.transpose(1, 2)
+        mask = CausalMask(self.positions, self.positions.shape[1], 1)
+        return [KeyValues(slice(None), keys, values, mask)]
+
+
+class DecodeBatch(View):
+    """A pass over tokens (n, seqlen) of the first n slots, at positions (n, seqlen) of their own.
+
+    Each attends to its slot's first `length` positions up to its own. `n_rep` query heads share a key head.
+    """
+
+    def __init__(self, cache: KVCache, positions: Tensor, length: int, n_rep: int):
+        self.positions = positions
+        self.length = length
+        self.mask = CausalMask(positions, length, n_rep)
+
+    def update(self, cache: KVCache | None, layer: int, xk: Tensor, xv: Tensor) -> list[KeyValues]:
+        assert cache is not None
+        n = len(self.positions)
+        keys = cache.k[layer][:n, :, : self.length]
+        values = cache.v[layer][:n, :, : self.length]
+        ops.write_cache(xk, self.positions, keys)
+        ops.write_cache(xv, self.positions, values)
+        return [KeyValues(slice(None), keys, values, self.mask)]
+
+
+class Span(NamedTuple):
+    """Tokens that follow each other in a slot, the first of them at position `start`."""
+
+    slot: int
     start: int
     ids: list[int]
 
-    @property
-    def end(self) -> int:
-        return self.start + len(self.ids)
 
+class PrefillBatch(View):
+    """A pass over spans of several slots, put one after another as tokens (1, total), without padding.
 
-class Runs:
-    """A pass over runs of several rows, put one after another as tokens (1, total), without padding."""
+    `wanted` are the places in that row whose logits are wanted; each is multiplied by `output` as if it were
+    a row's next token. The pass leaves the final norm's output of all its tokens, (total, dim), in `states`.
+    """
 
-    def __init__(self, cache: KVCache, runs: Sequence[Run], groups: int):
-        self.cache = cache
-        positions = [torch.arange(run.start, run.end, device=cache.k.device)[None] for run in runs]
-        self.positions = torch.cat(positions, dim=1)
-        self.parts: list[tuple[Run, slice, Seen]] = []
+    def __init__(self, cache: KVCache, spans: Sequence[Span], n_rep: int, wanted: Sequence[int]):
+        device = cache.device
+        ends = [span.start + len(span.ids) for span in spans]
+        own = [
+            torch.arange(span.start, end, device=device)[None]
+            for span, end in zip(spans, ends, strict=True)
+        ]
+        self.positions = torch.cat(own, dim=1)
+        self.wanted = torch.tensor(wanted, dtype=torch.long, device=device)
+        self.states: Tensor | None = None
+        self.parts: list[tuple[Span, slice, CausalMask]] = []
         first = 0
-        for run, own in zip(runs, positions, strict=True):
-            tokens = slice(first, first + len(run.ids))
-            self.parts.append((run, tokens, Seen(own, run.end, groups)))
+        for span, end, positions in zip(spans, ends, own, strict=True):
+            tokens = slice(first, first + len(span.ids))
+            self.parts.append((span, tokens, CausalMask(positions, end, n_rep)))
             first = tokens.stop
 
-    def update(self, layer_id: int, xk: Tensor, xv: Tensor) -> list[Attended]:
-        """Cache a layer's keys and values (1, total, n_local_kv_heads, head_dim)."""
+    def update(self, cache: KVCache | None, layer: int, xk: Tensor, xv: Tensor) -> list[KeyValues]:
+        assert cache is not None
         attended = []
-        for run, tokens, seen in self.parts:
-            keys, values = (t[layer_id, run.row, None, :, : run.end] for t in (self.cache.k, self.cache.v))
-            keys[0, :, run.start :] = xk[0, tokens].transpose(0, 1)
-            values[0, :, run.start :] = xv[0, tokens].transpose(0, 1)
-            attended.append(Attended(tokens, keys, values, seen))
+        for span, tokens, mask in self.parts:
+            keys = cache.k[layer][span.slot, None, :, : mask.length]
+            values = cache.v[layer][span.slot, None, :, : mask.length]
+            keys[0, :, span.start :] = xk[0, tokens].transpose(0, 1)
+            values[0, :, span.start :] = xv[0, tokens].transpose(0, 1)
+            attended.append(KeyValues(tokens, keys, values, mask))
         return attended

@@ -1,19 +1,159 @@
-"""How a process joins and leaves the process group, and which device is its own."""
+"""This rank among the others: what they do together, how a process joins and leaves, which device is its own."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import hashlib
 import io
 import os
+import pickle
+import threading
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed.nn  # unused; imported later, its default arguments would keep the process group alive
 from fairscale.nn.model_parallel import initialize as fs_init
+from torch import Tensor
 
-from .parallel import Ranks, let_groups_go
+from . import compat
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """The `size` ranks that share a model, seen from one of them: its number `rank`, and what they do together."""
+
+    def __init__(self, size: int = 1, rank: int = 0, group: dist.ProcessGroup | None = None):
+        self.size, self.rank, self.group = size, rank, group  # one rank has no group, and nothing to say to it
+        self.asking = False
+        self.thread: threading.Thread | None = None  # the one that speaks to the others
+        self.lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return model_ranks, ()  # a copy of a model, or one read from a pickle, is of the ranks it comes to
+
+    def __deepcopy__(self, memo: object) -> Ranks:
+        return self
+
+    def split(self, n: int) -> int:
+        """One rank's part of a dimension. The checkpoint was checked to divide before any layer is built."""
+        assert n % self.size == 0, f"{n} does not divide over {self.size} ranks"
+        return n // self.size
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of all ranks' x, in place. Only for several ranks."""
+        self.check_gradients(x)
+        dist.all_reduce(x, group=self.group)
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(..., n / size) on each rank -> (..., n) on all. Only for several ranks."""
+        self.check_gradients(x)
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous(), group=self.group)
+        return torch.cat(parts, dim=-1)
+
+    def check_gradients(self, x: Tensor) -> None:
+        """Raise RuntimeError where gradients are wanted, which plain collectives would not carry."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError(
+                f"gradients over {self.size} ranks are not computed: train on one rank, or run under torch.no_grad()"
+            )
+
+    def share(self, x: Tensor) -> Tensor:
+        """The values that the first rank has in `x`, on all of them."""
+        if self.group is not None:
+            self._check()
+            dist.broadcast(x, src=dist.get_global_rank(self.group, 0), group=self.group)
+        return x
+
+    def ask_first(self, question: Callable[[], T]) -> T:
+        """What `question` returns or raises on the first rank, the only one that is asked, on all of them."""
+        if self.group is None:
+            return question()
+        self._check()
+        told: list[Any] = [None, None]
+        if self.rank == 0:
+            self.asking = True
+            try:
+                told[0] = question()
+            except BaseException as error:  # of whatever kind: the other ranks wait
+                caught = error
+                told[1] = error if can_pickle(error) else RuntimeError(f"{type(error).__name__}: {error}")
+            self.asking = False
+        dist.broadcast_object_list(told, src=dist.get_global_rank(self.group, 0), group=self.group)
+        if told[1] is not None:
+            raise caught if self.rank == 0 else told[1]
+        answer: T = told[0]
+        return answer
+
+    def alike(self, make: Callable[[], T]) -> T:
+        """What `make` returns, once all ranks have seen that each of them made the same.
+
+        Raises ValueError where they did not, and on each rank what `make` raised there.
+        """
+        if self.group is None:
+            return make()
+        self._check()
+        made: T | Exception
+        try:
+            made = make()
+        except Exception as error:
+            made = error
+        digests: list[Any] = [None] * self.size
+        ours = hashlib.sha256(repr(made).encode(errors="replace")).digest()
+        dist.all_gather_object(digests, ours, group=self.group)
+        if isinstance(made, Exception):
+            raise made
+        if len(set(digests)) > 1:
+            raise ValueError(f"{self.size} ranks were given different requests: pass the same to each of them")
+        return made
+
+    def _check(self) -> None:
+        """Raise RuntimeError rather than begin what the other ranks do not take part in."""
+        if self.asking:
+            raise RuntimeError(
+                f"a check asked the model itself, and of {self.size} ranks only the first runs it: ask after the call"
+            )
+        with self.lock:
+            me = threading.current_thread()
+            if self.thread is not None and self.thread is not me and self.thread.is_alive():
+                raise RuntimeError(f"several threads ask one model on {self.size} ranks: use one thread")
+            self.thread = me
+
+
+# One for each group of several ranks in which something was built.
+_joined: list[Ranks] = []
+
+
+def model_ranks() -> Ranks:
+    """The ranks that share what this one builds."""
+    if not fs_init.model_parallel_is_initialized() or fs_init.get_model_parallel_world_size() == 1:
+        return Ranks()
+    group = fs_init.get_model_parallel_group()
+    for ranks in _joined:
+        if ranks.group is group:
+            return ranks
+    _joined.append(Ranks(fs_init.get_model_parallel_world_size(), fs_init.get_model_parallel_rank(), group))
+    return _joined[-1]
+
+
+def let_groups_go() -> None:
+    """Keep no reference to a group: its threads end with the last one."""
+    for ranks in _joined:
+        ranks.group = None
+
+
+def can_pickle(value: object) -> bool:
+    try:
+        pickle.loads(pickle.dumps(value))
+    except Exception:
+        return False
+    return True
 
 
 def init_model_parallel(device: str | torch.device = "auto", model_parallel_size: int | None = None) -> torch.device:
@@ -28,7 +168,7 @@ def init_model_parallel(device: str | torch.device = "auto", model_parallel_size
         if "WORLD_SIZE" in os.environ:
             dist.init_process_group(backend)
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+            dist.init_process_group(backend, store=compat.hash_store(), rank=0, world_size=1)
     world_size = dist.get_world_size()
     size = world_size if model_parallel_size is None else model_parallel_size
     if size < 1 or world_size % size:
@@ -65,9 +205,7 @@ def leave_process_group() -> None:
     if dist.is_initialized() and dist.get_world_size() > 1 and "nccl" in str(dist.get_backend_config()):
         return  # a rank would wait there for one that has failed
     # Before PyTorch 2.8 a process group joins them with the lock held, for ever; its backend, let go last, does not.
-    backends = [  # noqa: F841
-        group._get_backend(device) for group in dist.distributed_c10d._world.pg_map for device in group._device_types
-    ]
+    backends = compat.group_backends()  # noqa: F841
     let_groups_go()
     fs_init.destroy_model_parallel()
     if dist.is_initialized():

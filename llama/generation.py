@@ -6,13 +6,14 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack  # PyTorch needs the package too
 
-from .arguments import Settings, check_positive, integer, listed, make_requests
 from .chat import (
     B_INST,
     B_SYS,
@@ -28,26 +29,17 @@ from .chat import (
     encode_dialog,
     has_special_tags,
 )
-from .checkpoints import (
-    Checkpoint,
-    allocating,
-    bytes_per_weight,
-    check_memory,
-    check_world_size,
-    keep_freed_memory,
-    load,
-    memory_needs,
-    return_freed_memory,
-)
+from .checkpoints import Checkpoint, allocating, bytes_per_weight, check_memory, check_world_size, load, memory_needs
 from .code_llama import check_infilling, encode_infilling
-from .distributed import init_model_parallel
-from .engine.engine import Engine
-from .engine.request import Answer, FinishReason, Pooling, Request
-from .engine.runner import Runner
+from .distributed import init_model_parallel, model_ranks
+from .engine import Engine, FinishReason, ModelRunner, Pooling, Prompt, Request, make_prompts
+from .engine.request import delta, refuse
+from .errors import ArgumentError, ArgumentTypeError, check_positive
 from .model import ModelArgs, Transformer
+from .options import check_fields, check_names, option
 from .original import sample_top_p
-from .parallel import model_ranks
-from .quantization.formats import Store, select_dtype, select_store
+from .quantization.formats import Formats, select_dtype, select_formats
+from .sampling import SamplingOptions, params_of, streams_of
 from .tokenizer import Tokenizer
 
 __all__ = [  # where scripts written for the original look for them
@@ -73,6 +65,8 @@ logger = logging.getLogger(__name__)
 
 # Looks at a text and returns None, or the refusal to answer with.
 Check = Callable[[str], "str | None"]
+
+PathLike = str | os.PathLike[str]
 
 
 class Prediction(TypedDict, total=False):
@@ -102,219 +96,86 @@ class Piece(Prediction, total=False):
     text: str
 
 
-def load_model(
-    checkpoint: Checkpoint, args: ModelArgs, device: torch.device, dtype: torch.dtype, store: Store | None
-) -> Transformer:
-    """This rank's part of a checkpoint's model, with an empty cache. Raises ValueError for what cannot be shared by the
-    ranks, does not fit into memory, or is broken."""
-    ranks = model_ranks()
-    check_world_size(checkpoint.name, args, ranks.size)
-    with torch.device("meta"):
-        model = Transformer(args)
-    needs = memory_needs(args, ranks.size, dtype, bytes_per_weight(checkpoint, model, dtype, store))
-    check_memory(checkpoint.name, args, needs, device)
-    return_freed_memory()
-    with allocating(checkpoint.name, args, needs, device):
-        load(checkpoint, model, device, dtype, store)
-        model.allocate_cache()
-    if device.type == "cpu":
-        keep_freed_memory()
-    return model
+@dataclass(frozen=True)
+class BuildOptions:
+    """How a model is built. `Llama.build` and every command take these, and check them before they load."""
+
+    tokenizer_path: Any = option(None, "tokenizer.model, if it is neither in the folder nor beside it")
+    max_seq_len: int = option(512, "tokens of prompt and answer together")
+    max_batch_size: int = option(8, "how many prompts run at once")
+    model_parallel_size: int | None = option(None, "number of ranks that share a model; all by default")
+    seed: int = option(1, "the same seed draws the same text")
+    device: Any = option("auto", "cuda, mps, cpu, or auto for the first of them that there is")
+    dtype: Any = option("auto", "float32, bfloat16, float16, or auto for the fastest of 16 bits or more")
+    quantize: Literal["int8", "int4"] | None = option(None, "int8 or int4: keep linear weights in 8 or 4 bits")
+    compile: bool = option(False, "compile the decode step, which takes minutes once")
+    cuda_graph: bool = option(True, "capture the decode step as a CUDA graph")
+    adapter_dir: Any = option(None, "LoRA adapter in PEFT's layout, which is merged into the weights")
+    prompt_lookup_num_tokens: int | None = option(
+        None,
+        "tokens drafted by prompt lookup: 0 for none, None for as many as cost nearly nothing",
+        valid=lambda value: value >= 0,
+        use="0 for none, or more",
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_positive(max_seq_len=self.max_seq_len, max_batch_size=self.max_batch_size)
 
 
-class Generator:
-    """A loaded model, its tokenizer, and what all kinds of calls have in common."""
+class BuildKeywords(TypedDict, total=False):
+    """The options that the original's `build` does not have."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, seed: int = 1, engine: Engine | None = None):
+    device: str | torch.device
+    dtype: str | torch.dtype
+    quantize: Literal["int8", "int4"] | None
+    compile: bool
+    cuda_graph: bool
+    adapter_dir: PathLike | None
+    prompt_lookup_num_tokens: int | None
+
+
+class Llama:
+    """A loaded model and its tokenizer. Calls and streams, of one thread or several, share its passes.
+
+    The methods take the original's parameters, and as keywords the other fields of SamplingParams (`seed`,
+    `stop`, `top_logprobs`). Of those and of `temperature`, `top_p` and `max_gen_len` each is one value for
+    all prompts, or a list with a value for each.
+    """
+
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, *, seed: int = 1, engine: Engine | None = None
+    ):
         """`engine` runs `model`, whose weights are on one device."""
         if engine is None and model.cache is None:
             model.allocate_cache()
-        self.model, self.tokenizer, self.seed = model, tokenizer, seed
+        self.model = model
+        self.tokenizer = tokenizer
+        self.seed = seed
         self.engine = engine or Engine(model, tokenizer)
-
-    def _settings(self, max_gen_len: Any, temperature: Any, top_p: Any, seed: Any, *others: Any) -> Settings:
-        return Settings(max_gen_len, temperature, top_p, self.seed if seed is None else seed, *others)
-
-    def _requests(self, prompts: Callable[[], Sequence[Any]], settings: Settings, **options: Any) -> list[Request]:
-        """Requests for the prompts that `prompts` makes: the same on every rank, or a ValueError on every rank."""
-        max_seq_len = self.model.params.max_seq_len
-        return self.model.ranks.alike(
-            lambda: make_requests(self.tokenizer, prompts(), settings, max_seq_len, **options)
-        )
-
-    def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
-        return [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in listed("prompts", prompts)]
-
-    def _chat_requests(self, dialogs: Sequence[Dialog], settings: Settings, check: Check | None) -> list[Request]:
-        """One request per dialog; those of refused dialogs say so."""
-        checked = self.model.ranks.alike(lambda: check_dialogs(dialogs))
-        refusals = [UNSAFE_ERROR if has_special_tags(dialog, self.tokenizer) else None for dialog in checked]
-        if check is not None:
-            refusals = self.model.ranks.ask_first(
-                lambda: [r or input_refusal(check, dialog) for r, dialog in zip(refusals, checked, strict=True)]
-            )
-        pairs = list(zip(refusals, checked, strict=True))
-        return self._requests(
-            lambda: [[] if r is not None else encode_dialog(d, self.tokenizer) for r, d in pairs],
-            settings,
-            what="dialog",
-            end_ids=chat_end_ids(self.tokenizer),
-            refusals=refusals,
-        )
-
-    def _run(self, requests: Sequence[Request]) -> list[Answer]:
-        with self.engine.answering(requests) as answers:
-            for _ in self.engine.progress(answers):
-                pass
-        return answers
-
-    def _check_output(self, answer: Answer, check: Check) -> None:
-        if answer.request.refusal is None:
-            refusal = self.model.ranks.ask_first(lambda: refusal_of(check, answer.text))
-            if refusal is not None:
-                answer.refuse(refusal)
-
-    def _outcome(self, answer: Answer) -> Prediction:
-        """What text and chat results have in common."""
-        assert answer.finish_reason is not None, "the request was not run to its end"
-        result = Prediction(finish_reason=answer.finish_reason)
-        if answer.request.logprobs:
-            result["tokens"] = answer.prompt_pieces + answer.pieces
-            result["logprobs"] = logprobs_of(answer)
-        if answer.request.top_logprobs:
-            scores = answer.prompt_scores + answer.scores
-            result["top_logprobs"] = [
-                [(self.tokenizer.piece(token), logprob) for token, logprob in s.top] for s in scores
-            ]
-        return result
-
-    def _stream(self, requests: Sequence[Request], output_check: Check | None = None) -> Iterator[Piece]:
-        with self.engine.answering(requests) as answers:
-            steps, going, sent = self.engine.progress(answers), list(range(len(answers))), [0] * len(answers)
-            while going:
-                for i in list(going):
-                    answer = answers[i]
-                    text, over = answer.news(sent[i])
-                    if over and output_check is not None:
-                        self._check_output(answer, output_check)
-                        text, _ = answer.news(0)
-                    if over or answer.over:
-                        going.remove(i)
-                    if over or (text and output_check is None):  # a check sees all of it before anybody else does
-                        sent[i] += len(text)
-                        yield Piece(index=i, text=text, **(self._outcome(answer) if over else {}))
-                next(steps, None)
-
-    def stream_text_completion(
-        self,
-        prompts: Sequence[str],
-        temperature: float | Sequence[float] = 0.6,
-        top_p: float | Sequence[float] = 0.9,
-        max_gen_len: int | Sequence[int] | None = None,
-        logprobs: bool = False,
-        echo: bool = False,
-        *,
-        seed: int | Sequence[int] | None = None,
-        stop: str | Sequence[str] | Sequence[Sequence[str]] = (),
-        top_logprobs: int = 0,
-    ) -> Iterator[Piece]:
-        """`text_completion` as it is generated: pieces of whole characters, of all prompts in turn.
-
-        The pieces of one prompt join to its `generation`. A stream may be dropped before its end; on several ranks,
-        after the same piece on each. Other calls meanwhile, and other streams, share its passes.
-        """
-        settings = self._settings(max_gen_len, temperature, top_p, seed, stop, logprobs, top_logprobs, echo)
-        return self._stream(self._requests(lambda: self._encode(prompts), settings))
-
-    def stream_chat_completion(
-        self,
-        dialogs: Sequence[Dialog],
-        temperature: float | Sequence[float] = 0.6,
-        top_p: float | Sequence[float] = 0.9,
-        max_gen_len: int | Sequence[int] | None = None,
-        logprobs: bool = False,
-        *,
-        seed: int | Sequence[int] | None = None,
-        stop: str | Sequence[str] | Sequence[Sequence[str]] = (),
-        top_logprobs: int = 0,
-        input_check: Check | None = None,
-        output_check: Check | None = None,
-    ) -> Iterator[Piece]:
-        """`chat_completion` as it is generated; see `stream_text_completion`.
-
-        An answer that `output_check` is to see comes in one piece, once it is whole.
-        """
-        settings = self._settings(max_gen_len, temperature, top_p, seed, stop, logprobs, top_logprobs)
-        return self._stream(self._chat_requests(dialogs, settings, input_check), output_check)
-
-
-class Llama(Generator):
-    """A loaded model and its tokenizer. Calls and streams, of one thread or several, share its passes."""
 
     @staticmethod
     def build(
-        ckpt_dir: str | os.PathLike[str],
-        tokenizer_path: str | os.PathLike[str] | None = None,
+        ckpt_dir: PathLike,
+        tokenizer_path: PathLike | None = None,
         max_seq_len: int = 512,
         max_batch_size: int = 8,
         model_parallel_size: int | None = None,
         seed: int = 1,
-        *,
-        device: str | torch.device = "auto",
-        dtype: str | torch.dtype = "auto",
-        quantize: Literal["int8", "int4"] | None = None,
-        compile: bool = False,
-        cuda_graph: bool = True,
-        adapter_dir: str | os.PathLike[str] | None = None,
-        prompt_lookup_num_tokens: int | None = None,
+        **options: Unpack[BuildKeywords],
     ) -> Llama:
-        """Load a checkpoint onto this rank's device: a folder of the release's layout or of Hugging Face's, or a GGUF
-        file.
+        """Load a checkpoint onto this rank's device: a release's or a Hugging Face folder, or a GGUF file.
 
-        The tokenizer is by default the tokenizer.model in the folder or beside it, or the GGUF file's own.
-        `max_seq_len` bounds prompt and generation together, in tokens; with `max_batch_size` it sets the cache's size.
-        The model is split over `model_parallel_size` ranks (default: all), however many shards are on disk. `seed` is
-        the default of each call's. `device` "auto" is cuda, mps or cpu, the first there is; `dtype` is "float32",
-        "bfloat16", "float16" or "auto", the fastest of 16 bits or more there. `quantize` stores the linear weights in 8
-        or 4 bits; where neither is given, those that a file has in fewer bits are held in their own. `compile` compiles
-        the decode step; on cuda it is captured as a graph unless `cuda_graph` is False. `adapter_dir` is a LoRA adapter
-        in PEFT's layout, which is merged into the weights. `prompt_lookup_num_tokens` are guessed, and verified in the
-        same pass, where a text repeats itself: 0 for none, None for as many as come at nearly no cost, which are some
-        where weights have 16 bits on a CPU.
+        `max_seq_len` bounds prompt and generation together, in tokens; with `max_batch_size` it sets the
+        cache's size. The model is split over `model_parallel_size` ranks (default: all), however many
+        shards are on disk. `seed` is the default of each call's. BuildOptions describes the keywords.
 
-        Raises FileNotFoundError for missing files; ValueError for files that are broken or do not belong together, for
-        ranks that cannot share the model, and where memory does not suffice.
+        Raises FileNotFoundError for missing files; ValueError for files that are broken or do not belong
+        together, for ranks that cannot share the model, and where memory does not suffice.
         """
-        start = time.monotonic()
-        check_positive(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-        integer("seed", seed)
-        if prompt_lookup_num_tokens is not None and integer("prompt_lookup_num_tokens", prompt_lookup_num_tokens) < 0:
-            raise ValueError(f"prompt_lookup_num_tokens is {prompt_lookup_num_tokens}: use 0 for none, or more")
-        checkpoint = Checkpoint(ckpt_dir, adapter_dir)
-        tokenizer = checkpoint.open_tokenizer(tokenizer_path)
-        args = checkpoint.model_args(max_seq_len, max_batch_size)
-        device = init_model_parallel(device, model_parallel_size)
-        store = select_store(quantize, dtype, device, compile, checkpoint.stored_bits)
-        model = load_model(checkpoint, args, device, select_dtype(dtype, checkpoint.dtype, device), store)
-        runner = Runner(model, compile=compile, cuda_graph=cuda_graph and device.type == "cuda")
-        logger.info(
-            "loaded %s in %.2f seconds (%s, %s, %d CPU threads for each of %d ranks)",
-            checkpoint.name,
-            time.monotonic() - start,
-            device,
-            str(runner.cache.k.dtype).removeprefix("torch."),
-            torch.get_num_threads(),
-            model.ranks.size,
-        )
-        if "WORLD_SIZE" in os.environ:  # as in the original: ranks that draw for themselves draw alike, and print once
-            torch.manual_seed(seed)
-            if model.ranks.rank:
-                sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        best = {"guess_tokens": store.spare_tokens, "chunk_tokens": store.chunk_tokens} if store else {}
-        if prompt_lookup_num_tokens is not None:
-            best["guess_tokens"] = prompt_lookup_num_tokens
-        engine = Engine(model, tokenizer, runner=runner, **best)
-        return Llama(model, tokenizer, seed=seed, engine=engine)
+        check_names(BuildOptions, options)
+        sizes = (tokenizer_path, max_seq_len, max_batch_size, model_parallel_size, seed)
+        return build(ckpt_dir, BuildOptions(*sizes, **options))
 
     def generate(
         self,
@@ -324,27 +185,24 @@ class Llama(Generator):
         top_p: float | Sequence[float] = 0.9,
         logprobs: bool = False,
         echo: bool = False,
-        *,
-        seed: int | Sequence[int] | None = None,
-        stop: str | Sequence[str] | Sequence[Sequence[str]] = (),
+        **options: Unpack[SamplingOptions],
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Continue each prompt by at most `max_gen_len` tokens; returns ids and, where asked for, their logprobs.
 
-        A row ends at EOS (not in the result), at `max_gen_len`, at `max_seq_len`, or before a `stop` string (a token
-        that also holds text before the string is kept). `temperature` 0 is greedy; otherwise tokens are drawn from the
-        `top_p` nucleus of softmax(logits / temperature). Prompt i draws from random stream (seed, i), or (seed[i], 0)
-        for a list of seeds. `max_gen_len`, `temperature`, `top_p`, `seed` and `stop` may be lists with one value per
-        prompt (a plain list of stop strings holds for all). Logprobs are natural logarithms of softmax(logits),
-        whatever the temperature. With `echo` the results begin with the prompt, whose first logprob is 0.0.
+        A row ends at EOS (not in the result), at `max_gen_len`, at `max_seq_len`, or before a `stop` string
+        (a token that also holds text before the string is kept). `temperature` 0 is greedy; otherwise
+        tokens are drawn from the `top_p` nucleus of softmax(logits / temperature). Prompt i draws from
+        random stream (seed, i), or (seed[i], 0) for a list of seeds. Logprobs are natural logarithms of
+        softmax(logits), whatever the temperature. With `echo` the results begin with the prompt, whose
+        first logprob is 0.0.
 
-        Raises ValueError or TypeError, before any compute, for an argument out of range, an empty prompt, an id that
-        is not in the vocabulary, and a prompt longer than `max_seq_len`.
+        Raises ValueError or TypeError, before any compute, for an argument out of range, an empty prompt,
+        an id that is not in the vocabulary, and a prompt longer than `max_seq_len`.
         """
-        settings = self._settings(max_gen_len, temperature, top_p, seed, stop, logprobs, 0, echo)
-        prompts = self._requests(lambda: listed("prompt_tokens", prompt_tokens), settings)
-        answers = self._run(prompts)
-        tokens = [answer.ids if echo else answer.tokens for answer in answers]
-        return tokens, [logprobs_of(answer) for answer in answers] if logprobs else None
+        asked = (temperature, top_p, max_gen_len, logprobs, echo)
+        requests = run(self, prompts_of(self, lambda: as_list("prompt_tokens", prompt_tokens), asked, options))
+        tokens = [request.output.ids if echo else request.answer_ids for request in requests]
+        return tokens, [logprobs_of(request) for request in requests] if logprobs else None
 
     def text_completion(
         self,
@@ -354,20 +212,18 @@ class Llama(Generator):
         max_gen_len: int | Sequence[int] | None = None,
         logprobs: bool = False,
         echo: bool = False,
-        *,
-        seed: int | Sequence[int] | None = None,
-        stop: str | Sequence[str] | Sequence[Sequence[str]] = (),
-        top_logprobs: int = 0,
+        **options: Unpack[SamplingOptions],
     ) -> list[CompletionPrediction]:
         """Continue each text; parameters and errors as in `generate`, `max_gen_len` up to `max_seq_len` by default.
 
-        Each result has `generation` and `finish_reason` ("stop" at EOS or a stop string, else "length"); with
-        `logprobs` also `tokens`, one string per id whose concatenation is `generation`, and their `logprobs`; with
-        `top_logprobs` as well, for each id as many (text, logprob) of the likeliest in its place, the first one first.
+        Each result has `generation` and `finish_reason` ("stop" at EOS or a stop string, else "length");
+        with `logprobs` also `tokens`, one string per id whose concatenation is `generation`, and their
+        `logprobs`; with `top_logprobs` as well, for each id as many (text, logprob) of the likeliest in its
+        place, the first one first.
         """
-        settings = self._settings(max_gen_len, temperature, top_p, seed, stop, logprobs, top_logprobs, echo)
-        requests = self._requests(lambda: self._encode(prompts), settings)
-        return [CompletionPrediction(generation=a.generation, **self._outcome(a)) for a in self._run(requests)]
+        asked = (temperature, top_p, max_gen_len, logprobs, echo)
+        requests = run(self, prompts_of(self, lambda: encoded(self, prompts), asked, options))
+        return [CompletionPrediction(generation=r.full_text, **outcome_of(r)) for r in requests]
 
     def chat_completion(
         self,
@@ -377,27 +233,64 @@ class Llama(Generator):
         max_gen_len: int | Sequence[int] | None = None,
         logprobs: bool = False,
         *,
-        seed: int | Sequence[int] | None = None,
-        stop: str | Sequence[str] | Sequence[Sequence[str]] = (),
-        top_logprobs: int = 0,
         input_check: Check | None = None,
         output_check: Check | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> list[ChatPrediction]:
         """The assistant's next message of each dialog; parameters and results as in `text_completion`.
 
-        A dialog with one of the layout's own tags in a message is answered with UNSAFE_ERROR, without being run; one of
-        whose system and user messages `input_check` refuses any, with the refusal that it returns. `output_check` sees
-        each answer and may replace it. On several ranks the first one's checks count.
-        Raises ValueError, naming dialog and message, for roles out of order.
+        A dialog with one of the layout's own tags in a message is answered with UNSAFE_ERROR, without being
+        run; one of whose system and user messages `input_check` refuses any, with the refusal that it
+        returns. `output_check` sees each answer and may replace it. On several ranks the first one's checks
+        count. Raises ValueError, naming dialog and message, for roles out of order.
         """
-        settings = self._settings(max_gen_len, temperature, top_p, seed, stop, logprobs, top_logprobs)
-        answers = self._run(self._chat_requests(dialogs, settings, input_check))
-        if output_check is not None:
-            for answer in answers:
-                self._check_output(answer, output_check)
+        asked = (temperature, top_p, max_gen_len, logprobs, False)
+        requests = run(self, dialog_prompts(self, dialogs, asked, options, input_check))
+        for request in requests:
+            apply_check(self, request, output_check)
+        answers = [Message(role="assistant", content=request.output.text) for request in requests]
         return [
-            ChatPrediction(generation=Message(role="assistant", content=a.text), **self._outcome(a)) for a in answers
+            ChatPrediction(generation=answer, **outcome_of(request))
+            for answer, request in zip(answers, requests, strict=True)
         ]
+
+    def stream_text_completion(
+        self,
+        prompts: Sequence[str],
+        temperature: float | Sequence[float] = 0.6,
+        top_p: float | Sequence[float] = 0.9,
+        max_gen_len: int | Sequence[int] | None = None,
+        logprobs: bool = False,
+        echo: bool = False,
+        **options: Unpack[SamplingOptions],
+    ) -> Iterator[Piece]:
+        """`text_completion` as it is generated: pieces of whole characters, of all prompts in turn.
+
+        The pieces of one prompt join to its `generation`. A stream may be dropped before its end; on
+        several ranks, after the same piece on each. Other calls meanwhile, and other streams, share its
+        passes.
+        """
+        asked = (temperature, top_p, max_gen_len, logprobs, echo)
+        return stream(self, prompts_of(self, lambda: encoded(self, prompts), asked, options))
+
+    def stream_chat_completion(
+        self,
+        dialogs: Sequence[Dialog],
+        temperature: float | Sequence[float] = 0.6,
+        top_p: float | Sequence[float] = 0.9,
+        max_gen_len: int | Sequence[int] | None = None,
+        logprobs: bool = False,
+        *,
+        input_check: Check | None = None,
+        output_check: Check | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Iterator[Piece]:
+        """`chat_completion` as it is generated; see `stream_text_completion`.
+
+        An answer that `output_check` is to see comes in one piece, once it is whole.
+        """
+        asked = (temperature, top_p, max_gen_len, logprobs, False)
+        return stream(self, dialog_prompts(self, dialogs, asked, options, input_check), output_check)
 
     def text_infilling(
         self,
@@ -408,45 +301,244 @@ class Llama(Generator):
         max_gen_len: int | Sequence[int] | None = None,
         logprobs: bool = False,
         suffix_first: bool = False,
-        *,
-        seed: int | Sequence[int] | None = None,
-        stop: str | Sequence[str] | Sequence[Sequence[str]] = (),
-        top_logprobs: int = 0,
+        **options: Unpack[SamplingOptions],
     ) -> list[InfillingPrediction]:
         """What Code Llama puts between each prefix and suffix; parameters and errors as in `text_completion`.
 
-        Each result's `generation` is the text between, which ends at the model's end-of-infilling token, and
-        `full_text` is prefix, generation and suffix. `suffix_first` is the format that shows the model the suffix
-        first. Raises ValueError for a tokenizer without the pieces that mark the three.
+        Each result's `generation` is the text between, which ends at the model's end-of-infilling token,
+        and `full_text` is prefix, generation and suffix. `suffix_first` is the format that shows the model
+        the suffix first. Raises ValueError for a tokenizer without the pieces that mark the three.
         """
-        settings = self._settings(max_gen_len, temperature, top_p, seed, stop, logprobs, top_logprobs)
+        asked = (temperature, top_p, max_gen_len, logprobs, False)
         pairs: list[tuple[str, str]] = []
 
         def encode() -> list[list[int]]:
-            texts = listed("prefixes", prefixes), listed("suffixes", suffixes)
-            check_infilling(self.tokenizer, *texts)
-            pairs.extend(zip(*texts, strict=True))
-            return [encode_infilling(prefix, suffix, self.tokenizer, suffix_first) for prefix, suffix in pairs]
+            before = as_list("prefixes", prefixes)
+            after = as_list("suffixes", suffixes)
+            check_infilling(self.tokenizer, before, after)
+            pairs.extend(zip(before, after, strict=True))
+            return [encode_infilling(*pair, self.tokenizer, suffix_first) for pair in pairs]
 
-        requests = self._requests(encode, settings, continues=True, end_ids=[self.tokenizer.eot_id])
+        end_ids = [self.tokenizer.eot_id]
+        requests = run(self, prompts_of(self, encode, asked, options, starts_text=False, end_ids=end_ids))
         return [
-            InfillingPrediction(generation=a.text, full_text=prefix + a.text + suffix, **self._outcome(a))
-            for a, (prefix, suffix) in zip(self._run(requests), pairs, strict=True)
+            InfillingPrediction(generation=r.output.text, full_text=prefix + r.output.text + suffix, **outcome_of(r))
+            for r, (prefix, suffix) in zip(requests, pairs, strict=True)
         ]
 
     def embed(self, prompts: Sequence[str], pooling: Pooling = "mean") -> Tensor:
         """The final norm's output over each text's tokens, BOS among them: their mean or the last, (n, dim) float32."""
         if pooling not in ("mean", "last"):
             raise ValueError(f"pooling is {pooling!r}: use 'mean' or 'last'")
-        answers = self._run(self._requests(lambda: self._encode(prompts), Settings(0), pooling=pooling))
-        pooled = [a.states.mean(dim=0) if pooling == "mean" else a.states[-1] for a in answers if a.states is not None]
-        return torch.stack(pooled) if pooled else torch.empty(0, self.model.params.dim, dtype=torch.float32)
+        asked = (0, 1, 0, False, False)
+        requests = run(self, prompts_of(self, lambda: encoded(self, prompts), asked, {}, pooling=pooling))
+        states = [request.states for request in requests if request.states is not None]
+        if not states:
+            return torch.empty(0, self.model.params.dim, dtype=torch.float32)
+        return torch.stack([own.mean(dim=0) if pooling == "mean" else own[-1] for own in states])
+
+    def clear_cache(self) -> None:
+        """Forget what was computed.
+
+        Needed after weights were edited in a way that PyTorch does not count: through `.data` or NumPy.
+        """
+        self.engine.cache.clear()
+
+
+def build(ckpt_dir: PathLike, options: BuildOptions) -> Llama:
+    """What Llama.build does, with its options checked."""
+    start = time.monotonic()
+    checkpoint = Checkpoint(ckpt_dir, options.adapter_dir)
+    tokenizer = checkpoint.open_tokenizer(options.tokenizer_path)
+    args = checkpoint.model_args(options.max_seq_len, options.max_batch_size)
+    device = init_model_parallel(options.device, options.model_parallel_size)
+    formats = select_formats(
+        options.quantize, options.dtype, device, options.compile, checkpoint.stored_bits
+    )
+    dtype = select_dtype(options.dtype, checkpoint.dtype, device)
+    model = load_model(checkpoint, args, device, dtype, formats)
+    cuda_graph = options.cuda_graph and device.type == "cuda"
+    runner = ModelRunner(model, compile=options.compile, cuda_graph=cuda_graph)
+    logger.info(
+        "loaded %s in %.2f seconds (%s, %s, %d CPU threads for each of %d ranks)",
+        checkpoint.name,
+        time.monotonic() - start,
+        device,
+        str(runner.cache.dtype).removeprefix("torch."),
+        torch.get_num_threads(),
+        model.ranks.size,
+    )
+    if "WORLD_SIZE" in os.environ:  # as in the original: ranks that draw for themselves draw alike, and print once
+        torch.manual_seed(options.seed)
+        if model.ranks.rank:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    drafts = options.prompt_lookup_num_tokens
+    if drafts is None:
+        drafts = formats.wide.draft_tokens if formats else 0
+    chunk = formats.wide.chunk_tokens if formats else 0
+    engine = Engine(model, tokenizer, draft_tokens=drafts, chunk_tokens=chunk, runner=runner)
+    return Llama(model, tokenizer, seed=options.seed, engine=engine)
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    args: ModelArgs,
+    device: torch.device,
+    dtype: torch.dtype,
+    formats: Formats | None,
+) -> Transformer:
+    """This rank's part of a checkpoint's model, with an empty cache.
+
+    Raises ValueError for what cannot be shared by the ranks, does not fit into memory, or is broken.
+    """
+    ranks = model_ranks()
+    check_world_size(checkpoint.name, args, ranks.size)
+    with torch.device("meta"):
+        model = Transformer(args)
+    size = bytes_per_weight(checkpoint, model, dtype, formats)
+    needs = memory_needs(args, ranks.size, dtype, size)
+    check_memory(checkpoint.name, args, needs, device)
+    with allocating(checkpoint.name, args, needs, device):
+        load(checkpoint, model, device, dtype, formats)
+        model.allocate_cache()
+    return model
+
+
+# The original's parameters of a method, in its order, by the names of SamplingParams' fields.
+PARAMETERS = ("temperature", "top_p", "max_tokens", "logprobs", "echo")
+
+
+def prompts_of(
+    llm: Llama,
+    encode: Callable[[], Sequence[Any]],
+    parameters: Sequence[Any],
+    options: SamplingOptions,
+    **how: Any,
+) -> list[Prompt]:
+    """Prompts of the ids that `encode` makes: the same on every rank, or an error on every rank.
+
+    `parameters` are PARAMETERS' values; `how` goes to make_prompts. Errors call max_tokens max_gen_len.
+    """
+    seed = options.get("seed")
+    seed = llm.seed if seed is None else seed
+    asked = {**dict(zip(PARAMETERS, parameters, strict=True)), **options, "seed": seed}
+    max_seq_len = llm.model.params.max_seq_len
+
+    def make() -> list[Prompt]:
+        ids = encode()
+        try:
+            params = params_of(len(ids), asked)
+        except ArgumentError as error:
+            if error.name != "max_tokens":
+                raise
+            raise type(error)("max_gen_len", error.index, error.reason) from None
+        streams = range(len(ids)) if isinstance(seed, int) else streams_of(len(ids), seed)
+        return make_prompts(llm.tokenizer, ids, params, max_seq_len, streams=streams, **how)
+
+    return make() if llm.model.ranks.size == 1 else llm.model.ranks.alike(make)
+
+
+def as_list(name: str, values: Any) -> list[Any]:
+    """`values` as a list. A lone str or dict is iterable too, which is never what was meant."""
+    if isinstance(values, (str, bytes, dict)) or not isinstance(values, Iterable):
+        raise ArgumentTypeError(name, None, f"is a {type(values).__name__}: pass a list, [{values!r}]")
+    return list(values)
+
+
+def encoded(llm: Llama, texts: Sequence[str]) -> list[list[int]]:
+    return [llm.tokenizer.encode(text, bos=True, eos=False) for text in as_list("prompts", texts)]
+
+
+def dialog_prompts(
+    llm: Llama,
+    dialogs: Sequence[Dialog],
+    parameters: Sequence[Any],
+    options: SamplingOptions,
+    check: Check | None,
+) -> list[Prompt]:
+    """One prompt per dialog; those of refused dialogs say so."""
+    ranks = llm.model.ranks
+    tokenizer = llm.tokenizer
+    checked = ranks.alike(lambda: check_dialogs(dialogs))
+    refusals = [UNSAFE_ERROR if has_special_tags(dialog, tokenizer) else None for dialog in checked]
+    pairs = list(zip(refusals, checked, strict=True))
+    if check is not None:
+        refusals = ranks.ask_first(lambda: [own or input_refusal(check, dialog) for own, dialog in pairs])
+
+    def encode() -> list[list[int]]:
+        pairs = zip(refusals, checked, strict=True)
+        return [[] if refusal else encode_dialog(dialog, tokenizer) for refusal, dialog in pairs]
+
+    how = {"name": "dialog", "end_ids": chat_end_ids(tokenizer), "refusals": refusals}
+    return prompts_of(llm, encode, parameters, options, **how)
+
+
+def run(llm: Llama, prompts: Sequence[Prompt]) -> list[Request]:
+    """The prompts' requests, run to their ends."""
+    with llm.engine.running(prompts) as requests:
+        for _ in llm.engine.progress(requests):
+            pass
+    return requests
+
+
+def stream(llm: Llama, prompts: Sequence[Prompt], output_check: Check | None = None) -> Iterator[Piece]:
+    with llm.engine.running(prompts) as requests:
+        steps = llm.engine.progress(requests)
+        going = list(range(len(requests)))
+        sent = [0] * len(requests)
+        while going:
+            for i in list(going):
+                request = requests[i]
+                text, over = delta(request, sent[i])
+                if over and output_check is not None:
+                    apply_check(llm, request, output_check)
+                    text, _ = delta(request, 0)
+                if over or request.over:
+                    going.remove(i)
+                # A check sees all of an answer before anybody else does.
+                if over or (text and output_check is None):
+                    sent[i] += len(text)
+                    yield Piece(index=i, text=text, **(outcome_of(request) if over else {}))
+            next(steps, None)
+
+
+def outcome_of(request: Request) -> Prediction:
+    """What text and chat results have in common."""
+    assert request.output.finish_reason is not None, "the request was not run to its end"
+    params = request.prompt.params
+    result = Prediction(finish_reason=request.output.finish_reason)
+    if params.logprobs:
+        result["tokens"] = [*request.prompt_pieces, *request.output.pieces]
+        result["logprobs"] = logprobs_of(request)
+    if params.top_logprobs:
+        piece = request.output.detokenizer.tokenizer.piece
+        scored = (*request.prompt_scores, *request.output.tokens)
+        result["top_logprobs"] = [[(piece(token), logprob) for token, logprob in s.top] for s in scored]
+    return result
+
+
+def logprobs_of(request: Request) -> list[float]:
+    """Of the ids of the result, the prompt's among them with echo."""
+    return [scored.logprob for scored in (*request.prompt_scores, *request.output.tokens)]
+
+
+def apply_check(llm: Llama, request: Request, check: Check | None) -> None:
+    """Let a check replace an answer."""
+    if check is None or request.prompt.refusal is not None:
+        return
+    refusal = llm.model.ranks.ask_first(lambda: refusal_of(check, request.output.text))
+    if refusal is not None:
+        refuse(request, refusal)
 
 
 def input_refusal(check: Check, dialog: Dialog) -> str | None:
     """What a check says of the first message that it refuses, of those that the assistant did not write."""
-    texts = (message["content"] for message in dialog if message["role"] != "assistant")
-    return next((refusal for text in texts if (refusal := refusal_of(check, text)) is not None), None)
+    for message in dialog:
+        if message["role"] != "assistant":
+            refusal = refusal_of(check, message["content"])
+            if refusal is not None:
+                return refusal
+    return None
 
 
 def refusal_of(check: Check, text: str) -> str | None:
@@ -454,7 +546,3 @@ def refusal_of(check: Check, text: str) -> str | None:
     if refusal is None or isinstance(refusal, str):
         return refusal
     raise TypeError(f"a check returned {refusal!r}: return None, or the text of a refusal")
-
-
-def logprobs_of(answer: Answer) -> list[float]:
-    return [score.logprob for score in answer.prompt_scores + answer.scores]

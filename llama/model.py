@@ -1,23 +1,25 @@
 """The Llama 2 transformer (Touvron et al. 2023, arXiv:2307.09288).
 
-Knows nothing about text, requests or checkpoint files. Without a cache a Transformer attends within its own input and
-is differentiable; with one it continues sequences that were cached before.
+Knows nothing about text, requests or checkpoint files. `Transformer.forward` is what runs, for the engine
+as for a script that calls it with the original's arguments.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache import Attended, Batch, KVCache, Runs
-from .ops import kernels
+from . import ops
+from .cache import KVCache, PrefillBatch, Sequences, Uncached, View
+from .distributed import model_ranks
+from .ops import apply_rotary_emb as apply_rotary_emb
 from .original import repeat_kv as repeat_kv  # old scripts look for them here
 from .original import reshape_for_broadcast as reshape_for_broadcast
-from .parallel import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, model_ranks, multiply_together
+from .parallel import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, fused_linear
 
 
 @dataclass
@@ -61,8 +63,9 @@ def feed_forward_dim(hidden_dim: int, multiple_of: int, ffn_dim_multiplier: floa
     return -(-hidden_dim // multiple_of) * multiple_of
 
 
+@ops.transparent
 class RMSNorm(nn.Module):
-    """x / rms(x) × weight, computed in float32 (Zhang and Sennrich 2019, equation 4)."""
+    """x / rms(x) × weight (Zhang and Sennrich 2019, equation 4)."""
 
     def __init__(self, dim: int, eps: float = 1e-6):
         super().__init__()
@@ -70,9 +73,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        if kernels.fit_norm(x, self.weight):
-            return kernels.rms_norm(x, self.weight, self.eps)
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        return ops.rms_norm(x, self.weight, self.eps)
 
 
 def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0, scaling_factor: float = 1.0) -> Tensor:
@@ -80,201 +81,282 @@ def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0, scaling_fac
 
     (Su et al. 2021, RoFormer, section 3.2.2; the linear scaling is of Chen et al. 2023, arXiv:2306.15595.)
     """
-    freqs = theta ** -(torch.arange(0, dim, 2, device="cpu", dtype=torch.float32) / dim) / scaling_factor
+    exponents = torch.arange(0, dim, 2, device="cpu", dtype=torch.float32) / dim
+    freqs = theta**-exponents / scaling_factor
     angles = torch.outer(torch.arange(end, device="cpu", dtype=torch.float32), freqs)
     return torch.polar(torch.ones_like(angles), angles)
 
 
-def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate neighbouring pairs of each head's channels: queries and keys (bsz, seqlen, n_heads, head_dim), freqs_cis
-    (seqlen, head_dim / 2), or with a batch dimension before it where rows are at positions of their own."""
-
-    def rotate(x: Tensor) -> Tensor:
-        if kernels.fit_rotary(x, freqs_cis):
-            return kernels.rotate(x, freqs_cis)
-        pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
-        return torch.view_as_real(pairs * freqs_cis.unsqueeze(-2)).flatten(-2).type_as(x)
-
-    return rotate(xq), rotate(xk)
-
-
+@ops.transparent
 class Attention(nn.Module):
-    """Causal self-attention with grouped key/value heads (Ainslie et al. 2023)."""
+    """Causal self-attention with grouped key/value heads (Ainslie et al. 2023).
 
-    joined = ("wq", "wk", "wv")  # multiply the same input, and may be held as one matrix
+    `cache` is the KVCache whose layer `layer_id` is this one's, given by a Transformer. A layer that has
+    none makes one of its own at the first call with an integer `start_pos`.
+    """
+
+    fused = ("wq", "wk", "wv")  # multiply the same input, and may share one packed weight
 
     def __init__(self, args: ModelArgs):
         super().__init__()
+        ranks = model_ranks()
+        self.args = args
+        self.n_kv_heads = args.kv_heads
+        self.n_local_heads = ranks.split(args.n_heads)
+        self.n_local_kv_heads = ranks.split(args.kv_heads)
+        self.n_rep = self.n_local_heads // self.n_local_kv_heads
         self.head_dim = args.head_dim
-        self.wq = ColumnParallelLinear(args.dim, args.n_heads * self.head_dim)
-        self.wk = ColumnParallelLinear(args.dim, args.kv_heads * self.head_dim)
-        self.wv = ColumnParallelLinear(args.dim, args.kv_heads * self.head_dim)
-        self.wo = RowParallelLinear(args.n_heads * self.head_dim, args.dim)
+        q_dim = args.n_heads * self.head_dim
+        kv_dim = args.kv_heads * self.head_dim
+        self.wq = ColumnParallelLinear(args.dim, q_dim, bias=False, gather_output=False)
+        self.wk = ColumnParallelLinear(args.dim, kv_dim, bias=False, gather_output=False)
+        self.wv = ColumnParallelLinear(args.dim, kv_dim, bias=False, gather_output=False)
+        self.wo = RowParallelLinear(q_dim, args.dim, bias=False, input_is_parallel=True)
+        self.cache: KVCache | None = None
+        self.layer_id = 0
 
-    def forward(self, x: Tensor, freqs_cis: Tensor, layer_id: int, context: Batch | Runs | None) -> Tensor:
-        xq, xk, xv = (y.unflatten(-1, (-1, self.head_dim)) for y in multiply_together(x, self.wq, self.wk, self.wv))
+    def forward(
+        self, x: Tensor, start_pos: int | View, freqs_cis: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """(bsz, seqlen, dim) for x of the same shape; a `mask` is added to the scores (seqlen, start_pos + seqlen)."""
+        bsz, seqlen, _ = x.shape
+        xq, xk, xv = fused_linear(x, self.wq, self.wk, self.wv)
+        xq = xq.view(bsz, seqlen, self.n_local_heads, self.head_dim)
+        xk = xk.view(bsz, seqlen, self.n_local_kv_heads, self.head_dim)
+        xv = xv.view(bsz, seqlen, self.n_local_kv_heads, self.head_dim)
         xq, xk = apply_rotary_emb(xq, xk, freqs_cis)
-        if context is None:
-            parts = [Attended(slice(None), xk.transpose(1, 2), xv.transpose(1, 2), None)]
-        else:
-            parts = context.update(layer_id, xk, xv)
-        attended = [attend(xq[:, part.tokens], part) for part in parts]
+
+        if not isinstance(start_pos, View):
+            self.cache = self.cache or self.own_cache(x.dtype, x.device)
+            start_pos = Sequences(operator.index(start_pos), mask)
+        parts = start_pos.update(self.cache, self.layer_id, xk, xv)
+        attended = [
+            ops.attention(xq[:, part.tokens], part.keys, part.values, part.mask) for part in parts
+        ]
         return self.wo(attended[0] if len(attended) == 1 else torch.cat(attended, dim=1))
 
+    def own_cache(self, dtype: torch.dtype, device: torch.device) -> KVCache:
+        """An empty cache of this layer alone."""
+        args = self.args
+        heads = self.n_local_kv_heads
+        return KVCache(1, args.max_batch_size, heads, args.max_seq_len, self.head_dim, dtype, device)
 
-def attend(xq: Tensor, to: Attended) -> Tensor:
-    """softmax(q kᵀ / √head_dim) v of each head over what its token sees: (bsz, seqlen, n_local_heads × head_dim), for
-    queries (bsz, seqlen, n_local_heads, head_dim)."""
-    queries, seen = xq.shape[1] * xq.shape[2] // to.keys.shape[1], to.seen
-    if seen is not None and kernels.attends(queries, xq.shape[3]) and kernels.fit(xq, to.keys):
-        return kernels.attend(xq, to.keys, to.values, seen.positions).flatten(2)
-    xq = xq.transpose(1, 2)
-    if seen is None or (mask := seen.mask(xq.dtype)) is None:
-        y = F.scaled_dot_product_attention(xq, to.keys, to.values, is_causal=True, enable_gqa=True)
-    else:
-        # The query heads that share a key head become more rows of it, so that no key is repeated.
-        groups = xq.reshape(xq.shape[0], to.keys.shape[1], -1, xq.shape[-1])
-        y = F.scaled_dot_product_attention(groups, to.keys, to.values, attn_mask=mask).reshape(xq.shape)
-    return y.transpose(1, 2).flatten(2)
+    @property
+    def cache_k(self) -> Tensor:
+        """This layer's keys, (max_batch_size, max_seq_len, n_local_kv_heads, head_dim): a view of the cache."""
+        return self._cached().k[self.layer_id].transpose(1, 2)
+
+    @cache_k.setter
+    def cache_k(self, value: Tensor) -> None:
+        self._cached().k[self.layer_id] = value.transpose(1, 2)
+
+    @property
+    def cache_v(self) -> Tensor:
+        """This layer's values, of the same shape."""
+        return self._cached().v[self.layer_id].transpose(1, 2)
+
+    @cache_v.setter
+    def cache_v(self, value: Tensor) -> None:
+        self._cached().v[self.layer_id] = value.transpose(1, 2)
+
+    def _cached(self) -> KVCache:
+        if self.cache is None:
+            weight = self.wk.weight
+            self.cache = self.own_cache(weight.dtype, weight.device)
+        return self.cache
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Attention:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.cache is not None:  # .half() and .to(...) take it along
+            self.cache.apply(self.layer_id, fn)
+        return self
 
 
+@ops.transparent
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer 2020): w2(silu(w1 x) × w3 x)."""
 
-    joined = ("w1", "w3")
+    fused = ("w1", "w3")
 
     def __init__(self, dim: int, hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | None):
         """`hidden_dim` is the width of a layer of two matrices, 4 × dim; see feed_forward_dim."""
         super().__init__()
         hidden_dim = feed_forward_dim(hidden_dim, multiple_of, ffn_dim_multiplier)
-        self.w1 = ColumnParallelLinear(dim, hidden_dim)
-        self.w2 = RowParallelLinear(hidden_dim, dim)
-        self.w3 = ColumnParallelLinear(dim, hidden_dim)
+        self.w1 = ColumnParallelLinear(dim, hidden_dim, bias=False, gather_output=False)
+        self.w2 = RowParallelLinear(hidden_dim, dim, bias=False, input_is_parallel=True)
+        self.w3 = ColumnParallelLinear(dim, hidden_dim, bias=False, gather_output=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = multiply_together(x, self.w1, self.w3)
-        return self.w2(kernels.silu_multiply(gate, up) if kernels.fit(gate, up) else F.silu(gate) * up)
+        gate, up = fused_linear(x, self.w1, self.w3)
+        return self.w2(ops.swiglu(gate, up))
 
 
+@ops.transparent
 class TransformerBlock(nn.Module):
     def __init__(self, layer_id: int, args: ModelArgs):
         super().__init__()
+        self.n_heads = args.n_heads
+        self.dim = args.dim
+        self.head_dim = args.head_dim
         self.layer_id = layer_id
         self.attention = Attention(args)
         self.feed_forward = FeedForward(args.dim, 4 * args.dim, args.multiple_of, args.ffn_dim_multiplier)
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(self, x: Tensor, freqs_cis: Tensor, context: Batch | Runs | None) -> Tensor:
-        h = x + self.attention(self.attention_norm(x), freqs_cis, self.layer_id, context)
+    def forward(
+        self, x: Tensor, start_pos: int | View, freqs_cis: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        h = x + self.attention(self.attention_norm(x), start_pos, freqs_cis, mask)
         return h + self.feed_forward(self.ffn_norm(h))
 
 
+@ops.transparent
 class Transformer(nn.Module):
-    """Token ids -> logits. `cache` is None until one is attached or needed; it is not part of `state_dict`."""
+    """Token ids -> logits.
+
+    As the original's it runs in inference mode and keeps a cache, made at the first call, which is not part
+    of `state_dict`. `train()` makes it differentiable and lets it attend within its own input; `eval()`
+    ends that.
+    """
 
     def __init__(self, params: ModelArgs):
         super().__init__()
         if params.vocab_size < 1:
             raise ValueError(f"vocab_size is {params.vocab_size}: set it to the tokenizer's n_words")
         self.params = params
-        self.vocab_size, self.n_layers = params.vocab_size, params.n_layers
+        self.vocab_size = params.vocab_size
+        self.n_layers = params.n_layers
         self.ranks = model_ranks()
         self.tok_embeddings = ParallelEmbedding(params.vocab_size, params.dim)
-        self.layers = nn.ModuleList(TransformerBlock(layer_id, params) for layer_id in range(params.n_layers))
+        self.layers = nn.ModuleList(TransformerBlock(i, params) for i in range(params.n_layers))
         self.norm = RMSNorm(params.dim, params.norm_eps)
-        self.output = ColumnParallelLinear(params.dim, params.vocab_size, gather_output=True)
+        self.output = ColumnParallelLinear(params.dim, params.vocab_size, bias=False)
         self.cache: KVCache | None = None
         self.moves = 0  # how often the weights were moved or converted
-        # Computed at first use, after the memory was checked; not a buffer, whose angles .bfloat16() would round.
-        self.freqs_cis: Tensor | None = None
+        self.n_rep = params.n_heads // params.kv_heads  # how many query heads share a key head
+        # Not a buffer, whose angles .bfloat16() would round. On the meta device, where a checkpoint's weights
+        # are to come, allocate_cache computes it: memory is checked before.
+        self.freqs_cis = torch.empty(0, dtype=torch.complex64)
+        if not self.tok_embeddings.weight.is_meta:
+            self.freqs_cis = self.angles()
+        self.eval()
 
-    @property
-    def groups(self) -> int:
-        """How many query heads share a key head."""
-        return self.params.n_heads // self.params.kv_heads
+    def forward(self, tokens: Tensor, start_pos: int | View = 0) -> Tensor:
+        """Logits, (bsz, seqlen, vocab_size) float32, of tokens (bsz, seqlen) at `start_pos` onward.
 
-    @torch.inference_mode(False)  # a tensor made in inference mode could not be written to outside of it
-    def allocate_cache(self) -> KVCache:
-        """Attach this rank's cache, empty, for `max_batch_size` rows of `max_seq_len` positions."""
-        args, like = self.params, self.tok_embeddings.weight
-        heads = self.ranks.split(args.kv_heads)
-        shape = (args.n_layers, args.max_batch_size, heads, args.max_seq_len, args.head_dim)
-        # Zeros, not empty: masked positions are multiplied by 0, and 0 × NaN would be NaN.
-        k, v = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
-        self.cache = KVCache(k, v)
-        return self.cache
-
-    def forward(self, tokens: Tensor, start_pos: int = 0) -> Tensor:
-        """Logits of every position, (bsz, seqlen, vocab_size) float32, for tokens (bsz, seqlen) at `start_pos` onward.
-
-        With a cache, tokens are cached in its first bsz rows and also attend to the `start_pos` positions cached there
-        before. One is attached at the first call without gradients; where they are computed for the model's parameters,
-        tokens attend to each other alone. Raises ValueError for more rows or positions than fit.
+        With an integer, tokens are cached in slots 0 to bsz - 1, and also attend to the `start_pos` tokens
+        that were cached there before. A View, made by the engine, says where each token stands, what it
+        attends to, and of which tokens logits are wanted. Raises ValueError for more rows or positions
+        than fit.
         """
-        if tokens.dim() != 2 or tokens.numel() == 0 or start_pos < 0:
-            raise ValueError(f"tokens are {tuple(tokens.shape)} at {start_pos}: pass (bsz, seqlen) at 0 or more")
-        (bsz, seqlen), end, args = tokens.shape, start_pos + tokens.shape[1], self.params
-        if end > args.max_seq_len:
-            raise ValueError(f"tokens reach position {end}, and max_seq_len is {args.max_seq_len}: pass fewer")
-        uncached = torch.is_grad_enabled() and (self.cache is None or any(p.requires_grad for p in self.parameters()))
-        if uncached and start_pos:
-            raise ValueError(
-                f"start_pos is {start_pos}, and no cache is attached where gradients are: call under inference_mode"
-            )
-        fits = bsz <= args.max_batch_size
-        if uncached or (self.cache is None and not start_pos and not fits):
-            return self.logits(self.hidden_states(tokens))
-        if not fits:
-            raise ValueError(f"tokens have {bsz} rows, and max_batch_size is {args.max_batch_size}: pass fewer")
+        if self.training:
+            return self._train(tokens, start_pos)
+        if torch.compiler.is_compiling() and isinstance(start_pos, View):  # in the caller's inference mode
+            return self._run(tokens, start_pos, self.freqs_cis[start_pos.positions], None)
+        with torch.inference_mode():
+            fused = ops.path.fused
+            ops.path.fused = not ops.must_run_plain(self)
+            try:
+                if not isinstance(start_pos, View):
+                    return self._run_slots(tokens, start_pos)
+                return self._run(tokens, start_pos, self.freqs_cis[start_pos.positions], None)
+            finally:
+                ops.path.fused = fused
+
+    def _run_slots(self, tokens: Tensor, start_pos: int) -> Tensor:
+        """The pass of a script: slots 0 to bsz - 1 from `start_pos` on."""
+        start = self._check(tokens, start_pos)
         cache = self.cache or self.allocate_cache()
-        positions = torch.arange(start_pos, end, device=tokens.device).expand(bsz, seqlen)
-        before = [ids[:start_pos] for ids in cache.held[:bsz]]
-        cache.held[:bsz] = [[] for _ in range(bsz)]
-        h = self.hidden_states(tokens, Batch(cache, positions, end, self.groups))
-        for row, ids in enumerate(tokens.tolist()):
-            if len(before[row]) == start_pos:  # else nobody knows what stands before them
-                cache.held[row] = before[row] + ids
-        return self.logits(h)
+        end = start + tokens.shape[1]
+        before = [ids[:start] for ids in cache.token_ids[: len(tokens)]]
+        cache.token_ids[: len(tokens)] = [[] for _ in tokens]
+        mask = causal_mask(tokens.shape[1], start, cache.k[0])
+        logits = self._run(tokens, start, self.freqs_cis[start:end], mask)
+        for slot, ids in enumerate(tokens.tolist()):
+            if len(before[slot]) == start:  # else it is not known what stands before them
+                cache.token_ids[slot] = before[slot] + ids
+        return logits
 
-    def hidden_states(self, tokens: Tensor, context: Batch | Runs | None = None) -> Tensor:
-        """The final norm's output, (bsz, seqlen, dim), for tokens (bsz, seqlen).
-
-        `context` says where they stand in the cache and what they attend to; without it each row stands at 0 and may be
-        right-padded, for no token attends to what follows it.
-        """
+    def _run(
+        self, tokens: Tensor, start_pos: int | View, freqs_cis: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """The pass: embed, every layer, norm, output."""
         h = self.tok_embeddings(tokens)
-        angles = self.angles(h.device)
-        freqs_cis = angles[: tokens.shape[1]] if context is None else angles[context.positions]
+        if self.cache is not None:
+            h = h.to(self.cache.dtype)
         for layer in self.layers:
-            h = layer(h, freqs_cis, context)
-        return self.norm(h)
+            h = layer(h, start_pos, freqs_cis, mask)
+        h = self.norm(h)
+        if isinstance(start_pos, PrefillBatch):  # only the logits that are wanted are computed
+            start_pos.states = h[0]
+            h = h[0, start_pos.wanted][:, None]
+        logits: Tensor = self.output(h).float()
+        return logits
 
-    def angles(self, device: torch.device) -> Tensor:
-        """precompute_freqs_cis of every position, kept on the device that was last asked for."""
-        if self.freqs_cis is None or self.freqs_cis.device != device:
-            with torch.inference_mode(False):  # passes with gradients use it too
-                args = self.params
-                self.freqs_cis = precompute_freqs_cis(
-                    args.head_dim, args.max_seq_len, args.rope_theta, args.rope_scaling_factor
-                ).to(device)
-        return self.freqs_cis
+    def _train(self, tokens: Tensor, start_pos: int | View) -> Tensor:
+        """A differentiable pass over whole sequences."""
+        if isinstance(start_pos, View) or start_pos != 0:
+            raise ValueError(f"start_pos is {start_pos!r} in training, which keeps no cache: call eval() first")
+        if tokens.dim() != 2 or tokens.numel() == 0 or tokens.shape[1] > self.params.max_seq_len:
+            limit = f"(bsz, seqlen), seqlen at most max_seq_len, {self.params.max_seq_len}"
+            raise ValueError(f"tokens are {tuple(tokens.shape)}: pass {limit}")
+        freqs_cis = self.freqs_cis[: tokens.shape[1]]
+        return self._run(tokens, Uncached(tokens), freqs_cis.to(tokens.device), None)
 
-    def logits(self, h: Tensor) -> Tensor:
-        """(..., vocab_size) float32, for hidden states (..., dim)."""
-        return self.output(h).float()
+    def _check(self, tokens: Tensor, start_pos: int) -> int:
+        """The integer start_pos. Raises ValueError for tokens that do not fit into the cache behind it."""
+        start = operator.index(start_pos)
+        args = self.params
+        if tokens.dim() != 2 or tokens.numel() == 0 or start < 0:
+            raise ValueError(f"tokens are {tuple(tokens.shape)} at {start}: pass (bsz, seqlen) at 0 or more")
+        bsz, seqlen = tokens.shape
+        if start + seqlen > args.max_seq_len:
+            reach = f"tokens reach position {start + seqlen}"
+            raise ValueError(f"{reach}, and max_seq_len is {args.max_seq_len}: pass fewer")
+        if bsz > args.max_batch_size:
+            raise ValueError(f"tokens have {bsz} rows, and max_batch_size is {args.max_batch_size}: pass fewer")
+        return start
+
+    def angles(self) -> Tensor:
+        """precompute_freqs_cis of every position."""
+        args = self.params
+        with torch.inference_mode(False):  # training uses it too
+            return precompute_freqs_cis(
+                args.head_dim, args.max_seq_len, args.rope_theta, args.rope_scaling_factor
+            )
+
+    def allocate_cache(self) -> KVCache:
+        """Attach this rank's cache, empty, for `max_batch_size` sequences of `max_seq_len` positions."""
+        args = self.params
+        heads = self.ranks.split(args.kv_heads)
+        # Activations have the type of the norms' weights, whatever the others have.
+        like = getattr(self.norm, "weight", self.tok_embeddings.weight)
+        angles = self.freqs_cis if len(self.freqs_cis) else self.angles()
+        self.freqs_cis = angles.to(like.device)
+        self.cache = KVCache(
+            args.n_layers, args.max_batch_size, heads, args.max_seq_len, args.head_dim, like.dtype, like.device
+        )
+        for layer_id, layer in enumerate(self.layers):
+            attention = getattr(layer, "attention", None)
+            if isinstance(attention, Attention):
+                attention.cache = self.cache
+                attention.layer_id = layer_id
+        return self.cache
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformer:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.cache is not None:  # .half() and .to(...) take the cache along
-            self.cache.k, self.cache.v = fn(self.cache.k), fn(self.cache.v)
-            self.cache.clear()
+        self.freqs_cis = self.freqs_cis.to(self.tok_embeddings.weight.device)  # moved, but never rounded
         self.moves += 1
         return self
 
-    def version(self) -> int:
-        """Another number once a part of the model is another object, or a parameter was written to or moved: what was
-        cached and recorded is of the former."""
-        parts = (id(value) for module in self.modules() for value in (module, *vars(module).values()))
-        own = ((id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters())
-        return hash((self.moves, *parts, *own))
+
+def causal_mask(seqlen: int, start_pos: int, like: Tensor) -> Tensor | None:
+    """What the original's layers get: -inf where a token would see a later one, else 0.
+
+    (seqlen, start_pos + seqlen), of the type and on the device of `like`; None for a single token.
+    """
+    if seqlen == 1:
+        return None
+    mask = torch.full((seqlen, start_pos + seqlen), -torch.inf, device=like.device)
+    return mask.triu_(diagonal=start_pos + 1).type_as(like)

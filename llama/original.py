@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-class Refusal(ValueError, AssertionError):
-    """A mistake that the original met with an assertion, so that scripts which catch AssertionError go on."""
+from .errors import Refusal as Refusal
 
 
 def repeat_kv(x: Tensor, n_rep: int) -> Tensor:

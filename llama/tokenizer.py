@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import SupportsIndex, cast
 
@@ -89,42 +90,44 @@ class Tokenizer:
     def decode_pieces(self, t: Sequence[int]) -> list[str]:
         """One string per id, whose concatenation is `decode(t)`; see Detokenizer."""
         detokenizer = Detokenizer(self)
-        pieces = [detokenizer.push(token) for token in t]
+        pieces = []
+        for token in t:
+            piece, detokenizer = detokenizer.push(token)
+            pieces.append(piece)
         if pieces:
             pieces[-1] += detokenizer.flush()
         return pieces
 
 
+@dataclass(frozen=True)
 class Detokenizer:
-    """Text of ids that come one at a time, in whole characters: what is pushed and flushed joins to `decode`.
+    """The text of ids that come one at a time, in whole characters: what is pushed and flushed joins to `decode`.
 
-    A character that spans several byte pieces comes with its last one; bytes that cannot become a character come, as
-    U+FFFD, once the next piece or `flush` shows it.
+    A character that spans several byte pieces comes with its last one. Bytes that cannot become a
+    character come, as U+FFFD, once the next piece or `flush` shows it. Frozen: `push` returns the
+    detokenizer that goes on, so that a step that is not finished changes nothing.
     """
 
-    def __init__(self, tokenizer: Tokenizer, at_start: bool = True):
-        self.tokenizer = tokenizer
-        self.at_start = at_start  # where SentencePiece drops the space that it put before the text's first word
-        self.bytes: list[int] = []  # byte pieces that do not end a character yet
+    tokenizer: Tokenizer
+    at_start: bool = True  # where SentencePiece drops the space that it put before the text's first word
+    bytes: tuple[int, ...] = ()  # byte pieces that do not end a character yet
 
-    def push(self, token: int) -> str:
+    def push(self, token: int) -> tuple[str, Detokenizer]:
         model = self.tokenizer.sp_model
         if model.is_byte(token):
-            self.at_start = False
-            self.bytes.append(token)
-            return "" if self.tokenizer.decode(self.bytes).endswith("\ufffd") else self.flush()
-        text = self.flush()
+            pending = Detokenizer(self.tokenizer, False, (*self.bytes, token))
+            text = pending.flush()
+            if text.endswith("\ufffd"):
+                return "", pending
+            return text, Detokenizer(self.tokenizer, False)
+        text = self.flush() if self.bytes else ""
         if model.is_control(token):
-            return text
+            return text, Detokenizer(self.tokenizer, self.at_start)
         if self.at_start or model.is_unknown(token):
             text += self.tokenizer.decode([token])
         else:
             text += model.id_to_piece(token).replace("\u2581", " ")
-        self.at_start = False
-        return text
+        return text, Detokenizer(self.tokenizer, False)
 
     def flush(self) -> str:
-        if not self.bytes:
-            return ""
-        text, self.bytes = self.tokenizer.decode(self.bytes), []
-        return text
+        return self.tokenizer.decode(self.bytes) if self.bytes else ""

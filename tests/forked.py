@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["llama", "llama.cli.chat", "llama.cli.batch", "llama.checkpoints.convert"])
+CONTEXT.set_forkserver_preload(["llama", "llama.cli.chat", "llama.cli.batch", "llama.cli.convert"])
 
 
 class Job:

@@ -91,23 +91,25 @@ def told_to(prompt: str) -> tuple[str, float]:
 def main() -> None:
     """Serve with answers as prompts ask: say:TEXT, long:N words, slow:N words at 20 a second."""
     from llama.__main__ import main
-    from llama.engine.engine import Passes
-    from llama.engine.request import Answer, Score
+    from llama.engine import Engine, Request, ScoredToken
 
-    def choose(passes: Passes, answers: list[Answer], logits: torch.Tensor) -> list[tuple[int, Score]]:
-        chosen, slowest = [], 0.0
-        for answer in answers:
-            if not hasattr(answer, "script"):
-                own = answer._detokenizer.tokenizer
-                text, seconds = told_to(own.decode(list(answer.request.prompt)))
-                answer.script = [*own.encode(text, bos=False, eos=False), own.eos_id], seconds  # type: ignore[attr-defined]
-            ids, seconds = answer.script  # type: ignore[attr-defined]
-            chosen.append((ids[len(answer.tokens)], Score(0.0)))
+    def choose(
+        self: Engine, requests: list[Request], numbers: list[int], logits: torch.Tensor
+    ) -> list[ScoredToken | None]:
+        chosen: list[ScoredToken | None] = []
+        slowest = 0.0
+        for request, number in zip(requests, numbers, strict=True):
+            if not hasattr(request, "script"):
+                text, seconds = told_to(self.tokenizer.decode(request.prompt.token_ids))
+                ids = self.tokenizer.encode(text, bos=False, eos=False)
+                request.script = [*ids, self.tokenizer.eos_id], seconds  # type: ignore[attr-defined]
+            ids, seconds = request.script  # type: ignore[attr-defined]
+            chosen.append(ScoredToken(ids[number]))
             slowest = max(slowest, seconds)
         time.sleep(slowest)
         return chosen
 
-    Passes.choose = choose  # type: ignore[method-assign]
+    Engine.choose = choose  # type: ignore[method-assign]
     main()
 
 

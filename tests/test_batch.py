@@ -15,10 +15,15 @@ import pytest
 from conftest import ROOT, TINY, clean_environment, run_python, run_ranks
 
 from llama import Llama
-from llama.cli.batch import Line, Output, batch
-from llama.engine.engine import Passes
+from llama.cli.batch import batch
+from llama.cli.batch_lines import Line
+from llama.cli.batch_parts import Results
+from llama.engine.engine import Engine
+from llama.generation import BuildOptions
+from llama.sampling import SamplingParams
 
 QUESTION = {"role": "user", "content": "Where does the owl live?"}
+BUILD = BuildOptions(max_seq_len=128, max_batch_size=4, device="cpu", dtype="float32")
 
 
 def write(path: Path, lines: list[Any]) -> Path:
@@ -31,14 +36,9 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def run(source: Path, out: Path, **options: Any) -> str:
-    options = {
-        "device": "cpu",
-        "dtype": "float32",
-        "max_seq_len": 128,
-        "max_gen_len": 12,
-        "max_batch_size": 4,
-    } | options
-    return batch(str(TINY), str(source), str(out), **options)
+    """`options` are fields of SamplingParams."""
+    sampling = SamplingParams(**{"max_tokens": 12} | options)
+    return batch(str(TINY), str(source), str(out), build=BUILD, sampling=sampling)
 
 
 def prompts(count: int) -> list[dict[str, Any]]:
@@ -149,30 +149,30 @@ def test_what_no_request_can_be_made_of_ends_only_its_own_line(tmp_path: Path) -
     assert results[4]["note"] == "half \ud83d" and results[4]["generation"]
 
 
-def test_settings_that_no_line_could_be_run_with_are_refused_before_anything_is_loaded(
+def test_a_seed_that_leaves_no_seeds_for_lines_is_refused_before_anything_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Llama, "build", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("llama.cli.allocator.build", lambda *_: pytest.fail("loaded"))
     source = write(tmp_path / "in.jsonl", prompts(1))
-    for wrong in ({"temperature": -1.0}, {"max_gen_len": -5}, {"seed": -1}, {"seed": 2**40}, {"top_p": 2.0}):
-        with pytest.raises(ValueError, match=f"{next(iter(wrong))} is {next(iter(wrong.values()))}: use "):
-            run(source, tmp_path / "out.jsonl", **wrong)
+    for seed in (-1, 2**40):
+        with pytest.raises(ValueError, match=f"seed is {seed}: use 0 or more and less than 4294967296"):
+            batch(str(TINY), str(source), str(tmp_path / "out.jsonl"), build=BuildOptions(seed=seed))
     assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_a_failure_that_is_no_requests_own_ends_the_run_which_can_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, out, feed = write(tmp_path / "in.jsonl", prompts(30)), tmp_path / "out.jsonl", Passes.feed
+    source, out, prefill = write(tmp_path / "in.jsonl", prompts(30)), tmp_path / "out.jsonl", Engine._prefill
     count = iter(range(10**6))
 
-    def refuse(self: Passes, runs: Any) -> None:
+    def refuse(self: Engine, spans: Any) -> None:
         if next(count) == 3:
             raise MemoryError("no room")
-        feed(self, runs)
+        prefill(self, spans)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Passes, "feed", refuse)
+        patch.setattr(Engine, "_prefill", refuse)
         with pytest.raises(MemoryError, match="no room"):
             run(source, out)
     run(source, out)
@@ -181,7 +181,7 @@ def test_a_failure_that_is_no_requests_own_ends_the_run_which_can_go_on(
 
 def test_two_runs_do_not_write_one_output(tmp_path: Path) -> None:
     source, out = write(tmp_path / "in.jsonl", prompts(3)), tmp_path / "out.jsonl"
-    first = Output(out, iter([]))
+    first = Results(out, iter([]))
     with pytest.raises(ValueError, match=r"out\.jsonl is being written by another run: let it end, or end it"):
         run(source, out)
     first.close()
@@ -190,7 +190,7 @@ def test_two_runs_do_not_write_one_output(tmp_path: Path) -> None:
 
 def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", prompts(400))
-    run(source, tmp_path / "whole.jsonl", max_gen_len=None)
+    run(source, tmp_path / "whole.jsonl", max_tokens=None)
     flags = ["--max_seq_len", "128", "--max_batch_size", "4", "--dtype", "float32", "--device", "cpu"]
     command = [sys.executable, "-m", "llama", "batch", str(TINY), str(source), str(tmp_path / "out.jsonl"), *flags]
     rng, sizes = random.Random(0), [0]
@@ -205,10 +205,10 @@ def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
         assert size > sizes[-1]
         sizes.append(size)
     (tmp_path / "out.jsonl").open("ab").write((tmp_path / "whole.jsonl").read_bytes()[size : size + 20])
-    said = run(source, tmp_path / "out.jsonl", max_gen_len=None)
+    said = run(source, tmp_path / "out.jsonl", max_tokens=None)
     assert ", 0 of them from before" not in said
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert "400 lines, 400 of them from before, 0 tokens" in run(source, tmp_path / "out.jsonl", max_gen_len=None)
+    assert "400 lines, 400 of them from before, 0 tokens" in run(source, tmp_path / "out.jsonl", max_tokens=None)
 
 
 def size_of(path: Path) -> int:
@@ -237,7 +237,7 @@ def test_an_output_of_another_run_is_left_as_it_is(tmp_path: Path) -> None:
 def test_what_cannot_be_read_or_written_is_told_before_a_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Llama, "build", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("llama.cli.allocator.build", lambda *_: pytest.fail("loaded"))
     source = write(tmp_path / "in.jsonl", prompts(1))
     with pytest.raises(FileNotFoundError, match="no file .*nowhere: pass one with a line of JSON for each prompt"):
         run(tmp_path / "nowhere", tmp_path / "out.jsonl")
@@ -250,17 +250,17 @@ def test_what_cannot_be_read_or_written_is_told_before_a_model_is_loaded(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_disk_that_fills_is_told_and_what_was_written_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, out, write_all = write(tmp_path / "in.jsonl", prompts(30)), tmp_path / "out.jsonl", Output.write
+    source, out, write_all = write(tmp_path / "in.jsonl", prompts(30)), tmp_path / "out.jsonl", Results.write
     written: list[Line] = []
 
-    def full_after(self: Output, lines: list[Line]) -> None:
+    def full_after(self: Results, lines: list[Line]) -> None:
         if len(written) >= 5:
             self.file = open("/dev/full", "r+b", buffering=0)  # noqa: SIM115
         write_all(self, lines)
         written.extend(lines)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Output, "write", full_after)
+        patch.setattr(Results, "write", full_after)
         with pytest.raises(OSError, match=r"out\.jsonl could not be written \(No space left on device\): make room"):
             run(source, out)
     assert 5 <= len(read(out)) < 30
@@ -270,7 +270,7 @@ def test_a_disk_that_fills_is_told_and_what_was_written_stays(tmp_path: Path, mo
 
 def test_groups_of_ranks_take_shares_of_the_lines(tmp_path: Path) -> None:
     source, out = write(tmp_path / "in.jsonl", [*prompts(40), "broken\n"]), tmp_path / "out.jsonl"
-    run(source, tmp_path / "whole.jsonl", max_gen_len=None)
+    run(source, tmp_path / "whole.jsonl", max_tokens=None)
     flags = ["--max_seq_len", "128", "--max_batch_size", "4", "--dtype", "float32", "--model_parallel_size", "1"]
     job = run_ranks(2, "-m", "llama", "batch", TINY, source, out, *flags)
     assert job.returncode == 0, job.stderr

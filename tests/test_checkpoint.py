@@ -25,10 +25,9 @@ from llama.checkpoints.memory import (
     Memory,
     container_memory,
     free_memory,
-    keep_freed_memory,
-    return_freed_memory,
 )
 from llama.checkpoints.names import TENSORS, gguf_name, huggingface_name, shard_dim
+from llama.cli.allocator import keep_freed_memory, return_freed_memory
 from llama.quantization.formats import select_dtype
 
 COUNTS = [1, 2, 4, 8]
@@ -147,7 +146,7 @@ def test_rope_freqs_is_the_only_key_that_is_ignored(golden_copy: Path) -> None:
 @pytest.mark.parametrize(("dtype", "wanted"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
 def test_dtype_is_honoured(dtype: str, wanted: torch.dtype) -> None:
     llm = build_golden(dtype=dtype)
-    assert {tensor.dtype for tensor in llm.model.state_dict().values()} == {llm.model.cache.k.dtype} == {wanted}
+    assert {tensor.dtype for tensor in llm.model.state_dict().values()} == {llm.model.cache.dtype} == {wanted}
 
 
 def test_dtype_auto_is_the_stored_16_bit_type_on_a_gpu_and_float32_on_a_cpu() -> None:
@@ -515,7 +514,7 @@ def test_what_is_counted_as_weights_is_what_each_rank_loads() -> None:
     for ranks in (1, 2, 4):
         assert memory_needs(args, ranks, torch.float32, 4).weights == (own - norms) // ranks + norms
     cache = build_golden().model.cache
-    assert args.max_batch_size * memory_needs(args, 1, torch.float32, 4).cache_row == cache.k.nbytes + cache.v.nbytes
+    assert args.max_batch_size * memory_needs(args, 1, torch.float32, 4).cache_row == sum(t.nbytes for t in (*cache.k, *cache.v))
 
 
 def test_a_length_that_no_memory_holds_is_refused_before_it_is_tried() -> None:

@@ -194,6 +194,8 @@ from pathlib import Path
 import torch
 from llama import Llama
 from llama.checkpoints.convert import reshard
+from llama.cli.allocator import build_llama
+from llama.generation import BuildOptions
 sys.path.insert(0, {tests!r})
 from conftest import build_golden
 torch.set_num_threads(2)
@@ -229,7 +231,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("llm = Llama.build({large!r}, {tokenizer!r}, 1, 1, dtype='bfloat16')", 1, 1.15),
         ("llm = Llama.build({large!r}, {tokenizer!r}, 1, 1, dtype='float32')", 2, 1.15),
-        ("llm = Llama.build({large!r}, {tokenizer!r}, 1, 1)", 1, 1.25),
+        ("llm = build_llama({large!r}, BuildOptions({tokenizer!r}, 1, 1))", 1, 1.25),
         ("reshard({large!r}, {out!r}, 1)", 1, 1.15),
         ("reshard({large!r}, {out!r}, 4)", 1 / 4, 1.15),
     ],

@@ -118,13 +118,14 @@ def test_memory_that_fails_all_the_same_is_said_with_the_numbers(tmp_path: Path)
 import resource
 from conftest import GOLDEN, build_golden
 from llama import Llama
-from llama.cli.program import run
+from llama.cli.program import program
 def main():
     build_golden()  # threads and libraries are there before the limit
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, -1))
     Llama.build(GOLDEN / "gqa-mp1", GOLDEN / "tokenizer.model", 2048, 1024, device="cpu", dtype="float32")
-run(main)
+with program():
+    main()
 """)
     job = run_fresh(script)
     assert job.returncode == 1
@@ -148,8 +149,12 @@ from typing import Any
 from conftest import GOLDEN, ROOT, TINY
 sys.path.insert(0, str(ROOT))
 import llama.checkpoints.release, llama.generation
-from llama.cli.program import run
+import fire
+from llama.cli.program import program
 import example_text_completion as example
+def run(main):
+    with program(main):
+        fire.Fire(main)
 rank = int(os.environ["RANK"])
 def fault():
     (Path(__file__).parent / "fault").touch()
@@ -160,7 +165,7 @@ def fault():
 def test_a_killed_rank_ends_the_job(tmp_path: Path, when: str) -> None:
     where = {
         "loading": ("llama.checkpoints.Checkpoint", "copy", "rank == 1"),
-        "generation": ("llama.engine.engine.Passes", "decode", "rank == 1 and args[0].count == 9"),
+        "generation": ("llama.engine.engine.Engine", "_decode", "rank == 1 and args[0].passes == 9"),
     }[when]
     script = tmp_path / "killed.py"
     script.write_text(

@@ -78,7 +78,7 @@ def test_every_type_is_decoded_as_gguf_decodes_it(kind: Kind) -> None:
     assert torch.equal(some, wanted[3:143, 96:640])
     if type.bits is not None:
         store = Grouped(part.groups())
-        assert torch.equal(store.unpack(), some)
+        assert torch.equal(store.dequantize(), some)
         assert sum(buffer.nbytes for buffer in store.buffers()) == 144 * 544 * blocks.bytes_per_weight
         x = torch.randn(3, 1, 544, generator=torch.Generator().manual_seed(0))
         exact = x.double() @ some.double().T
@@ -105,11 +105,11 @@ def test_a_file_is_held_in_its_own_bits_where_a_store_has_them_exactly(tmp_path:
     values = small_file(tmp_path / "a.gguf", kind)
     llm = build(tmp_path / "a.gguf")
     layers = {name: module for name, module in llm.model.named_modules() if isinstance(module, ShardedLinear)}
-    bits = {getattr(layer.store, "shared", layer.store).bits for layer in layers.values()}
+    bits = {getattr(layer.packed, "shared", layer.packed).bits for layer in layers.values()}
     assert bits == {4 if kind in (Kind.Q4_0, Kind.Q4_1, Kind.Q4_K) else 8}
     for name, layer in layers.items():
-        assert torch.equal(layer.store.unpack(), values[f"{name}.weight"])
-    assert llm.model.layers[0].attention.wq.store.shared is llm.model.layers[0].attention.wv.store.shared
+        assert torch.equal(layer.packed.dequantize(), values[f"{name}.weight"])
+    assert llm.model.layers[0].attention.wq.packed.shared is llm.model.layers[0].attention.wv.packed.shared
 
 
 @built
@@ -118,13 +118,13 @@ def test_a_file_of_several_types_holds_each_in_what_fits_it(tmp_path: Path) -> N
     values = small_file(tmp_path / "a.gguf", kinds)
     llm = build(tmp_path / "a.gguf")
     attention = llm.model.layers[0].attention
-    assert [layer.store.bits for layer in (attention.wq, attention.wk, attention.wv)] == [4, 4, 8]
-    assert llm.model.layers[0].feed_forward.w1.store.shared is llm.model.layers[0].feed_forward.w3.store.shared
+    assert [layer.packed.bits for layer in (attention.wq, attention.wk, attention.wv)] == [4, 4, 8]
+    assert llm.model.layers[0].feed_forward.w1.packed.shared is llm.model.layers[0].feed_forward.w3.packed.shared
     wanted = model_of(values)(TOKENS)
     assert (llm.model(TOKENS) - wanted).norm() / wanted.norm() < 0.02
     for quantize, bits in (("int8", 8), ("int4", 4)):
         held = build(tmp_path / "a.gguf", quantize=quantize).model
-        stores = [module.store for module in held.modules() if isinstance(module, ShardedLinear)]
+        stores = [module.packed for module in held.modules() if isinstance(module, ShardedLinear)]
         assert {getattr(store, "shared", store).bits for store in stores} == {bits}
     sixteen = build(tmp_path / "a.gguf", dtype="bfloat16").model
     assert torch.equal(sixteen.output.weight, values["output.weight"].bfloat16())

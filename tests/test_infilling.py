@@ -10,7 +10,8 @@ from sentencepiece import SentencePieceTrainer
 
 from llama import Llama, ModelArgs, Tokenizer, Transformer
 from llama.code_llama import encode_infilling
-from llama.openai.completions import BadRequest, TextCompletion
+from llama.openai.completions import TextCompletion
+from llama.openai.fields import BadRequest
 
 PIECES = ["▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"]
 
@@ -85,7 +86,7 @@ def test_the_generation_lies_between_prefix_and_suffix_and_ends_at_eot(
 def test_a_leading_space_of_the_generation_is_kept(code_llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     space = code_llm.tokenizer.sp_model.piece_to_id("▁")
     logits = torch.nn.functional.one_hot(torch.tensor([space]), code_llm.tokenizer.n_words).float()
-    monkeypatch.setattr(code_llm.model, "logits", lambda h: logits.expand(*h.shape[:-1], -1))
+    monkeypatch.setattr(code_llm.model.output, "forward", lambda h: logits.expand(*h.shape[:-1], -1))
     (result,) = code_llm.text_infilling(["a"], ["b"], temperature=0, max_gen_len=3)
     assert result["full_text"] == "a   b"
 
@@ -120,18 +121,16 @@ def test_folders_of_llama_1_and_code_llama_load_as_they_are(
 
 
 def test_a_completion_with_a_suffix_is_infilling(code_llm: Llama) -> None:
-    asked = TextCompletion({"prompt": "def add(", "suffix": "):"}, code_llm, "model")
-    prompt = list(asked.requests[0].prompt)
-    assert prompt.count(code_llm.tokenizer.suffix_id) == 1 and prompt[-1] != code_llm.tokenizer.eos_id
-    assert asked.requests[0].continues, "its first word's space stays"
+    (prompt,) = TextCompletion({"prompt": "def add(", "suffix": "):"}, code_llm, "model").prompts
+    ids = prompt.token_ids
+    assert ids.count(code_llm.tokenizer.suffix_id) == 1 and ids[-1] != code_llm.tokenizer.eos_id
+    assert not prompt.starts_text, "its first word's space stays"
     (want,) = code_llm.text_infilling(["def add("], ["):"], temperature=0, max_gen_len=12)
-    asked = TextCompletion(
-        {"prompt": "def add(", "suffix": "):", "temperature": 0, "max_tokens": 12}, code_llm, "model"
-    )
-    (answer,) = [code_llm.engine.submit(request) for request in asked.requests]
-    while not answer.over:
+    call = TextCompletion({"prompt": "def add(", "suffix": "):", "temperature": 0, "max_tokens": 12}, code_llm, "model")
+    (request,) = [code_llm.engine.submit(prompt) for prompt in call.prompts]
+    while not request.over:
         code_llm.engine.step()
-    (choice,) = asked.whole([answer])["choices"]
+    (choice,) = call.response([request])["choices"]
     assert (choice["text"], choice["finish_reason"]) == (want["generation"], want["finish_reason"])
     with pytest.raises(BadRequest, match="send no ids"):
         TextCompletion({"prompt": [1, 2], "suffix": "):"}, code_llm, "model")

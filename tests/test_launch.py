@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 import re
@@ -12,8 +13,9 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import fire
 import pytest
 from conftest import ROOT, TINY, clean_environment, run_fresh
 
@@ -21,7 +23,10 @@ import example_chat_completion
 import example_text_completion
 import llama
 from llama.__main__ import COMMANDS
-from llama.cli import program as launch
+from llama.cli.arguments import Hidden, call, flags_of
+from llama.cli.program import program, say
+from llama.generation import BuildOptions
+from llama.sampling import SamplingParams
 
 PYTHON = "python -m llama"
 
@@ -41,11 +46,16 @@ Start = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Start:
     def start(command: Any, *words: str) -> tuple[int, str, str]:
-        """Status, stdout and stderr of a program with these words."""
+        """Status, stdout and stderr of a program with these words: one of commands, or an example."""
         monkeypatch.setattr(sys, "argv", ["program.py", *words])
         status = 0
         try:
-            launch.run(command, name=PYTHON if isinstance(command, dict) else None)
+            if isinstance(command, dict):
+                with program():
+                    say(call(command, sys.argv[1:], PYTHON))
+            else:
+                with program(command):
+                    fire.Fire(command)
         except SystemExit as end:
             status = int(end.code or 0)
         return (status, *capsys.readouterr())
@@ -53,7 +63,10 @@ def start(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
     return start
 
 
-def program(
+BUILD = BuildOptions(max_seq_len=64)
+
+
+def sample(
     ckpt_dir: str,
     text: str | None = None,
     count: int = 1,
@@ -62,20 +75,27 @@ def program(
     limit: int | None = None,
     plain: bool = False,
     kind: Literal["a", "b"] | None = None,
+    build: Annotated[BuildOptions, Hidden(["compile"])] = BUILD,
+    sampling: SamplingParams = SamplingParams(),  # noqa: B008
 ) -> None:
     """Nothing but what it was given."""
     given.append((ckpt_dir, text, count, share, limit, plain, kind))
+    options.append((build, sampling))
 
 
+SAMPLE = {"sample": sample}
 given: list[Any] = []
+options: list[tuple[BuildOptions, SamplingParams]] = []
 
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["x", "--cuont", "3"], "--cuont is no flag of program.py: did you mean --count?"),
-        (["x", "--zzz=3"], "--zzz is no flag of program.py: see python program.py --help"),
-        (["--count", "3"], "no ckpt_dir is given: see python program.py --help"),
+        (["x", "--cuont", "3"], "unknown option --cuont: did you mean --count?"),
+        (["x", "--zzz=3"], "unknown option --zzz: see python -m llama sample --help"),
+        (["x", "--max_seq", "8"], "unknown option --max_seq: did you mean --max_seq_len?"),
+        (["x", "--compile"], "unknown option --compile: "),
+        (["--count", "3"], "no ckpt_dir is given: see python -m llama sample --help"),
         (["x", "a", "1", "b c"], "'b c' is one word too many: put a text of several in quotes, or see python"),
         (["x", "--count", "1", "--text"], "--text needs a value"),
         (["x", "--text", "--plain"], "--text needs a value; one that looks like a flag is written --text=--…"),
@@ -83,14 +103,24 @@ given: list[Any] = []
         (["x", "--count", "3.5"], "--count is '3.5': use a whole number"),
         (["x", "--limit", "many"], "--limit is 'many': use a whole number"),
         (["x", "--share", "half"], "--share is 'half': use a number"),
+        (["x", "--share", "nan"], "--share is 'nan': use a number"),
         (["x", "--plain=maybe"], "--plain is 'maybe': use True or False"),
+        (["x", "--kind", "c"], "--kind is 'c': use a or b"),
+        (["x", "--seed", "abc"], "--seed is 'abc': use a whole number"),
+        (["x", "--temperature", "warm"], "--temperature is 'warm': use a number"),
+        (["x", "--temperature", "-1"], "temperature is -1: use 0 for greedy decoding, or a positive number"),
+        (["x", "--top_p=2"], "top_p is 2: use more than 0 and at most 1"),
+        (["x", "--max_tokens", "-2"], "max_gen_len is -2: use 0 or more"),
+        (["x", "--stop", ""], "stop is ['']: use strings that are not empty"),
+        (["x", "--max_seq_len", "0"], "max_seq_len is 0: use 1 or more"),
+        (["x", "--quantize", "int3"], "--quantize is 'int3': use int8 or int4"),
     ],
 )
 def test_what_cannot_be_understood_is_refused_before_anything_runs(
     start: Start, words: list[str], sentence: str
 ) -> None:
     given.clear()
-    status, out, err = start(program, *words)
+    status, out, err = start(SAMPLE, "sample", *words)
     assert (status, out) == (2, "") and err.startswith(f"error: {sentence}") and err.count("\n") == 1
     assert not given
 
@@ -99,16 +129,16 @@ def test_what_cannot_be_understood_is_refused_before_anything_runs(
     "text",
     [
         *("Short, friendly", "Hello # there", "2024", "1e3", "None", "True", "a,b", "{a: b}", "'x'", "two\nlines"),
-        *("- dash", "-", "--", "-1", "x=1", "~", "~/x", ""),
+        *("- dash", "-", "--", "-1", "x=1", "~", "~/x", "", "100 %", "%s", "@file"),
     ],
 )
 def test_text_arrives_as_typed(start: Start, text: str) -> None:
     for words in (["x", text], ["x", "--text", text], ["x", f"--text={text}"], ["--text", text, "x"]):
         given.clear()
-        assert start(program, *words) == (0, "", "")
+        assert start(SAMPLE, "sample", *words) == (0, "", "")
         assert given[0][:2] == ("x", text)
     given.clear()
-    start(program, "x", "--text=--what is this?")
+    start(SAMPLE, "sample", "x", "--text=--what is this?")
     assert given[0][1] == "--what is this?"
 
 
@@ -120,8 +150,81 @@ def test_values_are_of_their_parameters_types(start: Start) -> None:
         "--plain False --kind a --ckpt-dir x --share -1.5": ("x", None, 1, -1.5, None, False, "a"),
     }.items():
         given.clear()
-        assert start(program, *words.split()) == (0, "", "")
+        assert start(SAMPLE, "sample", *words.split()) == (0, "", "")
         assert given == [values] and [type(v) for v in given[0]] == [type(v) for v in values]
+
+
+def test_flags_are_the_fields_of_the_options(start: Start) -> None:
+    for words, build, sampling in (
+        ("x", BUILD, SamplingParams()),
+        ("x --max_gen_len 5", BUILD, SamplingParams(max_tokens=5)),
+        ("x --max-tokens=5 --top-p .5", BUILD, SamplingParams(max_tokens=5, top_p=0.5)),
+        ("x --max_gen_len None --stop . --stop=7", BUILD, SamplingParams(stop=(".", "7"))),
+        ("x --max_seq_len 9 --device cpu", BuildOptions(max_seq_len=9, device="cpu"), SamplingParams()),
+        ("x --quantize None --seed 3", BuildOptions(max_seq_len=64, seed=3), SamplingParams()),
+        ("x --cuda_graph False --quantize int8", dataclasses.replace(BUILD, cuda_graph=False, quantize="int8"), None),
+    ):
+        options.clear()
+        assert start(SAMPLE, "sample", *words.split()) == (0, "", "")
+        assert options == [(build, sampling or SamplingParams())]
+
+
+HIDDEN = {
+    "chat": {"max_batch_size", "model_parallel_size"},
+    "run": {"max_batch_size", "model_parallel_size"},
+    "serve": {"model_parallel_size", "seed"},
+    "batch": set(),
+    "perplexity": {"model_parallel_size", "prompt_lookup_num_tokens", "seed"},
+}
+PER_PROMPT = {"logprobs", "top_logprobs", "echo"}  # each call, or line of a batch, has its own
+
+
+@pytest.mark.parametrize("command", HIDDEN)
+def test_a_new_option_is_a_flag_of_every_command_that_does_not_hide_it(start: Start, command: str) -> None:
+    help = start(COMMANDS, command, "--help")[1]
+    wanted = {field.name for field in dataclasses.fields(BuildOptions)} - HIDDEN[command]
+    if command in ("chat", "run", "batch"):
+        wanted |= {field.name for field in dataclasses.fields(SamplingParams)} - PER_PROMPT
+    shown = set(re.findall(r"^  --(\w+)", help, flags=re.MULTILINE))
+    own = {flag.name for flag in flags_of(COMMANDS[command]).values() if flag.field is None}
+    assert shown - own == {name.replace("max_tokens", "max_gen_len") for name in wanted}
+    assert len(re.findall(r"^  --seed\b", help, flags=re.MULTILINE)) == ("seed" in wanted)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        *(
+            ([*command, "--max_seq_len", "0"], "max_seq_len is 0: use 1 or more")
+            for command in (
+                ["chat", TINY],
+                ["run", TINY, "Hello"],
+                ["serve", TINY],
+                ["batch", TINY, "in", "out"],
+                ["perplexity", TINY, "text"],
+                ["info", TINY],
+            )
+        ),
+        (["chat", TINY, "--temperature", "-1"], "temperature is -1: use 0 for greedy decoding"),
+        (["run", TINY, "Hello", "--top_p", "7"], "top_p is 7: use more than 0 and at most 1"),
+        (["batch", TINY, "in", "out", "--max_gen_len", "-5"], "max_gen_len is -5: use 0 or more"),
+        (["batch", TINY, "in", "out", "--seed", "-1"], "seed is -1: use 0 or more and less than 4294967296"),
+        (["perplexity", TINY, "text", "--stride", "0"], "stride is 0: use 1 or more"),
+        (["serve", TINY, "--max_waiting", "-1"], "max_waiting is -1: use 0 or more"),
+        (["serve", TINY, "--drain", "-1"], "drain is -1: use 0 or more"),
+        (["reshard", TINY, "out", "0"], "model_parallel_size is 0: use 1 or more"),
+        (["convert", TINY, "out", "onnx"], "to is 'onnx': use 'hf', 'meta' or 'gguf'"),
+        (["verify", TINY, "--seed", "1"], "unknown option --seed: see python -m llama verify --help"),
+    ],
+)
+def test_a_wrong_value_is_refused_before_anything_is_loaded(
+    start: Start, monkeypatch: pytest.MonkeyPatch, words: list[Any], sentence: str
+) -> None:
+    monkeypatch.setattr("llama.cli.allocator.build", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("llama.checkpoints.convert.open_whole", lambda *_: pytest.fail("opened"))
+    monkeypatch.setattr("llama.cli.info.open_whole", lambda *_: pytest.fail("opened"))
+    status, out, err = start(COMMANDS, *map(str, words))
+    assert status in (1, 2) and out == "" and err.startswith(f"error: {sentence}")
 
 
 def test_a_tilde_is_the_home_folder_in_paths(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +236,7 @@ def test_a_tilde_is_the_home_folder_in_paths(start: Start, tmp_path: Path, monke
 
 def test_bytes_that_are_no_text_are_replaced(start: Start) -> None:
     given.clear()
-    start(program, "x", "What \udcff is")
+    start(SAMPLE, "sample", "x", "What \udcff is")
     assert given[0][:2] == ("x", "What \ufffd is")
 
 
@@ -150,7 +253,7 @@ def test_info_finds_a_folder_of_any_name(
 def test_reshard_with_an_unknown_flag_writes_nothing(start: Start, tmp_path: Path) -> None:
     status, _, err = start(COMMANDS, "reshard", str(TINY), str(tmp_path / "out"), "1", "--dry_run")
     assert status == 2
-    assert err == "error: --dry_run is no flag of reshard: see python -m llama reshard --help\n"
+    assert err == "error: unknown option --dry_run: see python -m llama reshard --help\n"
     assert not list(tmp_path.iterdir())
 
 
@@ -175,21 +278,37 @@ def test_the_version_is_that_of_the_package_and_the_changelog(start: Start) -> N
     assert f"\n## {llama.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-PROGRAMS = {name: [name] for name in COMMANDS} | {"text": [], "chat example": []}
-EXAMPLES = {"text": example_text_completion.main, "chat example": example_chat_completion.main}
-
-
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_help_describes_every_flag_on_stdout(start: Start, program: str) -> None:
-    command = EXAMPLES.get(program, COMMANDS)
-    status, out, err = start(command, *PROGRAMS[program], "--help")
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_describes_every_flag_on_stdout(start: Start, name: str) -> None:
+    status, out, err = start(COMMANDS, name, "--help")
     assert (status, err) == (0, "")
-    function = EXAMPLES.get(program) or COMMANDS[program]
-    for name in inspect.signature(function).parameters:
-        assert re.search(rf"^  --{name} +\w", out, flags=re.MULTILINE), name
-    assert function.__doc__.split()[0] in out
-    assert max(len(line) for line in out.replace(str(ROOT), "").splitlines()) <= 80
-    assert start(command, *PROGRAMS[program], "x", "--help")[1] == out
+    for flag in flags_of(COMMANDS[name]).values():
+        assert flag.help, flag.name
+        assert re.search(rf"^  --{flag.name} +\w", out, flags=re.MULTILINE), flag.name
+    assert (inspect.getdoc(COMMANDS[name]) or "").split()[0] in out
+    assert max(len(line) for line in out.splitlines()) <= 80
+    assert start(COMMANDS, name, "x", "--help")[1] == out
+
+
+EXAMPLES = {"text": example_text_completion.main, "chat": example_chat_completion.main}
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_the_examples_refuse_an_unknown_flag_before_they_load(
+    start: Start, monkeypatch: pytest.MonkeyPatch, example: str
+) -> None:
+    monkeypatch.setattr(llama.Llama, "build", lambda *_, **__: pytest.fail("loaded"))
+    sentence = "error: unknown option --temprature: did you mean --temperature?\n"
+    for words in (["--temprature", "0"], ["--temprature=0"], ["x", "--top_p", "1", "--temprature", "0"]):
+        assert start(EXAMPLES[example], *words) == (2, "", sentence)
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_the_examples_take_their_flags_with_dashes_and_show_help(start: Start, example: str) -> None:
+    status, out, err = start(EXAMPLES[example], "--max-gen-len", "3", "--temperature", "0")
+    assert status == 0 and out.count(">") >= 4, err
+    status, out, err = start(EXAMPLES[example], "--help")
+    assert status == 0 and "--temperature" in out + err and "loaded" not in err
 
 
 def test_the_first_rank_alone_shows_help(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from conftest import huggingface_config, random_state
 from torch import Tensor
 
 from llama import Llama, ModelArgs, Transformer
-from llama.cache import Batch
+from llama.cache import DecodeBatch
 from llama.checkpoints.names import huggingface_name, is_rotary, split_halves
 
 
@@ -59,26 +59,30 @@ def test_state_dict_holds_the_checkpoints_keys_and_no_request(args: ModelArgs) -
 @pytest.mark.parametrize("cuts", [(0, 20), (0, 7, 20), (0, 1, 2, 3, 20), tuple(range(21))])
 def test_cached_passes_equal_one_pass(args: ModelArgs, cuts: tuple[int, ...]) -> None:
     model, tokens = random_model(args), tokens_of(3, 20)
-    whole = model(tokens)
-    model.allocate_cache()
+    whole = model.train()(tokens)
+    model.eval()
     parts = [model(tokens[:, a:b], a) for a, b in itertools.pairwise(cuts)]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-4, rtol=0)
 
 
 def test_rows_at_their_own_positions_equal_the_rows_alone(args: ModelArgs) -> None:
     model, tokens = random_model(args), tokens_of(3, 20)
-    whole = model.hidden_states(tokens)
-    cache = model.allocate_cache()
+    whole = model(tokens)
     model(tokens[:, :10], 0)  # longer than what rows 0 and 1 keep: the rest is overwritten
     positions = torch.tensor([2, 9, 10])
-    step = model.hidden_states(tokens[torch.arange(3), positions][:, None], Batch(cache, positions[:, None], 11, 2))
+    view = DecodeBatch(model.cache, positions[:, None], 11, 2)
+    step = model(tokens[torch.arange(3), positions][:, None], view)
     torch.testing.assert_close(step[:, 0], whole[torch.arange(3), positions], atol=1e-4, rtol=0)
 
 
-def test_without_a_cache_the_model_is_differentiable(args: ModelArgs) -> None:
-    model = Transformer(args)
-    model(tokens_of(2, 16)).logsumexp(-1).sum().backward()
+def test_in_training_the_model_is_differentiable_and_keeps_no_cache(args: ModelArgs) -> None:
+    model = Transformer(args).train()
+    logits = model(tokens_of(6, 16))  # more rows than the cache would have
+    logits.logsumexp(-1).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    assert model.cache is None
+    assert not model.eval()(tokens_of(2, 16)).requires_grad
+    torch.testing.assert_close(model(tokens_of(2, 16)), model.train()(tokens_of(2, 16)).detach(), atol=1e-4, rtol=0)
 
 
 def test_rounding_the_weights_leaves_the_rotary_angles_exact(args: ModelArgs) -> None:
@@ -97,24 +101,38 @@ def test_forward_refuses_what_does_not_fit(args: ModelArgs, llm: Llama) -> None:
     for tokens, start in ((torch.ones(3).long(), 0), (torch.ones(1, 0).long(), 0), (torch.ones(1, 3).long(), -1)):
         with pytest.raises(ValueError, match="tokens are .* at .*: pass"):
             llm.model(tokens, start)
-    with pytest.raises(ValueError, match="start_pos is 3, and no cache is attached"):
-        random_model(args)(tokens_of(1, 5), 3)
+    with pytest.raises(ValueError, match="start_pos is 3 in training, which keeps no cache: call eval"):
+        random_model(args).train()(tokens_of(1, 5), 3)
+    with pytest.raises(ValueError, match=r"tokens are \(1, 65\): pass \(bsz, seqlen\), seqlen at most max_seq_len, 64"):
+        random_model(args).train()(tokens_of(1, 65))
     with pytest.raises(ValueError, match="vocab_size is -1: set it to the tokenizer's n_words"):
         Transformer(ModelArgs())
 
 
-def test_training_goes_on_after_calls_without_gradients(args: ModelArgs) -> None:
+def test_training_goes_on_after_calls_in_between(args: ModelArgs) -> None:
     model, other = Transformer(args), Transformer(args)
     other.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        model(tokens_of(2, 16))
+    model(tokens_of(2, 16))
     for each in (model, other):
-        each(tokens_of(8, 16)).logsumexp(-1).sum().backward()  # more rows than the cache has
+        each.train()(tokens_of(8, 16)).logsumexp(-1).sum().backward()
         torch.optim.SGD(each.parameters(), 1e-3).step()
     for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
-    with pytest.raises(ValueError, match="start_pos is 3, and no cache is attached where gradients are"):
-        model(tokens_of(1, 5), 3)
+
+
+def test_sixteen_bit_weights_may_meet_wider_activations(args: ModelArgs) -> None:
+    model, tokens = random_model(args), tokens_of(2, 12)
+    exact = model(tokens)
+    for dtype in (torch.bfloat16, torch.float16):
+        mixed = random_model(args)
+        for name, parameter in mixed.named_parameters():
+            if "norm" not in name and "embeddings" not in name:
+                parameter.data = parameter.data.to(dtype)
+        logits = torch.cat((mixed(tokens[:, :11], 0), mixed(tokens[:, 11:], 11)), dim=1)
+        assert mixed.cache.dtype == torch.float32
+        error = (logits - exact).norm() / exact.norm()
+        assert 0 < error < (0.05 if dtype == torch.bfloat16 else 0.005)
+        assert mixed.half()(tokens).isfinite().all() and mixed.cache.dtype == torch.float16
 
 
 def test_pruned_layers_have_a_state_dict(args: ModelArgs) -> None:

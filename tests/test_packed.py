@@ -147,16 +147,16 @@ def test_a_packed_folder_is_the_model_of_its_values(tmp_path: Path, how: dict[st
     if kernels.available():
         for name, layer in layers_of(own).items():
             if name != "output.weight":
-                assert getattr(layer.store, "shared", layer.store).bits == how.get("bits", 4)
-                torch.testing.assert_close(layer.store.unpack(), values[name], atol=1e-6, rtol=1e-6)
+                assert getattr(layer.packed, "shared", layer.packed).bits == how.get("bits", 4)
+                torch.testing.assert_close(layer.packed.dequantize(), values[name], atol=1e-6, rtol=1e-6)
         attention = own.model.layers[1].attention
-        assert attention.wq.store.shared is attention.wv.store.shared
+        assert attention.wq.packed.shared is attention.wv.packed.shared
 
 
 @built
 def test_symmetric_weights_take_no_lows(tmp_path: Path) -> None:
     write_folder(tmp_path / "packed")
-    store = build(tmp_path / "packed").model.layers[0].attention.wo.store
+    store = build(tmp_path / "packed").model.layers[0].attention.wo.packed
     assert sum(buffer.nbytes for buffer in store.buffers()) == 256 * 256 * 18 / 32
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from llama import Llama
 from llama.cli.perplexity import perplexity, score, windows_of
+from llama.generation import BuildOptions
 
 TEXT = "The owl lives in the tower. It likes to read.\nOnce upon a time, there was a little fox. Äpfel, 猫."
 
@@ -59,13 +60,13 @@ def test_what_cannot_be_predicted_is_told(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     (tmp_path / "latin").write_bytes("Äpfel".encode("latin-1"))
     folder = str(GOLDEN / "gqa-mp1")
-    options = {"max_seq_len": 64, "device": "cpu", "tokenizer_path": str(GOLDEN / "tokenizer.model")}
+    build = BuildOptions(GOLDEN / "tokenizer.model", max_seq_len=64, max_batch_size=1, device="cpu")
     with pytest.raises(ValueError, match="empty is empty: pass a file with text"):
-        perplexity(folder, str(tmp_path / "empty"), **options)
+        perplexity(folder, str(tmp_path / "empty"), build=build)
     with pytest.raises(ValueError, match=r"latin is not UTF-8 \(.*\): convert it first"):
-        perplexity(folder, str(tmp_path / "latin"), **options)
+        perplexity(folder, str(tmp_path / "latin"), build=build)
     with pytest.raises(FileNotFoundError, match=r"nowhere cannot be read \(No such file or directory\): pass a"):
-        perplexity(folder, str(tmp_path / "nowhere"), **options)
+        perplexity(folder, str(tmp_path / "nowhere"), build=build)
     for stride in (64, 0, 100):
         with pytest.raises(ValueError, match=f"stride is {stride}"):
-            perplexity(folder, str(tmp_path / "empty"), stride=stride, **options)
+            perplexity(folder, str(tmp_path / "empty"), stride=stride, build=build)

@@ -106,9 +106,12 @@ def test_ranks_that_disagree_on_logits_emit_the_first_ranks_tokens(tmp_path: Pat
 import torch, torch.distributed as dist
 from conftest import build_golden
 llm = build_golden("gqa-mp2", model_parallel_size=2)
-inner = llm.model.logits
+inner = llm.model.forward
 torch.manual_seed(dist.get_rank())
-llm.model.logits = lambda h: inner(h) + 3 * dist.get_rank() * torch.randn(inner(h).shape)
+def noisy(tokens, start_pos):
+    logits = inner(tokens, start_pos)
+    return logits + 3 * dist.get_rank() * torch.randn(logits.shape)
+llm.model.forward = noisy
 ours = [llm.generate([[1, 30], [1] * 9], 30, t, logprobs=True, seed=2) for t in (0, 1.0)]
 everywhere = [None, None]
 dist.all_gather_object(everywhere, ours)
@@ -154,9 +157,12 @@ llm = build_golden("gqa-mp2", model_parallel_size=2)
 rank = dist.get_rank()
 other = build_golden("gqa-mp1", model_parallel_size=1)
 other.generate([[1, 30]], 3)
-inner = llm.model.logits
+inner = llm.model.forward
 torch.manual_seed(rank)
-llm.model.logits = lambda h: inner(h) + 3 * rank * torch.randn(inner(h).shape)
+def noisy(tokens, start_pos):
+    logits = inner(tokens, start_pos)
+    return logits + 3 * rank * torch.randn(logits.shape)
+llm.model.forward = noisy
 dialogs = [[{"role": "user", "content": content}] for content in ("one", "two", "three")]
 only_here = lambda text: "No." if rank == 0 and text == "two" else "Yes?" if rank == 1 else None
 ours = [

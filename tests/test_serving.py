@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import json
 import re
 import struct
@@ -20,9 +21,13 @@ from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
 from serving import Served
 
 from llama import Llama
-from llama.arguments import Settings, make_requests
-from llama.engine.request import Answer, Score
-from llama.openai.completions import NOT_SUPPORTED
+from llama.engine import Prompt, Request, ScoredToken, make_prompts
+from llama.engine.request import extended
+from llama.errors import ArgumentError
+from llama.openai.completions import ChatCompletion, TextCompletion
+from llama.openai.fields import NOT_SUPPORTED, BadRequest, Fields, refused, sampling_fields
+from llama.options import option
+from llama.sampling import SamplingParams
 from llama.server.service import Call, Service
 
 FOX = [{"role": "user", "content": "Where does the fox live?"}]
@@ -332,6 +337,9 @@ def test_mistakes_are_told_by_the_library_sentence_and_the_field(client: openai.
         ("chat/completions", {"messages": FOX, "temperature": -1}, "temperature"),
         ("chat/completions", {"messages": FOX, "top_p": 2}, "top_p"),
         ("chat/completions", {"messages": FOX, "stop": [1]}, "stop"),
+        ("chat/completions", {"messages": FOX, "max_tokens": -1}, "max_tokens"),
+        ("chat/completions", {"messages": FOX, "max_completion_tokens": -1}, "max_completion_tokens"),
+        ("completions", {"prompt": "a", "logprobs": 21}, "logprobs"),
         ("chat/completions", {"messages": FOX, "top_logprobs": 2}, "top_logprobs"),
         ("chat/completions", {"messages": [{"role": "user", "content": "fox " * 300}]}, "messages"),
         ("completions", {"prompt": [1] * 300}, "prompt"),
@@ -346,6 +354,45 @@ def test_a_refusal_names_the_field_that_it_is_about(
     served: Served, path: str, body: dict[str, Any], param: str
 ) -> None:
     assert refusal(served, f"/v1/{path}", **body)["param"] == param
+
+
+def test_a_refusal_counts_prompts_as_the_client_does(served: Served) -> None:
+    prompts = [[1, 5], [1, 99999], [1] * 300]
+    assert refusal(served, "/v1/completions", prompt=prompts, n=2)["message"].startswith("prompt 1 has token id 99999")
+    too_long = refusal(served, "/v1/completions", prompt=[prompts[0], prompts[2]], n=3)
+    assert too_long["message"].startswith("prompt 1 has 300 tokens, and max_seq_len is 256")
+    assert too_long["code"] == "context_length_exceeded" and too_long["param"] == "prompt"
+    full = refusal(served, "/v1/completions", prompt=[prompts[0], [1] * 256], n=2)
+    assert full["message"].startswith("prompt 1 has 256 tokens, which leaves no room for an answer")
+    word = refusal(served, "/v1/completions", prompt=[[1], ["a"]], n=2)
+    assert word["message"] == "a token id of prompt 1 is 'a': use an integer"
+
+
+def test_every_sampling_option_is_taken_from_a_body(tiny: Llama) -> None:
+    """By its own name, unless OpenAI has another one."""
+    values = {"temperature": 0.25, "top_p": 0.5, "max_tokens": 3, "seed": 4, "stop": ["a"]}
+    scored = values | {"logprobs": True, "top_logprobs": 2}
+    echoed = values | {"echo": True, "logprobs": 2}
+    assert scored.keys() | echoed.keys() == {field.name for field in dataclasses.fields(SamplingParams)}
+    params = ChatCompletion({"messages": FOX} | scored, tiny, "tiny").prompts[0].params
+    assert params == SamplingParams(**scored)
+    params = TextCompletion({"prompt": "The fox"} | echoed, tiny, "tiny").prompts[0].params
+    assert params == SamplingParams(**scored, echo=True)
+
+
+def test_a_new_sampling_option_reaches_clients_without_another_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    new = option(0.0, "a new one", valid=lambda value: value <= 1, use="at most 1")
+    fields = [("min_p", float, new)]
+    grown = dataclasses.make_dataclass("Grown", fields, bases=(SamplingParams,), frozen=True)
+    monkeypatch.setattr("llama.openai.fields.SamplingParams", grown)
+    for body, options in (({"min_p": 0.5}, {"min_p": 0.5}), ({"min_p": None}, {}), ({}, {})):
+        assert sampling_fields(Fields(body, "tiny")) == options
+    with pytest.raises(BadRequest, match="min_p is 'x': use a number"):
+        sampling_fields(Fields({"min_p": "x"}, "tiny"))
+    with pytest.raises(ArgumentError) as caught:
+        grown(min_p=2)
+    refusal = refused(caught.value, "prompt")
+    assert (str(refusal), refusal.param) == ("min_p is 2: use at most 1", "min_p")
 
 
 @pytest.mark.parametrize("field", NOT_SUPPORTED)
@@ -407,30 +454,38 @@ def test_metrics_count_under_vllms_names(served: Served) -> None:
     assert read()[name % "prompt_tokens_total"] - after[name % "prompt_tokens_total"] == read_too
 
 
+def prompts_of(llm: Llama, ids: list[int], **options: Any) -> list[Prompt]:
+    return make_prompts(llm.tokenizer, [ids], [SamplingParams(**options)], 256, streams=[0])
+
+
+def append(request: Request, token: int) -> None:
+    request.output = extended(request.output, request.prompt, ScoredToken(token))
+
+
 def test_what_a_stop_string_takes_back_is_not_subtracted_from_the_metrics(tiny: Llama) -> None:
     ids = tiny.tokenizer.encode("The hedgehog lives", bos=True, eos=False)
-    requests = make_requests(tiny.tokenizer, [ids[:2]], Settings(9, stop=tiny.tokenizer.decode(ids)[4:]), 256)
+    prompts = prompts_of(tiny, ids[:2], max_tokens=9, stop=tiny.tokenizer.decode(ids)[4:])
     service = Service(lambda: tiny, 1)
-    call = service.calls[0] = Call(0, requests)
-    call.answers = [Answer(requests[0], tiny.tokenizer)]
+    call = service.calls[0] = Call(0, prompts)
+    (request,) = call.requests = [Request(prompts[0], tiny.tokenizer)]
     seen = []
     for token in ids[2:]:
-        call.answers[0].append(token, Score(0.0))
+        append(request, token)
         service._look()
         seen.append(service.metrics.generation_tokens)
-    assert call.answers[0].finish_reason == "stop" and len(call.answers[0].pieces) < seen[-1]
+    assert request.finish_reason == "stop" and len(request.output.tokens) < seen[-1]
     assert seen == sorted(seen)
     assert min(service.metrics.between_tokens.counts) >= 0 and service.metrics.between_tokens.sum >= 0
 
 
 def test_tokens_that_are_seen_together_are_all_counted(tiny: Llama) -> None:
     service = Service(lambda: tiny, 1)
-    requests = make_requests(tiny.tokenizer, [[1, 2]], Settings(5), 256)
-    call = service.calls[0] = Call(0, requests)
-    call.answers = [Answer(requests[0], tiny.tokenizer)]
+    prompts = prompts_of(tiny, [1, 2], max_tokens=5)
+    call = service.calls[0] = Call(0, prompts)
+    call.requests = [Request(prompts[0], tiny.tokenizer)]
     for together in (2, 3):
         for _ in range(together):
-            call.answers[0].append(300, Score(0.0))
+            append(call.requests[0], 300)
         service._look()
     assert (sum(service.metrics.first_token.counts), sum(service.metrics.between_tokens.counts)) == (1, 4)
 

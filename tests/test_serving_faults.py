@@ -28,11 +28,13 @@ from hypothesis import strategies as st
 from serving import Served
 
 from llama import Llama
-from llama.engine.request import Request
-from llama.openai.completions import NOT_SUPPORTED, BadRequest, TextCompletion
-from llama.server.app import App, Protocol, Server
-from llama.server.serve import listen
+from llama.engine import Prompt
+from llama.openai.completions import TextCompletion
+from llama.openai.fields import NOT_SUPPORTED, BadRequest
+from llama.sampling import SamplingParams
+from llama.server.app import App
 from llama.server.service import Call, Service
+from llama.server.uvicorn_server import Protocol, Server, listen
 
 SCRIPTED = Path(__file__).with_name("serving.py")
 FLAGS = ("--max_seq_len", "1024", "--dtype", "float32")
@@ -278,8 +280,8 @@ async def serving(key: str | None = None) -> AsyncIterator[tuple[Service, httpx.
     await asyncio.to_thread(thread.join, 20)
 
 
-def fox(max_tokens: int = 1) -> Request:
-    return Request([1, 5, 9], max_tokens=max_tokens, end_ids=frozenset())
+def fox(max_tokens: int = 1) -> Prompt:
+    return Prompt([1, 5, 9], SamplingParams(max_tokens=max_tokens), max_tokens, end_ids=frozenset())
 
 
 def test_a_client_that_leaves_while_its_call_is_taken_up_does_not_end_the_engine() -> None:
@@ -296,7 +298,7 @@ def test_a_client_that_leaves_while_its_call_is_taken_up_does_not_end_the_engine
         async with serving() as (service, client):
             service.calls = Leaving()
             service.submit([fox()])
-            await asyncio.to_thread(until, lambda: service.llm.engine.schedule.steps > 0 or service.error is not None)  # type: ignore[union-attr]
+            await asyncio.to_thread(until, lambda: service.llm.engine.scheduler.steps > 0 or service.error is not None)  # type: ignore[union-attr]
             service.calls = {}
             assert service.error is None
             assert (await client.post(TEXT, json={"prompt": "The fox", "max_tokens": 1})).status_code == 200
@@ -323,7 +325,7 @@ def test_health_tells_of_a_step_that_does_not_end_whoever_waits_and_of_nothing_e
             service.cancel(call)  # nobody waits
             assert (await client.get("/health")).status_code == 503
             go_on.set()
-            await asyncio.to_thread(until, lambda: service.began is None)
+            await asyncio.to_thread(until, lambda: service.step_began is None)
             assert (await client.get("/health")).status_code == 200
 
     asyncio.run(stall())
@@ -333,13 +335,13 @@ def test_who_leaves_the_queue_is_forgotten_at_the_next_step() -> None:
     engine = Llama.build(TINY, max_seq_len=64, max_batch_size=1, device="cpu", dtype="float32").engine
     running, *waiting, last = [engine.submit(fox(20)) for _ in range(5)]
     engine.step()
-    for answer in waiting:
-        engine.cancel(answer)
+    for request in waiting:
+        engine.cancel(request)
     engine.step()
-    assert list(engine.schedule.waiting) == [last] and not running.over
+    assert list(engine.scheduler.waiting) == [last] and not running.over
     while not last.over:
         engine.step()
-    assert len(running.tokens) == len(last.tokens) == 20
+    assert len(running.answer_ids) == len(last.answer_ids) == 20
 
 
 def test_connections_that_have_ended_are_forgotten() -> None:
@@ -361,14 +363,14 @@ def test_connections_that_have_ended_are_forgotten() -> None:
 
 
 def test_a_long_answer_is_written_while_others_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    writing, go_on, whole = threading.Event(), threading.Event(), TextCompletion.whole
+    writing, go_on, response = threading.Event(), threading.Event(), TextCompletion.response
 
-    def slow(asked: TextCompletion, answers: Any) -> Any:
+    def slow(call: TextCompletion, requests: Any) -> Any:
         writing.set()
         go_on.wait(5)
-        return whole(asked, answers)
+        return response(call, requests)
 
-    monkeypatch.setattr(TextCompletion, "whole", slow)
+    monkeypatch.setattr(TextCompletion, "response", slow)
 
     async def ask() -> None:
         async with serving() as (_, client):
@@ -418,13 +420,14 @@ def test_an_answer_that_is_still_being_read_is_not_cut_by_a_signal() -> None:
 
 SHORT_TIMES = """
 import sys
-from llama.server import app as web, service
-web.READ_SECONDS, web.IDLE_SECONDS, service.STALLED_SECONDS = 1, 1, 2
+from llama.server import app, service, uvicorn_server
+app.BODY_SECONDS = uvicorn_server.READ_SECONDS = uvicorn_server.IDLE_SECONDS = 1
+service.STALLED_SECONDS = 2
 from llama.engine.engine import Engine
 step = Engine.step
 def slow(engine):
     import time
-    if any("stall" in engine.tokenizer.decode(list(a.request.prompt)) for a in engine.schedule.waiting):
+    if any("stall" in engine.tokenizer.decode(r.prompt.token_ids) for r in engine.scheduler.waiting):
         time.sleep(5)
     step(engine)
 Engine.step = slow
@@ -515,8 +518,9 @@ def test_a_second_signal_ends_at_once() -> None:
 def test_a_signal_while_the_model_loads_ends_at_once(tmp_path: Path) -> None:
     script = tmp_path / "slow.py"
     script.write_text(
-        "import sys, time\nfrom llama import Llama\nLlama.build = lambda *_, **__: (print('loading', file=sys.stderr, "
-        "flush=True), time.sleep(600))\nfrom llama.__main__ import main\nmain()\n"
+        "import sys, time\nfrom llama.cli import allocator\n"
+        "allocator.build = lambda *_: (print('loading', file=sys.stderr, flush=True), time.sleep(600))\n"
+        "from llama.__main__ import main\nmain()\n"
     )
     served = Served(*FLAGS, script=script)
     served.wait_for(re.compile("loading"))
@@ -528,12 +532,12 @@ def test_a_signal_while_the_model_loads_ends_at_once(tmp_path: Path) -> None:
 
 def test_a_server_that_loads_says_so_and_is_well_once_it_has(tmp_path: Path) -> None:
     (tmp_path / "patient.py").write_text(
-        "import pathlib, sys, time\nfrom llama import Llama\nbuild = Llama.build\n"
-        "def wait(*arguments, **options):\n"
+        "import pathlib, sys, time\nfrom llama.cli import allocator\nbuild = allocator.build\n"
+        "def wait(*arguments):\n"
         "    while not pathlib.Path(__file__).with_name('go').exists():\n"
         "        time.sleep(0.02)\n"
-        "    return build(*arguments, **options)\n"
-        "Llama.build = wait\nfrom llama.__main__ import main\nmain()"
+        "    return build(*arguments)\n"
+        "allocator.build = wait\nfrom llama.__main__ import main\nmain()"
     )
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

@@ -281,7 +281,7 @@ def test_a_mistake_in_the_command_is_answered_with_a_sentence(tmp_path: Path) ->
         == f"error: no consolidated.*.pth in {tmp_path}/: is this the folder that download.sh made?{os.linesep}"
     )
     job = run_python("-m", "llama", "chat", *MODEL, "--top_p", "7", input="")
-    assert (job.returncode, job.stderr.splitlines()[-1]) == (1, "error: top_p is 7: use more than 0 and at most 1")
+    assert (job.returncode, job.stderr) == (2, f"error: top_p is 7: use more than 0 and at most 1{os.linesep}")
 
 
 def run_once(*words: str | Path, **options: Any) -> tuple[str, str]:
@@ -305,18 +305,24 @@ def test_one_prompt_is_answered_or_continued(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("words", "status", "sentence"),
     [
-        (["--plain", "--system", "Be brief.", "Hello"], "a system message is for answers: leave out --system or --"),
-        (["--system", "[INST]", "Hello"], "Error: special tags are not allowed as part of the prompt."),
-        ([" "], "the prompt is empty: pass a text, or send one to standard input"),
-        (["Hello", "--temperature", "-1"], "temperature is -1: use 0 for greedy decoding"),
-        (["Hello", "--adapter_dir", "/none"], "no folder /none: pass the folder that holds adapter_config.json"),
+        (["--plain", "--system", "Be brief.", "Hello"], 1, "a system message is for answers: leave out --system or --"),
+        (["--system", "[INST]", "Hello"], 1, "Error: special tags are not allowed as part of the prompt."),
+        ([" "], 1, "the prompt is empty: pass a text, or send one to standard input"),
+        (["Hello", "--temperature", "-1"], 2, "temperature is -1: use 0 for greedy decoding"),
+        (["Hello", "--adapter_dir", "/none"], 1, "no folder /none: pass the folder that holds adapter_config.json"),
     ],
 )
-def test_what_cannot_be_run_is_said(words: list[str], sentence: str) -> None:
+def test_what_cannot_be_run_is_said(words: list[str], status: int, sentence: str) -> None:
     job = run_python("-m", "llama", "run", TINY, *words)
-    assert job.returncode == 1 and job.stderr.splitlines()[-1].startswith(f"error: {sentence}")
+    assert job.returncode == status and job.stderr.splitlines()[-1].startswith(f"error: {sentence}")
+
+
+def test_an_answer_ends_before_the_texts_to_stop_at() -> None:
+    answer, _ = run_once("Where does the fox live?")
+    begin = answer.split("lives")[0]
+    assert run_once("Where does the fox live?", "--stop", "fox eats", "--stop=lives")[0] == begin
 
 
 def test_under_torchrun_the_first_rank_reads_and_prints() -> None:

@@ -1,8 +1,8 @@
-"""A folder of weights -> ModelArgs and this rank's tensors. What is done with folders besides is in `folders`."""
+"""A folder of weights, or a GGUF file -> ModelArgs and this rank's tensors."""
 
 from .folder import Checkpoint, check_world_size
 from .loading import bytes_per_weight, load
-from .memory import allocating, check_memory, keep_freed_memory, memory_needs, return_freed_memory
+from .memory import allocating, check_memory, memory_needs
 
 __all__ = [
     "Checkpoint",
@@ -10,8 +10,6 @@ __all__ = [
     "bytes_per_weight",
     "check_memory",
     "check_world_size",
-    "keep_freed_memory",
     "load",
     "memory_needs",
-    "return_freed_memory",
 ]

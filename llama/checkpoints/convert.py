@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..arguments import check_positive
+from ..errors import check_positive
 from ..model import ModelArgs
 from .files import import_safetensors, md5_of, path_of, size_text
 from .folder import Checkpoint, check_world_size, open_whole

@@ -112,7 +112,7 @@ def give_back(mapped: Tensor) -> None:
     if not hasattr(mmap, "MADV_DONTNEED") or mapped.numel() == 0:
         return
     first = mapped.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-    # Not beyond the last element: what follows a file's pages is not the file's.
+    # Not beyond the last element: what folmins a file's pages is not the file's.
     extent = 1 + sum((n - 1) * stride for n, stride in zip(mapped.shape, mapped.stride(), strict=True))
     length = mapped.data_ptr() - first + extent * mapped.element_size()
     ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_DONTNEED)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..distributed import divisors, either
 from ..model import ModelArgs, Transformer
-from ..ops.kernels import GROUP
-from ..quantization.formats import Store
+from ..ops import GROUP
+from ..quantization.formats import Formats
 from ..quantization.groups import Groups
 from ..tokenizer import Tokenizer
 from .files import folder_of, give_back, path_of
@@ -148,9 +148,12 @@ class Checkpoint:
             self.adapter.check(shapes)
         return shapes
 
-    def as_it_is(self, name: str, rank: int, shape: torch.Size, store: Store) -> Tensor | Quantized | None:
-        """This rank's part of a matrix, of `shape`, where the file has it as `store` holds it; else None."""
-        source, dim = self.source, shard_dim(name)
+    def stored_part(
+        self, name: str, rank: int, shape: torch.Size, formats: Formats
+    ) -> Tensor | Quantized | None:
+        """This rank's part of a matrix, of `shape`, where the file has it in the format wanted; else None."""
+        source = self.source
+        dim = shard_dim(name)
         shards = [shard[source.name_of(name)] for shard in source.shards.values()]
         if self.adapter is not None or dim is None:
             return None
@@ -159,8 +162,9 @@ class Checkpoint:
             return None
         part = shards[number].narrow(dim, first, shape[dim])
         if isinstance(part, Quantized):
-            return part if part.bits in store.keeps else None
-        return part if store.in_place and part.dtype == torch.bfloat16 and not source.in_halves_of(name) else None
+            return part if formats.of(part, adapted=False) is None else None
+        in_place = part.dtype == formats.in_place and not source.in_halves_of(name)
+        return part if in_place else None
 
     def check_groups(self, names: Iterable[str], args: ModelArgs, ranks: int) -> None:
         """Raise ValueError where so many ranks would cut a group of inputs of one of these matrices, which are held in

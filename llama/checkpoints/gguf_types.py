@@ -1,4 +1,4 @@
-"""GGUF's types of a few bits: how the bytes of a block of weights become integers, scales and lows (ggml-common.h).
+"""GGUF's types of a few bits: how the bytes of a block of weights become integers, scales and mins (ggml-common.h).
 
 A block holds 32 or, in the types of K, 256 neighbouring inputs of a row. A decoder takes (rows, blocks, bytes) uint8.
 """
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.kernels import GROUP
+from ..ops import GROUP
 from ..quantization.groups import Groups
 from .files import give_back
 from .quantized import Quantized
@@ -23,7 +23,7 @@ class Type(NamedTuple):
     bytes: int
     decode: Callable[[Tensor], Groups]
     bits: int | None  # of the store that holds its groups
-    factors: int  # bytes that scales and lows of a group take there
+    factors: int  # bytes that scales and mins of a group take there
 
 
 class Blocks(Quantized):
@@ -55,9 +55,9 @@ def unpack(raw: Tensor, bits: int) -> Tensor:
     return raw.unsqueeze(-2) >> shifts[:, None] & (1 << bits) - 1
 
 
-def grouped(q: Tensor, scales: Tensor, lows: Tensor | None = None) -> Groups:
-    """Groups of integers (rows, blocks, groups, inputs) int8, with scales and lows (rows, blocks, groups)."""
-    return Groups(q.flatten(1, 2), scales.flatten(1), None if lows is None else lows.flatten(1))
+def grouped(q: Tensor, scales: Tensor, mins: Tensor | None = None) -> Groups:
+    """Groups of integers (rows, blocks, groups, inputs) int8, with scales and mins (rows, blocks, groups)."""
+    return Groups(q.flatten(1, 2), scales.flatten(1), None if mins is None else mins.flatten(1))
 
 
 def q4_0(raw: Tensor) -> Groups:
@@ -65,8 +65,8 @@ def q4_0(raw: Tensor) -> Groups:
 
 
 def q4_1(raw: Tensor) -> Groups:
-    scales, lows = floats(raw[..., :4]).unbind(-1)
-    return Groups(raw[..., 4:], scales, lows)
+    scales, mins = floats(raw[..., :4]).unbind(-1)
+    return Groups(raw[..., 4:], scales, mins)
 
 
 def five_bits(low: Tensor, high: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def q3_k(raw: Tensor) -> Groups:
     return grouped(q.flatten(2).unflatten(-1, (16, 16)), floats(raw[..., 108:]).float() * (scales.to(torch.int8) - 32))
 
 
-def scales_and_lows(raw: Tensor) -> tuple[Tensor, Tensor]:
+def scales_and_mins(raw: Tensor) -> tuple[Tensor, Tensor]:
     """Of 16 bytes: d and dmin, then 6 bits for the scale and 6 for the low of each of 8 groups."""
     d, dmin = floats(raw[..., :4]).float().split(1, -1)
     first, second, rest = raw[..., 4:].split(4, -1)
@@ -112,17 +112,17 @@ def scales_and_lows(raw: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def q4_k(raw: Tensor) -> Groups:
-    scales, lows = scales_and_lows(raw[..., :16])
+    scales, mins = scales_and_mins(raw[..., :16])
     # 32 bytes hold a group in their lower halves and the next in their higher: ours are 16 bytes of one group.
     a, b = raw[..., 16:].unflatten(-1, (4, 2, 16)).unbind(-2)
     q = torch.stack((a & 15 | b << 4, a >> 4 | b & 0xF0), dim=-2)
-    return grouped(q.flatten(2, 3), scales, lows)
+    return grouped(q.flatten(2, 3), scales, mins)
 
 
 def q5_k(raw: Tensor) -> Groups:
-    scales, lows = scales_and_lows(raw[..., :16])
+    scales, mins = scales_and_mins(raw[..., :16])
     low = unpack(raw[..., 48:].unflatten(-1, (4, 32)), 4).flatten(2, 3)
-    return grouped((low | unpack(raw[..., 16:48], 1) << 4).to(torch.int8), scales, lows)
+    return grouped((low | unpack(raw[..., 16:48], 1) << 4).to(torch.int8), scales, mins)
 
 
 def q6_k(raw: Tensor) -> Groups:

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors -> this rank's model: copied, held in a store, or left where the file has them."""
+"""A checkpoint's tensors -> this rank's model: copied, packed, or left where the file has them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..model import Transformer
-from ..parallel import ShardedLinear, hold_together
-from ..quantization.formats import STORES, Grouped, Store
+from ..parallel import ShardedLinear, fuse
+from ..quantization.formats import Formats, Grouped
 from ..quantization.groups import concatenate
 from .folder import Checkpoint
 from .quantized import Quantized
@@ -31,68 +31,94 @@ def linear_layers(model: Transformer) -> dict[str, ShardedLinear]:
     return {f"{path}.weight": m for path, m in model.named_modules() if isinstance(m, ShardedLinear)}
 
 
-def bytes_per_weight(checkpoint: Checkpoint, model: Transformer, dtype: torch.dtype, store: Store | None) -> float:
-    """Of the linear layers, as `load` holds them."""
-    if store is None:
+def bytes_per_weight(
+    checkpoint: Checkpoint, model: Transformer, dtype: torch.dtype, formats: Formats | None
+) -> float:
+    """Of the linear layers, as `load` keeps them."""
+    if formats is None:
         return dtype.itemsize
-
-    def of(name: str) -> float:
+    total = 0.0
+    count = 0
+    for name, layer in linear_layers(model).items():
         stored = checkpoint.source.first.get(checkpoint.source.name_of(name))  # `load` tells what is missing
-        if not isinstance(stored, Quantized) or checkpoint.adapter is not None:
-            return store.bytes_per_weight
-        if stored.bits in store.keeps:
-            return stored.bytes_per_weight
-        return STORES["int8"].bytes_per_weight if store.hold_coarse else store.bytes_per_weight
-
-    sizes = {name: layer.weight.numel() for name, layer in linear_layers(model).items()}
-    return sum(of(name) * size for name, size in sizes.items()) / sum(sizes.values())
+        chosen = formats.of(stored, checkpoint.adapter is not None)
+        if chosen is None:
+            assert isinstance(stored, Quantized)
+            size = stored.bytes_per_weight
+        else:
+            size = chosen.bytes_per_weight
+        total += size * layer.weight.numel()
+        count += layer.weight.numel()
+    return total / count
 
 
 def load(
-    checkpoint: Checkpoint, model: Transformer, device: torch.device, dtype: torch.dtype, store: Store | None = None
+    checkpoint: Checkpoint,
+    model: Transformer,
+    device: torch.device,
+    dtype: torch.dtype,
+    formats: Formats | None = None,
 ) -> None:
-    """Give `model`, built for this rank on the meta device, its weights; linear ones as `store` holds them.
+    """Give `model`, built for this rank on the meta device, its weights; linear ones in their `formats`.
 
-    Copies one tensor at a time (with `store`, one matrix per thread) and gives its mapped pages back, so that memory
-    holds this rank's weights and little more. What a file has as the store holds it is neither copied nor rounded:
-    bfloat16 where it is mapped, 8 and 4 bits only laid out anew. Raises ValueError, before anything is read, where the
-    files do not hold exactly the model's tensors. Warns of values that are not finite, and of positions that the model
-    was not made for.
+    Copies one tensor at a time (with `formats`, one matrix per thread) and gives its mapped pages back, so
+    that memory holds this rank's weights and little more. What a file has in the format that is wanted is
+    neither copied nor rounded: 16 bits stay where they are mapped, privately, 8 and 4 bits are only laid
+    out anew. Raises ValueError, before anything is read, where the files do not hold exactly the model's
+    tensors. Warns of values that are not finite, and of positions that the model was not made for.
     """
-    names, rank, source = list(checkpoint.check(model)), model.ranks.rank, checkpoint.source
-    # Whether the config's length is that before or after linear scaling, folders do not agree: the longer counts.
-    known = (source.max_positions or math.inf) * model.params.rope_scaling_factor
-    if rank == 0 and (asked := model.params.max_seq_len) > known:
-        made_for = f"{checkpoint.name} was made for {known:.0f} tokens ({source.params_file})"
-        logger.warning("max_seq_len is %d, and %s: text beyond them may make no sense", asked, made_for)
+    names = list(checkpoint.check(model))
+    rank = model.ranks.rank
+    warn_of_length(checkpoint, model, rank)
     parts: dict[str, Tensor | Quantized] = {}
-    if store and device.type == "cpu":
-        as_it_is = (
-            (name, checkpoint.as_it_is(name, rank, layer.weight.shape, store))
-            for name, layer in linear_layers(model).items()
-        )
-        parts = {name: part for name, part in as_it_is if part is not None}
-        held_as_groups = [name for name, part in parts.items() if isinstance(part, Quantized)]
-        checkpoint.check_groups(held_as_groups, model.params, model.ranks.size)
-    groups = joined(checkpoint, model, parts) if store else []
-    groups += [[name] for name in names if name not in {*chain(*groups)}]
-    loader = Loader(checkpoint, model, device, dtype, store, parts)
+    if formats and device.type == "cpu":
+        for name, layer in linear_layers(model).items():
+            part = checkpoint.stored_part(name, rank, layer.weight.shape, formats)
+            if part is not None:
+                parts[name] = part
+        quantized = [name for name, part in parts.items() if isinstance(part, Quantized)]
+        checkpoint.check_groups(quantized, model.params, model.ranks.size)
+    together: list[list[str]] = []
+    if formats:
+        fusable = fused_names(checkpoint, model, parts)
+        together = [names for names in fusable if packs(checkpoint, names, formats)]
+    together += [[name] for name in names if name not in {*chain(*together)}]
+    loader = Loader(checkpoint, model, device, dtype, formats, parts)
     state: dict[str, Tensor] = {}
     # Packing and quantising are slow and release the interpreter's lock; plain copies are as fast from one thread.
-    with ThreadPoolExecutor(min(torch.get_num_threads(), MAX_LOADERS) if store else 1) as pool:
-        loaded, quiet = pool.map(loader.load, groups), rank > 0 or None
-        for tensors in tqdm(loaded, total=len(groups), desc="loading", unit="tensor", leave=False, disable=quiet):
+    workers = min(torch.get_num_threads(), MAX_LOADERS) if formats else 1
+    quiet = rank > 0 or None
+    with ThreadPoolExecutor(workers) as pool:
+        loaded = pool.map(loader.load, together)
+        for tensors in tqdm(loaded, total=len(together), desc="loading", unit="tensor", leave=False, disable=quiet):
             state |= tensors
     model.load_state_dict(state, assign=True, strict=True)
     model.requires_grad_(False)
 
 
-def joined(checkpoint: Checkpoint, model: nn.Module, parts: dict[str, Tensor | Quantized]) -> list[list[str]]:
-    """The weights that multiply the same input and can be held as one matrix: all of one kind, and not in place."""
+def warn_of_length(checkpoint: Checkpoint, model: Transformer, rank: int) -> None:
+    source = checkpoint.source
+    # Whether the config's length is that before or after linear scaling, folders do not agree: the longer counts.
+    known = (source.max_positions or math.inf) * model.params.rope_scaling_factor
+    asked = model.params.max_seq_len
+    if rank == 0 and asked > known:
+        made_for = f"{checkpoint.name} was made for {known:.0f} tokens ({source.params_file})"
+        logger.warning("max_seq_len is %d, and %s: text beyond them may make no sense", asked, made_for)
+
+
+def packs(checkpoint: Checkpoint, names: list[str], formats: Formats) -> bool:
+    """Whether weights become packed ones, and not parameters."""
+    stored = checkpoint.source.tensor(names[0])
+    chosen = formats.of(stored, checkpoint.adapter is not None)
+    return chosen is None or chosen.pack is not None
+
+
+def fused_names(checkpoint: Checkpoint, model: nn.Module, parts: dict[str, Tensor | Quantized]) -> list[list[str]]:
+    """The weights that multiply the same input and can be packed as one: all of one kind, and not in place."""
     groups = []
     for path, module in model.named_modules():
-        if hasattr(module, "joined"):
-            names = [f"{path}.{part}.weight" for part in module.joined]
+        if hasattr(module, "fused"):
+            names = [f"{path}.{part}.weight" for part in module.fused]
             kinds = {getattr(checkpoint.source.tensor(name), "joins", "plain") for name in names}
             if len(kinds) == 1 and not any(isinstance(parts.get(name), Tensor) for name in names):
                 groups.append(names)
@@ -104,38 +130,43 @@ class Loader(NamedTuple):
     model: Transformer
     device: torch.device
     dtype: torch.dtype
-    store: Store | None
-    parts: dict[str, Tensor | Quantized]  # what the file has as the store holds it
+    formats: Formats | None
+    parts: dict[str, Tensor | Quantized]  # what the file has in the format that is wanted
 
     def load(self, names: list[str]) -> dict[str, Tensor]:
-        """Hold tensors, joined along their rows, in a store of their layers; returns those that stay tensors."""
-        model, parts = self.model, [self.parts.get(name) for name in names]
-        modules = [model.get_submodule(name.removesuffix(".weight")) for name in names]
-        layers = [module for module in modules if isinstance(module, ShardedLinear)] if self.store else []
-        if isinstance(parts[0], Quantized):
-            hold_together(layers, self.grouped(names))
+        """Pack tensors, fused along their rows, into their layers; returns those that stay parameters."""
+        modules = [self.model.get_submodule(name.removesuffix(".weight")) for name in names]
+        layers = [module for module in modules if isinstance(module, ShardedLinear)] if self.formats else []
+        part = self.parts.get(names[0])
+        if isinstance(part, Quantized):
+            fuse(layers, self.grouped(names))
             return {}
-        whole = parts[0] if parts[0] is not None else self.copied(names, exact=bool(layers))
+        whole = part if part is not None else self.copied(names, exact=bool(layers))
         self.check_finite(names, whole)
-        quantized = isinstance(self.checkpoint.source.tensor(names[0]), Quantized)
-        if self.store and layers:
-            hold = self.store.hold_coarse if quantized and self.store.hold_coarse else self.store.hold
-            if (held := hold(whole)) is not None:
-                hold_together(layers, held)
+        dtype = self.dtype
+        if self.formats and layers:
+            stored = self.checkpoint.source.tensor(names[0])
+            chosen = self.formats.of(stored, self.checkpoint.adapter is not None)
+            chosen = chosen or self.formats.coarse  # groups that could not be kept, of several shards
+            packed = chosen.pack(whole) if chosen.pack else None
+            if packed is not None:
+                fuse(layers, packed)
                 return {}
-        rows = [len(model.get_parameter(name)) for name in names]
-        return dict(zip(names, whole.to(self.dtype).split(rows), strict=True))
+            dtype = chosen.dtype or dtype
+        rows = [len(self.model.get_parameter(name)) for name in names]
+        return dict(zip(names, whole.to(dtype).split(rows), strict=True))
 
     def grouped(self, names: list[str]) -> Grouped:
+        """The file's own groups of weights that are fused."""
         parts = [part for name in names if isinstance(part := self.parts[name], Quantized)]
         groups = concatenate([self.checkpoint.groups(name, part) for name, part in zip(names, parts, strict=True)])
-        for factors in (groups.scales, groups.lows):
+        for factors in (groups.scales, groups.mins):
             if factors is not None:
                 self.check_finite(names, factors)
-        held = Grouped(groups, order=parts[0].order)
+        packed = Grouped(groups, order=parts[0].order)
         for part in parts:
             part.let_go()
-        return held
+        return packed
 
     def copied(self, names: list[str], exact: bool) -> Tensor:
         """This rank's rows of all these tensors, in the file's type if they are to be `exact`, else the model's."""

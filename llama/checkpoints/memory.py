@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 import os
-import platform
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +17,6 @@ from .files import size_text
 
 # Tokens of a pass beside one of each row: the most that are fed of prompts at once.
 CHUNK_TOKENS = 512
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 
 
 class Memory(NamedTuple):
@@ -109,23 +105,3 @@ def container_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/pro
             # The page cache counts as free, but not what of it is shared memory or tmpfs.
             left = min(left, max(limit - used + int(stat["file"]) - int(stat["shmem"]), 0))
     return left
-
-
-def return_freed_memory() -> None:
-    """Have glibc hand large freed memory back to the system at once, so that what loading frees does not add up."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**23)
-
-
-def keep_freed_memory() -> None:
-    """Have glibc hand back what it holds now, and from here on keep freed memory for the next allocation.
-
-    By default it hands every large temporary back to the system, which then clears its pages anew in each layer: that
-    took a third of the time of a 512-token prompt. Other C libraries are left as they are.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.malloc_trim(0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        if not libc.mallopt(M_MMAP_THRESHOLD, 2**30):
-            libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that an older glibc takes; a smaller one would stay

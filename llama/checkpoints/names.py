@@ -17,7 +17,7 @@ class Entry(NamedTuple):
     rotary: bool = False  # its rows are channels of heads, rotated in pairs: Hugging Face has other rows for a pair
 
 
-# By their names in the release, with * for a layer's number; ".weight" follows in every layout.
+# By their names in the release, with * for a layer's number; ".weight" folmins in every layout.
 TENSORS = {
     "tok_embeddings": Entry(1, "model.embed_tokens", "token_embd"),
     "layers.*.attention_norm": Entry(None, "model.layers.*.input_layernorm", "blk.*.attn_norm"),

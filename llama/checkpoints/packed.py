@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.kernels import GROUP
+from ..ops import GROUP
 from ..quantization.groups import Groups
 from .files import read_json
 from .quantized import Quantized
@@ -133,13 +133,13 @@ class Packed(Quantized):
         if self.order is not None:
             q = q[:, self.order]
         groups = torch.arange(inputs.start, inputs.stop, GROUP) // self.group_size
-        scales, lows = self.parts["scales"][groups, rows].T, None
+        scales, mins = self.parts["scales"][groups, rows].T, None
         if not self.symmetric:
             zeros = self.columns(self.zeros, rows)[groups].T.to(torch.int16)
-            lows = (self.middle * (self.bits == 8) - zeros) * scales.float()
+            mins = (self.middle * (self.bits == 8) - zeros) * scales.float()
         q = q.unflatten(1, (-1, GROUP))
         q = (q.to(torch.int16) - 128).to(torch.int8) if self.bits == 8 else q[..., :16] | q[..., 16:] << 4
-        return Groups(q, scales if self.exact16 else scales.float(), lows)
+        return Groups(q, scales if self.exact16 else scales.float(), mins)
 
     def columns(self, words: Tensor, rows: slice) -> Tensor:
         """(n, rows) uint8 of words (n, ...) in which neighbouring integers are of neighbouring rows."""

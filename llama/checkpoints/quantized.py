@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..ops.kernels import GROUP
+from ..ops import GROUP
 from ..quantization.groups import QUANTISED_ROWS, Groups, concatenate
 
 T = TypeVar("T", bound="Quantized")

@@ -1,22 +1,27 @@
-"""How well a model predicts a text: perplexity, and bits for each of its bytes."""
+"""python -m llama perplexity: how well a model predicts a text."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Annotated, NamedTuple
 
 from tqdm import tqdm
 
-from ..arguments import check_positive
 from ..checkpoints.files import path_of
-from ..generation import Llama
+from ..errors import ArgumentError, check_positive
+from ..generation import BuildOptions, Llama
+from .allocator import build_llama
+from .arguments import Hidden
+from .common import ONE_PROMPT, FolderOrFile
 
 MOST_NATS = 709  # of which exp is a float
 
+NO_DRAWS = ("model_parallel_size", "prompt_lookup_num_tokens", "seed")  # nothing is generated
+
 
 class Score(NamedTuple):
-    """What was predicted: so many tokens, with the sum of their logprobs, in nats."""
+    """How many tokens were predicted, and the sum of their logprobs in nats."""
 
     tokens: int
     logprob: float
@@ -33,13 +38,61 @@ class Window(NamedTuple):
     scored: int  # how many of them, at the end, are predicted in this window
 
 
-def windows_of(ids: Sequence[int], length: int, stride: int) -> list[Window]:
-    """Windows of at most `length` ids that predict each id but the first once, `stride` of them in each but the last.
+def perplexity(
+    ckpt_dir: FolderOrFile,
+    text: Annotated[str, "file of UTF-8 text"],
+    *,
+    stride: Annotated[int | None, "new tokens in each window of max_seq_len"] = None,
+    build: Annotated[BuildOptions, Hidden(NO_DRAWS)] = ONE_PROMPT,
+) -> str:
+    """Measure how well a model predicts a text file. Under torchrun it is split over the ranks.
 
-    An id is predicted from at least length - stride ids before it, or from all where there are fewer.
+    The text is cut into windows of `max_seq_len` tokens. Each predicts `stride` new tokens; by
+    default all but its first, which is the last one of the window before. A smaller stride takes
+    longer, and lets each token see more.
     """
-    windows = [Window(list(ids[:length]), min(length, len(ids)) - 1)]
-    done = len(windows[0].ids)
+    length = build.max_seq_len
+    stride = length - 1 if stride is None else stride
+    check_positive(stride=stride)
+    if stride >= length:
+        raise ArgumentError(
+            "stride", None, f"is {stride}, and max_seq_len {length}: use a stride below it"
+        )
+    content = read(text)
+    llm = build_llama(ckpt_dir, build)
+    ids = llm.tokenizer.encode(content, bos=True, eos=False)
+    if len(ids) < 2:
+        raise ValueError(f"{text} is empty: pass a file with text")
+    windows = windows_of(ids, length, stride)
+    result = score(llm, windows)
+    size = len(content.encode())
+    bits = -result.logprob / math.log(2) / size
+    return (
+        f"perplexity {result.perplexity:.4f} per token, {bits:.4f} bits per byte "
+        f"({result.tokens:,} tokens, {size:,} bytes, "
+        f"{len(windows)} window(s) of at most {length}, stride {stride})"
+    )
+
+
+def read(text: str) -> str:
+    """The content of a file. Raises OSError or ValueError where it is no text that can be read."""
+    try:
+        return path_of("text", text).read_bytes().decode()
+    except OSError as error:
+        raise type(error)(f"{text} cannot be read ({error.strerror}): pass a text file") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{text} is not UTF-8 ({error}): convert it first") from error
+
+
+def windows_of(ids: Sequence[int], length: int, stride: int) -> list[Window]:
+    """Windows of at most `length` ids that predict each id but the first once.
+
+    Each predicts `stride` of them, the last maybe fewer. An id is predicted from at least length
+    - stride ids before it, or from all where there are fewer.
+    """
+    first = list(ids[:length])
+    windows = [Window(first, len(first) - 1)]
+    done = len(first)
     while done < len(ids):
         end = min(done + stride, len(ids))
         windows.append(Window(list(ids[max(0, end - length) : end]), end - done))
@@ -49,64 +102,17 @@ def windows_of(ids: Sequence[int], length: int, stride: int) -> list[Window]:
 
 def score(llm: Llama, windows: Sequence[Window]) -> Score:
     """The windows' tokens, each predicted from those before it in its window."""
-    total, count = 0.0, 0
+    total = 0.0
+    count = 0
     rows = llm.model.params.max_batch_size
-    batches = range(0, len(windows), rows)
-    quiet = llm.model.ranks.rank > 0 or None
-    for first in tqdm(batches, desc="predicting", unit="batch", leave=False, disable=quiet):
-        batch = windows[first : first + rows]
-        logprobs = llm.generate([window.ids for window in batch], 0, 0, logprobs=True, echo=True)[1]
+    starts = range(0, len(windows), rows)
+    hidden = llm.model.ranks.rank > 0 or None  # None: also where standard error is no terminal
+    for start in tqdm(starts, desc="predicting", unit="batch", leave=False, disable=hidden):
+        batch = windows[start : start + rows]
+        ids = [window.ids for window in batch]
+        _, logprobs = llm.generate(ids, 0, 0, logprobs=True, echo=True)
         assert logprobs is not None
         for window, row in zip(batch, logprobs, strict=True):
-            total, count = total + math.fsum(row[len(row) - window.scored :]), count + window.scored
+            total += math.fsum(row[len(row) - window.scored :])
+            count += window.scored
     return Score(count, total)
-
-
-def perplexity(
-    ckpt_dir: str,
-    text: str,
-    *,
-    tokenizer_path: str | None = None,
-    max_seq_len: int = 2048,
-    stride: int | None = None,
-    max_batch_size: int = 1,
-    device: str = "auto",
-    dtype: str = "auto",
-    quantize: Literal["int8", "int4"] | None = None,
-    adapter_dir: str | None = None,
-) -> str:
-    """How well a model predicts a text file. Under torchrun, with a model that is split over the ranks.
-
-    The text is cut into windows of `max_seq_len` tokens, which predict `stride` new ones each (default: all but the
-    first, which is the last of the window before). A smaller stride takes longer, and lets each token see more.
-    """
-    stride = max_seq_len - 1 if stride is None else stride
-    check_positive(max_seq_len=max_seq_len, stride=stride)
-    if max_seq_len < 2 or stride >= max_seq_len:
-        raise ValueError(f"stride is {stride}, and max_seq_len {max_seq_len}: use a stride below it")
-    try:
-        content = path_of("text", text).read_bytes().decode()
-    except OSError as error:
-        raise type(error)(f"{text} cannot be read ({error.strerror}): pass a text file") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{text} is not UTF-8 ({error}): convert it first") from error
-    llm = Llama.build(
-        ckpt_dir,
-        tokenizer_path,
-        max_seq_len,
-        max_batch_size,
-        device=device,
-        dtype=dtype,
-        quantize=quantize,
-        adapter_dir=adapter_dir,
-    )
-    ids = llm.tokenizer.encode(content, bos=True, eos=False)
-    if len(ids) < 2:
-        raise ValueError(f"{text} is empty: pass a file with text")
-    windows, size = windows_of(ids, max_seq_len, stride), len(content.encode())
-    result = score(llm, windows)
-    bits = -result.logprob / math.log(2) / size
-    return (
-        f"perplexity {result.perplexity:.4f} per token, {bits:.4f} bits per byte ({result.tokens:,} tokens, "
-        f"{size:,} bytes, {len(windows)} window(s) of at most {max_seq_len}, stride {stride})"
-    )

@@ -1,1 +1,16 @@
-"""Continuous batching."""
+"""Continuous batching: requests over the slots of a model's cache."""
+
+from .engine import Engine
+from .request import FinishReason, Pooling, Prompt, Request, ScoredToken, make_prompts
+from .runner import ModelRunner
+
+__all__ = [
+    "Engine",
+    "FinishReason",
+    "ModelRunner",
+    "Pooling",
+    "Prompt",
+    "Request",
+    "ScoredToken",
+    "make_prompts",
+]

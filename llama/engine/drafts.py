@@ -1,24 +1,29 @@
-"""Guesses at the next tokens: what followed the last ones where they occurred before (prompt lookup decoding)."""
+"""Draft tokens by prompt-lookup decoding: what followed the last tokens where they occurred before.
+
+Speculative decoding without a second model: the drafts are run in the same pass as the next token, and
+kept as far as the model itself says the same.
+"""
 
 from __future__ import annotations
 
 # How many of the last tokens must have occurred together before. Two guess wrong too often, four too seldom.
 NGRAM = 3
 
-# After each wrong guess in a row, twice as many passes go by without one, up to so many.
+# After each wrong draft in a row, twice as many passes go by without one, up to so many.
 LONGEST_REST = 32
 
 
 class PromptLookup:
-    """The n-grams of one text as it grows; a guess is as cheap as a look into a dictionary."""
+    """The n-grams of one text as it grows; drafting is as cheap as a look into a dictionary."""
 
     def __init__(self) -> None:
         self.follows: dict[tuple[int, ...], int] = {}  # n-gram -> where what followed it last begins
         self.seen = NGRAM
-        self.rest, self.resting = 0, 0
+        self.rest = 0
+        self.resting = 0
 
-    def guess(self, ids: list[int], n: int) -> list[int]:
-        """At most `n` ids that may follow; none while guesses rest."""
+    def draft(self, ids: list[int], n: int) -> list[int]:
+        """At most `n` ids that may follow; none while drafting rests."""
         if self.resting:
             self.resting -= 1
             return []
@@ -28,12 +33,13 @@ class PromptLookup:
         begin = self.follows.get(tuple(ids[-NGRAM:]))
         if begin is None or n == 0:
             return []
-        guessed = ids[begin : begin + n]
-        while len(guessed) < n:  # the text repeats itself: so may the guess
-            guessed.append(guessed[len(guessed) - (len(ids) - begin)])
-        return guessed
+        drafted = ids[begin : begin + n]
+        period = len(ids) - begin
+        while len(drafted) < n:  # the text repeats itself: so may the draft
+            drafted.append(drafted[len(drafted) - period])
+        return drafted
 
-    def judge(self, right: int) -> None:
-        """Say how many ids of a guess were right."""
-        self.rest = 0 if right else min(2 * self.rest + 1, LONGEST_REST)
+    def judge(self, accepted: int) -> None:
+        """Say how many ids of a draft the model agreed with."""
+        self.rest = 0 if accepted else min(2 * self.rest + 1, LONGEST_REST)
         self.resting = self.rest

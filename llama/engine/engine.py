@@ -1,50 +1,42 @@
-"""Which rows run next. Requests come in at any time, share passes, and leave when they are over.
+"""The loop of steps. Requests come in at any time, share passes, and leave when they are over.
 
-One truth governs it: the cache says which ids each row holds, and what an answer's ids have beyond them is the work to
-do. So there is no phase for prompts and none for decoding: a prompt is fed in chunks, a row that begins as another did
-is copied, a guess that was wrong is forgotten, and what an interrupt left undone is done by the next step. The engine
-reads no clock, so that every rank runs the same schedule. It knows no prompt format.
+A step, in order:
+1. Where a request waits, the model's version is compared with that which filled the cache; for another the
+   cache is cleared.
+2. `Scheduler.schedule` lets go what is over, gives waiting requests slots, compares each slot's ids with its
+   request's, and returns what they lack as spans: of one token and maybe a draft (decode), or a chunk of a
+   prompt (prefill).
+3. `ModelRunner.decode` runs the decode spans through `Transformer.forward`, and `choose` draws a token of
+   each row from the logits; drafts are kept as far as they agree.
+4. `ModelRunner.prefill` runs the chunk; prompts that it completes get their first token.
+5. Each pass ends with a commit: the slot's ids, then the request's new Output, one assignment each. An
+   interrupt between the two costs a token's computation, which the next step repeats with the same draw.
 """
 
 from __future__ import annotations
 
 import contextlib
+import operator
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..cache import Run
+from .. import compat
+from ..cache import Span
 from ..model import Transformer
-from ..parallel import Ranks
-from ..sampling import sample
+from ..sampling import sample, token_logprobs, uniform
 from ..tokenizer import Tokenizer
-from .request import Answer, Request, Score
-from .runner import Runner, uninterrupted
-from .scheduler import Schedule
-
-# Tokens of prompts in a pass while others wait for their next token: as many as take three or four times as long as a
-# step of one row (benchmarks/README.md), on any CPU; a store may have its own. A GPU reads the weights for about as
-# long as it multiplies so many.
-CHUNK, GPU_CHUNK = 24, 256
-
-# And while nobody waits. More gained nothing, and would need more memory.
-LONG_CHUNK = 512
-
-# Rows from which on chunks grow no further. With 16 of them, of `1b` in bfloat16, 128 tokens instead of 64 answered 16
-# clients at 52 tokens/s instead of 42; 192 gained 1 more, and the longest gaps grew from 0.46 to 0.63 s.
-MOST_BUSY = 16
-
-# Positions of a prompt whose logits are held at once while it is scored: 256 × 32,000 float32 are 33 MB.
-SCORE_CHUNK = 256
-
-# Guesses are for few rows: beyond, a pass is bound by arithmetic, and each of their tokens costs.
-GUESS_ROWS = 4
+from .request import Output, Prompt, Request, ScoredToken, extended, finished, needed_of
+from .runner import ModelRunner
+from .scheduler import CHUNK, GPU_CHUNK, Scheduler
 
 
 class Engine:
-    """Runs requests over the rows of a model's cache: `submit` them, `step`, read the answers, `cancel` some.
+    """Runs requests over the slots of a model's cache: `submit` them, `step`, read their outputs, `cancel` some.
 
     Several threads may submit and `progress` at once: whichever comes first steps for all.
     """
@@ -54,280 +46,340 @@ class Engine:
         model: Transformer,
         tokenizer: Tokenizer,
         *,
-        guess_tokens: int = 0,
+        draft_tokens: int = 0,
         chunk_tokens: int = 0,
-        runner: Runner | None = None,
+        runner: ModelRunner | None = None,
     ):
-        """`guess_tokens` are guessed by prompt lookup, and verified, in a pass over rows whose text repeats itself.
-        On a CPU `chunk_tokens` of prompts are fed at once while others answer, or CHUNK if it is 0."""
-        runner = runner or Runner(model)
-        self.model, self.tokenizer, self.cache = model, tokenizer, runner.cache
-        self.version = model.version()
-        self.schedule = Schedule(runner.cache)
-        self.passes = Passes(runner, self.schedule, model.ranks, tokenizer.n_used)
-        self.guess_tokens, self.long_chunk = guess_tokens, LONG_CHUNK
-        self.chunk = (chunk_tokens or CHUNK) if runner.device.type == "cpu" else GPU_CHUNK
+        """`draft_tokens` are drafted by prompt lookup, and verified, where a text repeats itself. On a CPU
+        `chunk_tokens` of prompts are run at once while others answer, or CHUNK if it is 0."""
+        self.runner = runner or ModelRunner(model)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.version = ModelVersion(model)
+        self.cache = self.runner.cache
+        on_cpu = self.cache.device.type == "cpu"
+        chunk = (chunk_tokens or CHUNK) if on_cpu else GPU_CHUNK
+        self.scheduler = Scheduler(self.cache, draft_tokens=draft_tokens, chunk=chunk)
+        # The first rank's values, on every rank.
+        self.share: Callable[[Tensor], Tensor] = model.ranks.share if model.ranks.size > 1 else lambda x: x
+        self.passes = 0  # how many passes were run, and over how many tokens, for those who measure
+        self.tokens = 0
         self.turn = threading.Condition()
         self.stepping: int | None = None  # the thread that does
 
-    def submit(self, request: Request) -> Answer:
-        answer = Answer(request, self.tokenizer)
-        if not answer.over:
-            self.schedule.waiting.append(answer)
-        return answer
-
-    def cancel(self, answer: Answer) -> None:
-        """Let an answer go at the next step, whether it waits, is half fed or being answered."""
-        answer.cancelled = answer.cancelled or not answer.over
-        self.schedule.left = True
-
     @property
     def busy(self) -> bool:
-        """Whether an answer waits or has a row, if only until the next step lets it go."""
-        return bool(self.schedule.waiting) or any(answer is not None for answer in self.schedule.answers)
+        return self.scheduler.busy
+
+    def submit(self, prompt: Prompt) -> Request:
+        request = Request(prompt, self.tokenizer)
+        if not request.over:
+            self.scheduler.waiting.append(request)
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """Let a request go at the next step, whether it waits, is half read or being answered."""
+        request.cancelled = request.cancelled or not request.over
+        self.scheduler.some_left = True
 
     @contextlib.contextmanager
-    def answering(self, requests: Iterable[Request]) -> Iterator[list[Answer]]:
-        """Their answers, submitted; those that are not over when the block is left, however it is, are cancelled."""
-        answers: list[Answer] = []
+    def running(self, prompts: Iterable[Prompt]) -> Iterator[list[Request]]:
+        """Their requests, submitted; those that are not over when the block is left, however it is, are cancelled."""
+        requests: list[Request] = []
         try:
+            for prompt in prompts:
+                requests.append(self.submit(prompt))
+            yield requests
+        finally:
             for request in requests:
-                answers.append(self.submit(request))
-            yield answers
-        finally:
-            for answer in answers:
-                self.cancel(answer)
+                if not request.over:
+                    self.cancel(request)
 
-    def progress(self, answers: Sequence[Answer]) -> Iterator[None]:
-        """Step until `answers` are over, and yield after each step. Raises the error of the first one that fails."""
-        while True:
-            for answer in answers:
-                if answer.error is not None:
-                    raise answer.error
-            if all(answer.over for answer in answers):
-                return
-            self._step_or_wait()
-            yield
-
-    def _step_or_wait(self) -> None:
+    def progress(self, requests: Sequence[Request]) -> Iterator[None]:
+        """Step until `requests` are over, and yield after each step. Raises the error of the first that fails."""
         me = threading.get_ident()
-        if self.stepping == me:
-            raise RuntimeError("a hook on the model's pass asked the model itself: wait until the pass is done")
-        try:
-            with self.turn:
-                if self.stepping is not None:
-                    self.turn.wait(1)  # another thread's step is for our answers too
-                    return
-                self.stepping = me
-            self.step()
-        finally:
+        while True:
+            for request in requests:
+                if request.error is not None:
+                    raise request.error
+            if all(request.over for request in requests):
+                return
             if self.stepping == me:
-                self.stepping = None
+                raise RuntimeError("a hook on the model's pass asked the model itself: wait until the pass is done")
+            try:
                 with self.turn:
-                    self.turn.notify_all()
+                    if self.stepping is None:
+                        self.stepping = me
+                    else:
+                        self.turn.wait(1)  # another thread's step is for our requests too
+                if self.stepping == me:
+                    self.step()
+            finally:
+                if self.stepping == me:
+                    self.stepping = None
+                    with self.turn:
+                        self.turn.notify_all()
+            yield
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Admit what waits, give each answering row a token or more, then run a chunk of the prompts."""
-        idle = all(answer is None or answer.over for answer in self.schedule.answers)
-        if idle and (version := self.model.version()) != self.version:
-            self.cache.clear()  # the weights were trained, loaded or written to since
-            self.passes.runner.forget()
-            self.version = version
-        answering, feeding = self.schedule.advance()
-        # Rows that were admitted together begin to answer together; those that answer do not wait for newer ones.
-        together = len({self.schedule.admitted[row] for row in answering + feeding}) == 1
-        if answering and not (feeding and together):
-            self._attempt(self.passes.decode, self._guesses(answering))
-        if feeding:
-            alone = together or not answering
-            # The more rows there are, the longer a step takes anyway, and the more of them wait for their prompts.
-            busy = min(len(answering) + len(feeding), MOST_BUSY)
-            size = self.long_chunk if alone else self.chunk * busy // 2
-            self._attempt(self.passes.feed, self._chunk(feeding, size))
-
-    def _chunk(self, rows: Sequence[int], size: int) -> list[Run]:
-        """The next `size` tokens that rows lack, of those that were admitted first."""
-        runs = []
-        for row in sorted(rows, key=lambda row: self.schedule.admitted[row]):
-            start = len(self.cache.held[row])
-            ids = self.schedule[row].ids[start : start + size]
-            size -= len(ids)
-            if ids:
-                runs.append(Run(row, start, ids))
-        return runs
-
-    def _guesses(self, rows: Sequence[int]) -> list[Run]:
-        """The one token that each row lacks and, where its text repeats itself, guesses of what follows it."""
-        runs = [Run(row, len(self.cache.held[row]), self.schedule[row].ids[-1:]) for row in rows]
-        room = min(self.guess_tokens, self.cache.length - 1 - max(run.start for run in runs))
-        if room < 1 or len(rows) > GUESS_ROWS:
-            return runs
-        answers = [self.schedule[run.row] for run in runs]
-        guessed = [r._replace(ids=r.ids + a.lookup.guess(a.ids, room)) for r, a in zip(runs, answers, strict=True)]
-        # Each guess lengthens the pass for all rows: it has to be worth it for half of them.
-        return guessed if 2 * sum(len(run.ids) > 1 for run in guessed) >= len(runs) else runs
-
-    def _attempt(self, run_pass: Callable[[list[Run]], None], runs: list[Run]) -> None:
-        """Run a pass. Where it raises, its answers fail, and others go on; several ranks can only all stop."""
-        try:
-            run_pass(runs)
-        except Exception as error:
-            if self.model.ranks.size > 1:
-                raise
-            for run in runs:
-                self.schedule[run.row].error = error
-
-
-class Passes:
-    """Runs of ids in, and what their answers get of it out. Rows hold the ids once a pass is done, and not before."""
-
-    def __init__(self, runner: Runner, schedule: Schedule, ranks: Ranks, pieces: int):
-        """Rows of the output beyond `pieces` are padding, and never drawn."""
-        self.runner, self.cache, self.schedule, self.ranks = runner, runner.cache, schedule, ranks
-        self.pieces = pieces
-        self.count = self.tokens = 0  # what was run, for those who measure
-
-    def decode(self, runs: list[Run]) -> None:
-        """A pass over the first rows. Those among them that lack more than it gives run along, and hold nothing new."""
-        by_row, seqlen, filler = {run.row: run for run in runs}, max(len(run.ids) for run in runs), runs[0].ids[0]
-        tokens, starts = [], []
-        for row in range(self.runner.rows(runs[-1].row + 1)):
-            ids = by_row[row].ids if row in by_row else []
-            if not ids:  # something has to be written, beyond what is held
-                self.cache.forget(row, self.cache.length - seqlen)
-            starts.append(len(self.cache.held[row]))
-            tokens.append(ids + [filler] * (seqlen - len(ids)))
-        self._note(runs)
-        logits = self.runner.decode(tokens, starts)
-        with uninterrupted():
-            for run in runs:
-                self.cache.held[run.row] += run.ids
-            self._draw(runs, logits if len(tokens) == len(runs) else logits[[run.row for run in runs]])
-
-    def feed(self, runs: list[Run]) -> None:
-        """A pass over chunks of prompts; those that are whole with it get the first token of their answers."""
-        self._note(runs)
-        h = self.runner.feed(runs)
-        with uninterrupted():
-            self._take(runs, h)
-
-    def _take(self, runs: list[Run], h: Tensor) -> None:
-        states = h.split([len(run.ids) for run in runs])
-        finite = self.ranks.share(torch.stack([part.isfinite().all() for part in states]).int()).tolist()
-        ended = []
-        for run, part, good in zip(runs, states, finite, strict=True):
-            answer = self.schedule[run.row]
-            if not good:
-                self._fail(answer, run.row, run.start + len(run.ids) - 1)
+        """One decode step for every running request, then at most one chunk of prefill."""
+        if self.scheduler.waiting:  # and may find a prefix
+            version = ModelVersion(self.model)
+            if not version.equals(self.version):  # trained, loaded, written to or hooked
+                self.cache.clear()
+                self.runner.reset()
+                self.version = version
+        decoding, prefilling = self.scheduler.schedule()
+        for run_pass, spans in ((self._decode, decoding), (self._prefill, prefilling)):
+            if not spans:
                 continue
-            self._keep_states(answer, run, part)
-            self.cache.held[run.row] += run.ids
-            if run.start + len(run.ids) < len(answer.ids):
+            self.passes += 1
+            self.tokens += sum(len(span.ids) for span in spans)
+            try:
+                run_pass(spans)
+            except Exception as error:
+                if self.model.ranks.size > 1:
+                    raise  # several ranks can only all stop
+                for span in spans:  # these fail, and others go on
+                    self.scheduler.running[span.slot].error = error
+
+    def _decode(self, spans: list[Span]) -> None:
+        logits = self.runner.decode(spans)
+        drawn = self._draw(spans, logits)
+        for span, own in zip(spans, drawn, strict=True):
+            self._commit(span, own.output)
+            lookup = self.scheduler.running[span.slot].lookup
+            if lookup is not None and len(span.ids) > 1 and own.tokens:
+                lookup.judge(own.tokens - 1)
+        drafts_finite = logits.shape[1] == 1 or bool(logits.sum(dim=-1).isfinite().all())
+        if not drafts_finite or any(own.output is None for own in drawn):
+            self._wipe(spans)
+
+    def _prefill(self, spans: list[Span]) -> None:
+        plans = plans_of(spans, [self.scheduler.running[span.slot] for span in spans])
+        wanted = [place for plan in plans for place in plan.places]
+        logits, states = self.runner.prefill(spans, wanted)
+        parts = states.split([len(span.ids) for span in spans])
+        finite = torch.stack([part.isfinite().all() for part in parts]).int()
+        good = self.share(finite).tolist()
+        completed = []
+        for plan, part, is_finite in zip(plans, parts, good, strict=True):
+            if not is_finite:
+                self._commit(plan.span, None)
                 continue
-            if answer.request.pooling is not None or answer.request.max_tokens == 0:
-                answer.finish("length")
-            else:
-                ended.append((run._replace(ids=run.ids[-1:]), part[-1]))
-        if ended:
-            self._draw([run for run, _ in ended], self.runner.logits(torch.stack([last for _, last in ended]))[:, None])
-        if not all(finite):
-            self.cache.wipe()
+            if plan.targets or self.scheduler.running[plan.span.slot].prompt.pooling is not None:
+                self._keep(plan, part, logits)
+            self._commit(plan.span, self.scheduler.running[plan.span.slot].output)
+            if plan.draws:
+                completed.append(plan)
+        drawn = []
+        if completed:
+            last = [plan.span._replace(start=plan.end, ids=[]) for plan in completed]
+            rows = [plan.first_row + len(plan.targets) for plan in completed]
+            drawn = self._draw(last, logits[rows][:, None])
+            for span, own in zip(last, drawn, strict=True):
+                self._commit(span, own.output)
+        if not all(good) or any(own.output is None for own in drawn):
+            self._wipe(spans)
 
-    def _keep_states(self, answer: Answer, run: Run, h: Tensor) -> None:
-        """What a request wants of its prompt's hidden states h (n, dim): themselves, or the next tokens' logprobs."""
-        if answer.request.pooling is not None:
-            if answer.states is None:
-                answer.states = torch.empty(len(answer.ids), h.shape[1], dtype=torch.float32, device=h.device)
-            answer.states[run.start : run.start + len(h)] = h
-        if answer.request.scores_prompt:
-            targets = list(answer.request.prompt)[run.start + 1 : run.start + 1 + len(h)]
-            for first in range(0, len(targets), SCORE_CHUNK):
-                chunk = torch.tensor(targets[first : first + SCORE_CHUNK], device=h.device)
-                logits = self.runner.logits(h[first : first + len(chunk)])[:, : self.pieces]
-                k, at = answer.request.top_logprobs, run.start + 1 + first
-                scores = self.ranks.share(score(logits, chunk, k)).tolist()
-                answer.prompt_scores[at : at + len(scores)] = [score_of(row, k) for row in scores]
-        answer.kept = run.start + len(h)
+    def _keep(self, plan: PrefillPlan, states: Tensor, logits: Tensor) -> None:
+        """What a request wants of its prompt's tokens: their hidden states, or the next tokens' logprobs.
 
-    def _draw(self, runs: list[Run], logits: Tensor) -> None:
-        """Give each answer its next tokens, as far as the guesses among its run's ids were right.
-
-        logits (n, seqlen, vocab_size) follow the ids of the runs.
+        What an interrupted pass may have kept from the span's start on goes.
         """
-        drawn, alive = [0] * len(runs), list(range(len(runs)))
-        for i in range(logits.shape[1]):
-            answers = [self.schedule[runs[j].row] for j in alive]
-            tokens = self.choose(answers, logits[:, i] if len(alive) == len(runs) else logits[alive, i])
-            right = []
-            for j, answer, (token, scored) in zip(alive, answers, tokens, strict=True):
-                if token < 0:
-                    self._fail(answer, runs[j].row, runs[j].start + i)
+        span = plan.span
+        request = self.scheduler.running[span.slot]
+        if request.prompt.pooling is not None:
+            before = states[:0].float() if request.states is None else request.states[: span.start]
+            request.states = torch.cat((before, states.float()))
+            request.computed = len(request.states)
+        elif plan.targets:
+            rows = logits[plan.first_row : plan.first_row + len(plan.targets), : self.tokenizer.n_used]
+            targets = torch.tensor(plan.targets, device=rows.device)
+            scores = self._score(rows, targets, [request] * len(targets))
+            request.prompt_scores = (*request.prompt_scores[: span.start + 1], *scores)
+            request.computed = len(scores) + span.start
+        if request.computed == needed_of(request.prompt):
+            request.computed = None
+            if request.prompt.max_tokens == 0:
+                request.output = finished(request.output, request.prompt, "length")
+
+    def _draw(self, spans: list[Span], logits: Tensor) -> list[Drawn]:
+        """The outputs after a pass, with the next token of each row and as much of its draft as agrees.
+
+        logits (n, seqlen, vocab_size) follow the ids of the spans. Nothing of the requests changes.
+        """
+        requests = [self.scheduler.running[span.slot] for span in spans]
+        drawn = [Drawn(request.output, 0) for request in requests]
+        going = list(range(len(spans)))
+        for place in range(logits.shape[1]):
+            numbers = [len(requests[row].output.tokens) + place for row in going]
+            own = logits[:, place] if len(going) == len(spans) else logits[going, place]
+            tokens = self.choose([requests[row] for row in going], numbers, own)
+            agreeing = []
+            for row, token in zip(going, tokens, strict=True):
+                before = drawn[row]
+                if token is None or before.output is None:
+                    drawn[row] = Drawn(None, before.tokens)
                     continue
-                answer.append(token, scored)
-                drawn[j] += 1
-                if not answer.over and runs[j].ids[i + 1 : i + 2] == [token]:
-                    right.append(j)
-            alive = right
-            if not alive:
+                output = extended(before.output, requests[row].prompt, token)
+                drawn[row] = Drawn(output, before.tokens + 1)
+                if output.finish_reason is None and spans[row].ids[place + 1 : place + 2] == [token.id]:
+                    agreeing.append(row)
+            going = agreeing
+            if not going:
                 break
-        for run, n in zip(runs, drawn, strict=True):
-            if len(run.ids) > 1 and n:
-                self.schedule[run.row].lookup.judge(n - 1)
-        if min(drawn) == 0 or (logits.shape[1] > 1 and not logits.sum(dim=-1).isfinite().all()):
-            for run in runs:
-                self.cache.forget(run.row, self.cache.known(run.row, self.schedule[run.row].ids))
-            self.cache.wipe()
+        return drawn
 
-    def choose(self, answers: list[Answer], logits: Tensor) -> list[tuple[int, Score]]:
-        """The next token of each answer and, where asked for, its score; token -1 where logits are not finite.
+    def choose(
+        self, requests: list[Request], numbers: list[int], logits: Tensor
+    ) -> list[ScoredToken | None]:
+        """Token `numbers[i]` of the answer to request i; None where its logits, (n, vocab_size), are not finite.
 
-        The first rank's choice counts on all of them: ranks may differ in a logit's last bit, and must not in a token.
+        The first rank's choice counts on all ranks: their logits may differ in a last bit, and the tokens
+        must not.
         """
-        logits = logits[:, : self.pieces]
-        tokens = sample(
-            logits,
-            temperature=[answer.request.temperature for answer in answers],
-            top_p=[answer.request.top_p for answer in answers],
-            uniform=[answer.uniform(len(answer.pieces)) for answer in answers],
-        )
-        requests = [answer.request for answer in answers]
+        logits = logits[:, : self.tokenizer.n_used]
+        params = [request.prompt.params for request in requests]
+        uniforms = [
+            uniform(request.prompt.params.seed or 0, request.prompt.stream, number)
+            for request, number in zip(requests, numbers, strict=True)
+        ]
         finite = logits.sum(dim=-1).isfinite()  # one pass: a sum keeps what is not finite
-        choice = torch.where(finite, tokens, -1).float()[:, None]
-        if any(request.logprobs for request in requests):
-            choice = torch.cat((choice, score(logits, tokens, max(r.top_logprobs for r in requests))), dim=1)
-        rows = self.ranks.share(choice).tolist()
-        return [(int(row[0]), score_of(row[1:], r.top_logprobs)) for row, r in zip(rows, requests, strict=True)]
+        tokens = torch.where(finite, sample(logits, params, uniforms), -1)
+        tokens = self.share(tokens)
+        ids = tokens.tolist()
+        if not any(own.logprobs for own in params):
+            return [ScoredToken(token) if token >= 0 else None for token in ids]
+        scores = self._score(logits, tokens.clamp(min=0), requests)
+        return [score if token >= 0 else None for score, token in zip(scores, ids, strict=True)]
 
-    def _fail(self, answer: Answer, row: int, position: int) -> None:
-        """End an answer whose logits are not finite; whoever calls wipes what it leaves, for a NaN would spread."""
-        dtype = str(self.cache.k.dtype).removeprefix("torch.")
-        advice = {"float16": 'try dtype="bfloat16"', "bfloat16": 'try dtype="float32"'}
-        answer.error = ValueError(
-            f"logits are not finite (row {answer.request.index}, position {position}, {dtype}): "
-            + advice.get(dtype, "the checkpoint's weights are damaged or of another model")
+    def _score(self, logits: Tensor, tokens: Tensor, requests: list[Request]) -> list[ScoredToken]:
+        """Each row's token with its logprob, and as many of the likeliest as its request asks for."""
+        most = max(request.prompt.params.top_logprobs for request in requests)
+        ids, logprobs = token_logprobs(logits, tokens, most)
+        ids_of = self.share(ids).tolist()
+        logprobs_of = self.share(logprobs).tolist()
+        scored = []
+        for request, own, values in zip(requests, ids_of, logprobs_of, strict=True):
+            k = request.prompt.params.top_logprobs
+            top = tuple(zip(own[1 : 1 + k], values[1 : 1 + k], strict=True))
+            scored.append(ScoredToken(own[0], values[0], top))
+        return scored
+
+    def _commit(self, span: Span, output: Output | None) -> None:
+        """Say that a span was run, and what came of it; None where its logits are not finite.
+
+        The slot first: an interrupt between the two leaves a request that lacks a token once more.
+        """
+        request = self.scheduler.running[span.slot]
+        if output is None:
+            request.error = not_finite(request, span, self.cache.dtype)
+            self.cache.truncate(span.slot, 0)
+            return
+        self.cache.token_ids[span.slot].extend(span.ids)
+        request.output = output
+
+    def _wipe(self, spans: list[Span]) -> None:
+        """Leave nothing of what is not finite behind the tokens that slots hold."""
+        for span in spans:
+            ids = self.scheduler.running[span.slot].output.ids
+            known = self.cache.prefix_length(span.slot, ids)
+            self.cache.truncate(span.slot, known)
+        self.cache.wipe()
+
+
+class Drawn(NamedTuple):
+    """What a pass gave a request: its output, or None where logits are not finite, and how many tokens."""
+
+    output: Output | None
+    tokens: int
+
+
+class PrefillPlan(NamedTuple):
+    """A span of a prompt, and what is wanted of it."""
+
+    span: Span
+    end: int  # of the span
+    targets: list[int]  # the prompt's next ids, which its first positions score
+    draws: bool  # whether it completes a prompt that is to be continued
+    places: list[int]  # the places, in the row of all spans, whose logits are wanted
+    first_row: int  # of these logits
+
+
+def plans_of(spans: Sequence[Span], requests: Sequence[Request]) -> list[PrefillPlan]:
+    plans = []
+    first = 0
+    row = 0
+    for span, request in zip(spans, requests, strict=True):
+        prompt = request.prompt
+        end = span.start + len(span.ids)
+        targets: list[int] = []
+        if request.scores_prompt and request.computed is not None:
+            targets = prompt.token_ids[span.start + 1 : end + 1]
+        whole = end == len(request.output.ids)
+        draws = whole and prompt.pooling is None and prompt.max_tokens > 0
+        places = list(range(first, first + len(targets)))
+        first += len(span.ids)
+        if draws:
+            places.append(first - 1)
+        plans.append(PrefillPlan(span, end, targets, draws, places, row))
+        row += len(places)
+    return plans
+
+
+def not_finite(request: Request, span: Span, dtype: torch.dtype) -> ValueError:
+    name = str(dtype).removeprefix("torch.")
+    last = span.start + len(span.ids) - 1
+    advice = {"float16": 'try dtype="bfloat16"', "bfloat16": 'try dtype="float32"'}
+    return ValueError(
+        f"logits are not finite (row {request.prompt.index}, position {last}, {name}): "
+        + advice.get(name, "the checkpoint's weights are damaged or of another model")
+    )
+
+
+class ModelVersion:
+    """What a pass of a model reads, at one moment.
+
+    That is every parameter and buffer (its address and how often PyTorch counted a write to it), every
+    module, its own and its class' `forward`, its hooks, the norms' eps, the rotary angles, and how often
+    the model was moved. What no pass reads, as `training`, is no part of it. Edits that PyTorch does not
+    count, through `.data` or NumPy, are not seen.
+
+    Taking it is a walk over all modules: 0.1 to 0.2 ms for 32 layers.
+    """
+
+    def __init__(self, model: Transformer):
+        self.numbers: list[Any] = [model.moves, *map(tuple, compat.GLOBAL_HOOKS)]
+        self.things: list[Any] = []  # compared by identity; kept, so that no other takes a former one's place
+        numbers = self.numbers.append
+        things = self.things.append
+        tensors = [model.freqs_cis]
+        modules: list[Any] = [model]
+        while modules:
+            module = modules.pop()
+            own = module.__dict__
+            things(module)
+            things(type(module).forward)
+            things(own.get("forward"))
+            numbers(own.get("eps"))
+            for hooks in (own["_forward_hooks"], own["_forward_pre_hooks"]):
+                if hooks:
+                    numbers(tuple(hooks))  # their numbers, which are never given twice
+            tensors += own["_parameters"].values()
+            tensors += own["_buffers"].values()
+            modules += [child for child in own["_modules"].values() if child is not None]
+        for tensor in tensors:
+            if tensor is not None:
+                things(weakref.ref(tensor))  # the same object for as long as the tensor lives
+                numbers(tensor.data_ptr())
+                numbers(0 if tensor.is_inference() else tensor._version)
+
+    def equals(self, other: ModelVersion) -> bool:
+        same_length = len(self.things) == len(other.things)
+        return (
+            same_length
+            and self.numbers == other.numbers
+            and all(map(operator.is_, self.things, other.things))
         )
-        self.cache.forget(row, 0)
-
-    def _note(self, runs: list[Run]) -> None:
-        self.count += 1
-        self.tokens += sum(len(run.ids) for run in runs)
-
-
-def score(logits: Tensor, tokens: Tensor, k: int) -> Tensor:
-    """(n, 1 + 2k) float32 for logits (n, vocab_size): the logprob of each row's token, then the ids and the logprobs of
-    the k likeliest. Ids are exact in float32, and one tensor takes one broadcast and one read by the host."""
-    logprobs = logits.log_softmax(dim=-1)
-    own = logprobs.gather(1, tokens[:, None])
-    if not k:
-        return own
-    likeliest = logprobs.topk(k)
-    return torch.cat((own, likeliest.indices.float(), likeliest.values), dim=1)
-
-
-def score_of(row: list[float], k: int) -> Score:
-    """A row of `score`, of which no more than the `k` likeliest were asked for."""
-    if not row:
-        return Score(0.0)
-    at = 1 + len(row) // 2
-    return Score(row[0], tuple(zip(map(int, row[1 : 1 + k]), row[at : at + k], strict=True)))

@@ -1,14 +1,15 @@
-"""A Request, what is asked of a model, and its Answer, what has come of it. Knows nothing of models."""
+"""A Prompt is what the engine is asked; a Request is a prompt and what has come of it. Knows no model."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
+from ..errors import ArgumentError, EmptyPrompt, PromptError, PromptTooLong, PromptTypeError, as_integer, is_list
+from ..sampling import SamplingParams, Streams
 from ..tokenizer import Detokenizer, Tokenizer
 from .drafts import PromptLookup
 
@@ -16,143 +17,292 @@ FinishReason = Literal["stop", "length"]
 Pooling = Literal["mean", "last"]
 
 
-class Score(NamedTuple):
-    """How likely a token was, as a natural logarithm, and the likeliest in its place, (id, logprob), best first."""
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids and how they are to be continued. Made, and checked, by `make_prompts`."""
 
-    logprob: float
+    token_ids: list[int]
+    params: SamplingParams
+    max_tokens: int  # at most params.max_tokens, and what max_seq_len leaves room for
+    end_ids: frozenset[int]  # ids that end an answer and are no part of it
+    index: int = 0  # its number in the call
+    stream: int = 0  # which of its seed's random streams it draws from
+    starts_text: bool = True  # False: it goes on amid a text, and keeps its first word's space
+    pooling: Pooling | None = None  # asks for hidden states, not for tokens
+    refusal: str | None = None  # answered with this instead of being run
+
+
+class ScoredToken(NamedTuple):
+    """A token, its log-probability, and the likeliest (id, logprob) in its place, best first."""
+
+    id: int
+    logprob: float = 0.0
     top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
-class Request:
-    """A prompt and how it is to be continued. arguments.py makes them of what users pass, and checks it."""
+class Output:
+    """What was generated so far.
 
-    prompt: Sequence[int]
-    max_tokens: int
-    end_ids: frozenset[int]  # the ids that end it, and are no part of it
-    temperature: float = 0.0
-    top_p: float = 1.0
-    stream: str = ""  # names the random numbers that it draws, its own, so that no neighbour changes its text
-    stop: tuple[str, ...] = ()
-    logprobs: bool = False
-    top_logprobs: int = 0  # how many of the likeliest in each token's place, with logprobs
-    echo: bool = False
-    continues: bool = False  # begins in the middle of a text, so that its first word's space stays
-    pooling: Pooling | None = None  # asks for hidden states, not for tokens
-    refusal: str | None = None  # the answer to what is not run
-    index: int = 0  # its number in the call it came with
-
-    @property
-    def scores_prompt(self) -> bool:
-        return self.logprobs and self.echo
-
-
-class Answer:
-    """What has come of a request: `ids` is the prompt and, one by one, the tokens after it.
-
-    It is over once it has a `finish_reason`, or an `error`, or was `cancelled`.
+    Frozen: each token makes a new Output, which takes the place of the old one in a single assignment. So
+    an interrupt, wherever it comes, leaves a request with all of a token or with nothing of it.
     """
 
-    def __init__(self, request: Request, tokenizer: Tokenizer):
-        self.request = request
-        self.ids = list(request.prompt)
-        self.pieces: list[str] = []  # of the tokens, one each, and so are their scores
-        self.scores: list[Score] = []
-        self.end: tuple[int, Score] | None = None  # the id that ended it, which is no part of it
-        self.text = ""  # of the pieces
-        self.prompt_scores = [Score(0.0)] * len(self.ids) if request.scores_prompt else []
-        self.kept = 0  # how many of the prompt's ids their states were taken of, where they are wanted
-        self.states: Tensor | None = None  # (len(prompt), dim) float32, where they are to be pooled
-        self.finish_reason: FinishReason | None = None
+    detokenizer: Detokenizer
+    ids: list[int]  # the prompt's and, after them, the answer's
+    tokens: tuple[ScoredToken, ...] = ()  # the answer's
+    pieces: tuple[str, ...] = ()  # the text of each token
+    text: str = ""  # of all pieces
+    end: ScoredToken | None = None  # the token that ended it, which is no part of it
+    finish_reason: FinishReason | None = None
+
+
+class Request:
+    """A prompt and what has come of it.
+
+    It is over once it has a `finish_reason` or an `error`, or was `cancelled`.
+    """
+
+    def __init__(self, prompt: Prompt, tokenizer: Tokenizer):
+        self.prompt = prompt
         self.error: Exception | None = None
         self.cancelled = False
-        self._detokenizer = Detokenizer(tokenizer, at_start=not request.continues)
-        self.prompt_pieces = [self._detokenizer.push(token) for token in self.ids] if request.echo else []
-        self.lookup = PromptLookup()
-        self._random, self._uniforms = random.Random(request.stream), list[float]()
-        if request.refusal is not None:
-            self.refuse(request.refusal)
-        elif request.max_tokens == 0 and not request.scores_prompt and request.pooling is None:
-            self.finish("length")
+        self.admitted = 0  # the engine's step at which it was given a slot
+        self.lookup: PromptLookup | None = None  # made when a draft is first wanted
+        # Whether log-probabilities of the prompt's own tokens are asked for.
+        params = prompt.params
+        self.scores_prompt = params.logprobs and params.echo and prompt.refusal is None
+        # Of the prompt, where it is scored: a score for each of its first tokens, as far as they are run.
+        self.prompt_scores: tuple[ScoredToken, ...] = ()
+        # Of the prompt, where it is pooled: hidden states (n, dim) float32 of its first tokens.
+        self.states: Tensor | None = None
+        detokenizer = Detokenizer(tokenizer, prompt.starts_text)
+        self._echoed: tuple[str, ...] = ()
+        if prompt.params.echo:
+            self._echoed, detokenizer = pieces_of(prompt.token_ids, detokenizer)
+        self.output = Output(detokenizer, prompt.token_ids)
+        if self.scores_prompt:
+            self.prompt_scores = (ScoredToken(prompt.token_ids[0]),)
+        # How many of the prompt's tokens gave what is wanted of every one of them; None: nothing is wanted.
+        # Until all did, a prefix that another request computed is of no use.
+        self.computed: int | None = 0 if needed_of(prompt) else None
+        if prompt.refusal is not None:
+            refuse(self, prompt.refusal)
+        elif prompt.max_tokens == 0 and self.computed is None:
+            self.output = finished(self.output, self.prompt, "length")
 
     @property
-    def tokens(self) -> list[int]:
-        return self.ids[len(self.request.prompt) :]
+    def token_ids(self) -> list[int]:
+        """The prompt's and, after them, the answer's."""
+        return self.output.ids
 
     @property
-    def wants_states(self) -> bool:
-        """Whether the hidden states of all of its prompt are still wanted, and none may be left out."""
-        return self.request.pooling is not None or (self.request.scores_prompt and not self.pieces)
+    def answer_ids(self) -> list[int]:
+        return self.output.ids[len(self.prompt.token_ids) :]
+
+    @property
+    def prompt_pieces(self) -> tuple[str, ...]:
+        """The text of each of the prompt's tokens, where it is echoed."""
+        output = self.output
+        if not self._echoed or output.pieces or output.finish_reason is None:
+            return self._echoed
+        return (*self._echoed[:-1], self._echoed[-1] + output.detokenizer.flush())
+
+    @property
+    def text(self) -> str:
+        """The answer's."""
+        return self.output.text
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self.output.finish_reason
 
     @property
     def over(self) -> bool:
-        return self.finish_reason is not None or self.error is not None or self.cancelled
+        return self.output.finish_reason is not None or self.error is not None or self.cancelled
 
     @property
-    def generation(self) -> str:
-        """The result's text: with echo, the prompt's too."""
-        return "".join(self.prompt_pieces) + self.text
+    def full_text(self) -> str:
+        """The answer's, after the prompt's where it is echoed."""
+        if not self._echoed:
+            return self.output.text
+        return "".join(self.prompt_pieces) + self.output.text
 
-    def news(self, sent: int) -> tuple[str, bool]:
-        """What is new of `generation` after `sent` characters, without an end that may yet be taken back, as it may be
-        the beginning of a stop string; and whether it is the last. Another thread may be appending."""
-        over, text = self.finish_reason is not None, self.text  # in this order: what is over does not change
-        end = len(text)
-        if not over:
-            longest = min(max(map(len, self.request.stop), default=1) - 1, len(text))
-            begun = (n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self.request.stop))
-            end -= next(begun, 0)
-        return ("".join(self.prompt_pieces) + text[:end])[sent:], over
 
-    def uniform(self, i: int) -> float:
-        """The number in [0, 1) that decides token `i`, whatever was drawn, guessed or cancelled before."""
-        while len(self._uniforms) <= i:
-            self._uniforms.append(self._random.random())
-        return self._uniforms[i]
+def needed_of(prompt: Prompt) -> int:
+    """Of how many of a prompt's tokens, the first ones, hidden states or logits are wanted themselves."""
+    params = prompt.params
+    if prompt.refusal is not None:
+        return 0
+    if prompt.pooling is not None:
+        return len(prompt.token_ids)
+    return len(prompt.token_ids) - 1 if params.logprobs and params.echo else 0
 
-    def append(self, token: int, score: Score) -> None:
-        """Take the next token; may finish the answer."""
-        if token in self.request.end_ids:
-            self.end = token, score
-            return self.finish("stop")
-        piece = self._detokenizer.push(token)
-        self.ids.append(token)
-        self.scores.append(score)
-        self.pieces.append(piece)
-        if self._say(piece):
-            self.finish_reason = "stop"
-        elif len(self.pieces) == self.request.max_tokens:
-            self.finish("length")
 
-    def finish(self, reason: FinishReason) -> None:
-        rest = self._detokenizer.flush()  # bytes of a character that now stays incomplete
-        if self.pieces:
-            self.pieces[-1] += rest
-        elif self.prompt_pieces:
-            self.prompt_pieces[-1] += rest
-        self.finish_reason = "stop" if self.pieces and self._say(rest) else reason
+def make_prompts(
+    tokenizer: Tokenizer,
+    token_ids: Sequence[Any],
+    params: Sequence[SamplingParams],
+    max_seq_len: int,
+    *,
+    streams: Streams,
+    name: str = "prompt",
+    end_ids: Iterable[int] = (),
+    starts_text: bool = True,
+    pooling: Pooling | None = None,
+    refusals: Sequence[str | None] | None = None,
+) -> list[Prompt]:
+    """One Prompt for each list of ids; those that are refused may be anything.
 
-    def refuse(self, refusal: str) -> None:
-        """Answer with `refusal` in place of what the model said or would have said."""
-        del self.ids[len(self.request.prompt) :]
-        self.pieces, self.scores = [], []
-        self.text, self.finish_reason = refusal, "stop"
+    `end_ids` end an answer beside EOS. Raises PromptError or ArgumentError for what cannot be run.
+    """
+    prompts = []
+    for index, ids in enumerate(token_ids):
+        own = params[index]
+        refusal = refusals[index] if refusals else None
+        checked = [] if refusal is not None else check_ids(tokenizer, name, index, ids, max_seq_len)
+        if own.top_logprobs > tokenizer.n_used:
+            reason = f"is {own.top_logprobs}: use 0 to {tokenizer.n_used}, the size of the vocabulary"
+            raise ArgumentError("top_logprobs", None, reason)
+        room = max_seq_len - len(checked)
+        prompt = Prompt(
+            checked,
+            own,
+            max_tokens=room if own.max_tokens is None else min(own.max_tokens, room),
+            end_ids=frozenset([tokenizer.eos_id, *end_ids]),
+            index=index,
+            stream=streams[index],
+            starts_text=starts_text,
+            pooling=pooling,
+            refusal=refusal,
+        )
+        prompts.append(prompt)
+    return prompts
 
-    def _say(self, piece: str) -> bool:
-        """Add to the text. If that completes a stop string, cut it off, and the tokens from there on."""
-        text, stop = self.text + piece, self.request.stop
-        if not stop:
-            self.text = text
-            return False
-        found = [(text.find(s, max(0, len(self.text) - len(s) + 1)), len(s)) for s in stop]
-        # Of two that overlap, the one whose end came first counts, however the text was split into tokens.
-        ends = [(at + length, at) for at, length in found if at >= 0]
-        end, (_, cut) = len(text), min(ends, default=(0, len(text)))
-        while ends and self.pieces and (begin := end - len(self.pieces[-1])) >= cut:
-            for per_token in (self.ids, self.pieces, self.scores):
-                per_token.pop()
-            end = begin
-        if ends and self.pieces:  # a token may hold wanted text before the stop string
-            self.pieces[-1] = self.pieces[-1][: len(self.pieces[-1]) - (end - cut)]
-        self.text = text[:cut]
-        return bool(ends)
+
+def check_ids(tokenizer: Tokenizer, name: str, index: int, ids: Any, max_seq_len: int) -> list[int]:
+    """A prompt's ids as a list. Raises PromptError, with the prompt's number, for ids that cannot be run."""
+    if not isinstance(ids, list) and not is_list(ids):
+        raise PromptTypeError(name, index, f"is {ids!r}: use a list of token ids")
+    if len(ids) == 0:
+        reason = f"has no tokens: begin it with the tokenizer's bos_id, {tokenizer.bos_id}"
+        raise EmptyPrompt(name, index, reason)
+    if len(ids) > max_seq_len:
+        reason = (
+            f"has {len(ids)} tokens, and max_seq_len is {max_seq_len}: "
+            "shorten it or build with a larger max_seq_len"
+        )
+        raise PromptTooLong(name, index, reason)
+    tokens = []
+    for token in ids:
+        if not isinstance(token, int):
+            token = as_integer(f"a token id of {name} {index}", token)
+        tokens.append(token)
+        if not 0 <= token < tokenizer.n_used:
+            reason = f"has token id {token}, and the vocabulary has {tokenizer.n_used} pieces"
+            raise PromptError(name, index, reason)
+    return tokens
+
+
+def extended(output: Output, prompt: Prompt, token: ScoredToken) -> Output:
+    """The output with one more token, which may finish it."""
+    if token.id in prompt.end_ids:
+        return finished(replace(output, end=token), prompt, "stop")
+    piece, detokenizer = output.detokenizer.push(token.id)
+    longer = Output(
+        detokenizer,
+        [*output.ids, token.id],
+        (*output.tokens, token),
+        (*output.pieces, piece),
+        output.text + piece,
+    )
+    if prompt.params.stop:
+        stopped = cut_at_stop(longer, prompt.params.stop, len(piece))
+        if stopped is not None:
+            return stopped
+    if len(longer.tokens) == prompt.max_tokens:
+        return finished(longer, prompt, "length")
+    return longer
+
+
+def finished(output: Output, prompt: Prompt, reason: FinishReason) -> Output:
+    """The output, ended. Bytes that wait for the rest of a character become part of its last piece."""
+    if not output.detokenizer.bytes or not output.pieces:
+        return replace(output, finish_reason=reason)
+    rest = output.detokenizer.flush()
+    pieces = (*output.pieces[:-1], output.pieces[-1] + rest)
+    whole = replace(output, pieces=pieces, text=output.text + rest)
+    stopped = cut_at_stop(whole, prompt.params.stop, len(rest))
+    return stopped or replace(whole, finish_reason=reason)
+
+
+def cut_at_stop(output: Output, stop: Sequence[str], new: int) -> Output | None:
+    """The output up to its first stop string, finished; None where its `new` last characters complete none.
+
+    Of two stop strings that overlap, the one that ends first counts, however the text was split into
+    tokens. Tokens whose text lies wholly behind the cut go; a token that holds wanted text before it stays.
+    """
+    ends = []
+    for string in stop:
+        start = output.text.find(string, max(0, len(output.text) - new - len(string) + 1))
+        if start >= 0:
+            ends.append((start + len(string), start))
+    if not ends:
+        return None
+    cut = min(ends)[1]
+    kept = len(output.pieces)
+    end = len(output.text)
+    while kept and end - len(output.pieces[kept - 1]) >= cut:
+        end -= len(output.pieces[kept - 1])
+        kept -= 1
+    pieces = output.pieces[:kept]
+    if end > cut:
+        pieces = (*pieces[:-1], pieces[-1][: cut - end])
+    return replace(
+        output,
+        ids=output.ids[: len(output.ids) - len(output.tokens) + kept],
+        tokens=output.tokens[:kept],
+        pieces=pieces,
+        text=output.text[:cut],
+        finish_reason="stop",
+    )
+
+
+def refuse(request: Request, refusal: str) -> None:
+    """Answer with `refusal` in place of what the model said or would have said."""
+    detokenizer = request.output.detokenizer
+    ids = request.prompt.token_ids
+    request.output = Output(detokenizer, ids, text=refusal, finish_reason="stop")
+
+
+def delta(request: Request, sent: int) -> tuple[str, bool]:
+    """What is new of `full_text` after `sent` characters, and whether it is the last.
+
+    An end of the text that may be the beginning of a stop string is kept back. Another thread may be
+    extending the output.
+    """
+    output = request.output
+    over = output.finish_reason is not None
+    end = len(output.text)
+    if not over:
+        end -= begun_stop(output.text, request.prompt.params.stop)
+    return ("".join(request.prompt_pieces) + output.text[:end])[sent:], over
+
+
+def begun_stop(text: str, stop: Sequence[str]) -> int:
+    """How many of the last characters may be the beginning of a stop string."""
+    longest = max((len(string) for string in stop), default=1) - 1
+    for length in range(min(longest, len(text)), 0, -1):
+        ending = text[-length:]
+        if any(string.startswith(ending) for string in stop):
+            return length
+    return 0
+
+
+def pieces_of(ids: Sequence[int], detokenizer: Detokenizer) -> tuple[tuple[str, ...], Detokenizer]:
+    """The text of each id, and the detokenizer that goes on after them."""
+    pieces = []
+    for token in ids:
+        piece, detokenizer = detokenizer.push(token)
+        pieces.append(piece)
+    return tuple(pieces), detokenizer

@@ -2,7 +2,7 @@
 
    In a step of one token each of them is a few microseconds of work, and as PyTorch's single operations a third of the
    step. All is float32. The loops are plain, for compilers to make vectors of: a version for each kind of processor,
-   of which the one that fits is taken when the library is loaded. Threads are PyTorch's, as in kernels.c. */
+   of which the one that fits is taken when the library is loaded. Threads are PyTorch's, as in quantized.c. */
 
 #include <math.h>
 #include <stdint.h>

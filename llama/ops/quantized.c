@@ -1,8 +1,8 @@
-/* Products of few rows of activations with weights held in 4 or 8 bits: y (m, out) = x (m, in) times w (out, in).
+/* Products of few rows of activations with weights weights in 4 or 8 bits: y (m, out) = x (m, in) times w (out, in).
 
    A decoding step reads every weight once and does little with it, so a kernel's whole art is to keep up with memory.
-   Weights lie in panels of 16 rows, and a panel in groups of 32 inputs, each with a scale and a low for every row:
-   w = q scale + low; without lows, they are 0 in 8 bits and -8 scale in 4. A group is made of lines of 32 bytes: a pair of
+   Weights lie in panels of 16 rows, and a panel in groups of 32 inputs, each with a scale and a minimum for every row:
+   w = q scale + min; without mins, they are 0 in 8 bits and -8 scale in 4. A group is made of lines of 32 bytes: a pair of
    neighbouring inputs of row 0, of row 1, and so on; in 4 bits the pair 16 inputs on lies in the higher halves of the
    same bytes. So a vector's lanes are rows, integers of a group add up where they are, and only once in a group become
    floats and meet their scales. Activations are rounded to 16-bit integers with a scale for every 32 of them: no
@@ -26,11 +26,11 @@
 #define OWN(name) JOIN(KIND, name)
 
 typedef struct {
-    int bits, wide;            /* 4 or 8; whether scales and lows are float32 */
+    int bits, wide;            /* 4 or 8; whether scales and mins are float32 */
     const uint8_t *w;          /* (panels, groups, lines, LINE), 16 lines or in 4 bits 8 */
-    const void *scales, *lows; /* (panels, groups, PANEL), float16 or float32 */
+    const void *scales, *mins; /* (panels, groups, PANEL), float16 or float32 */
     int64_t in, out, groups;
-} held;
+} weights;
 
 /* Rows of one sweep stand beside each other: those that are a power of two apart would share a cache set. */
 typedef struct {
@@ -45,7 +45,7 @@ static inline float from_half(uint16_t h) {
     if (rest < 0x400) return float_of(sign | bits_of(rest * 0x1p-24f)); /* a subnormal number, or zero */
     return float_of(sign | (rest < 0x7c00 ? (rest << 13) + 0x38000000 : 0x7f800000 | (rest & 0x3ff) << 13));
 }
-static inline float factor(const held *h, const void *p, int64_t at) {
+static inline float factor(const weights *h, const void *p, int64_t at) {
     return h->wide ? ((const float *)p)[at] : from_half(((const uint16_t *)p)[at]);
 }
 
@@ -68,7 +68,7 @@ INLINE plain_sums plain_dot(plain_sums sums, plain_ints a, int32_t x) {
 INLINE plain_floats plain_halves(const uint16_t *p) {
     return (plain_floats){from_half(p[0]), from_half(p[1]), from_half(p[2]), from_half(p[3])};
 }
-#include "kernels.c"
+#include "quantized.c"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define KIND avx2
@@ -79,7 +79,7 @@ INLINE avx2_sums avx2_dot(avx2_sums sums, avx2_ints a, int32_t x) {
     return sums + (avx2_sums)_mm256_madd_epi16((__m256i)a, _mm256_set1_epi32(x));
 }
 INLINE avx2_floats avx2_halves(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
-#include "kernels.c"
+#include "quantized.c"
 #define KIND avx512
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
 #define LANES 16
@@ -88,12 +88,12 @@ INLINE avx512_sums avx512_dot(avx512_sums sums, avx512_ints a, int32_t x) {
     return (avx512_sums)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)a, _mm512_set1_epi32(x));
 }
 INLINE avx512_floats avx512_halves(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((__m256i *)p)); }
-#include "kernels.c"
+#include "quantized.c"
 #endif
 
-static void (*panels)(const held *, rounded, float *, int64_t, int64_t) = plain_panels;
+static void (*panels)(const weights *, rounded, float *, int64_t, int64_t) = plain_panels;
 static void (*round_group)(const float *, int64_t, int32_t *, float *, float *) = plain_round;
-static void (*expand_panel)(const held *, int64_t, int, void *) = plain_expand;
+static void (*expand_panel)(const weights *, int64_t, int, void *) = plain_expand;
 #define CHOOSE(kind) panels = kind##_panels, round_group = kind##_round, expand_panel = kind##_expand
 int choose(int level) { /* 0: plain, 1: AVX2, 2: AVX512 with VNNI; or what the processor has. Returns it. */
     CHOOSE(plain);
@@ -109,9 +109,9 @@ int choose(int level) { /* 0: plain, 1: AVX2, 2: AVX512 with VNNI; or what the p
 }
 
 /* y (m, out) = x (m, in) wᵀ */
-void multiply(int bits, int wide, const void *w, const void *scales, const void *lows, const float *x, float *scratch,
+void multiply(int bits, int wide, const void *w, const void *scales, const void *mins, const float *x, float *scratch,
               float *y, int64_t m, int64_t in, int64_t out, int threads) {
-    const held h = {bits, wide, w, scales, lows, in, out, (in + GROUP - 1) / GROUP};
+    const weights h = {bits, wide, w, scales, mins, in, out, (in + GROUP - 1) / GROUP};
     const int64_t all = m * h.groups;
     float *xs = scratch; /* scales, sums, and PAIRS integers of each group */
     int32_t *q = (int32_t *)(xs + 2 * all);
@@ -127,9 +127,9 @@ void multiply(int bits, int wide, const void *w, const void *scales, const void 
 }
 
 /* the rows of all panels, as bfloat16 if `half`, else as float32: (out, in), multiples of PANEL and GROUP */
-void expand(int bits, int wide, const void *w, const void *scales, const void *lows, int64_t in, int64_t out, int half,
+void expand(int bits, int wide, const void *w, const void *scales, const void *mins, int64_t in, int64_t out, int half,
             void *to, int threads) {
-    const held h = {bits, wide, w, scales, lows, in, out, in / GROUP};
+    const weights h = {bits, wide, w, scales, mins, in, out, in / GROUP};
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t panel = 0; panel < out / PANEL; panel++)
         expand_panel(&h, panel, half, (char *)to + panel * PANEL * in * (half ? 2 : 4));
@@ -157,14 +157,14 @@ TARGET static void OWN(round)(const float *x, int64_t n, int32_t *pairs, float *
     *sum_of = one ? sum * *scale : *scale;
 }
 
-INLINE OWN(floats) OWN(factors)(const held *h, const void *p, int64_t at) {
+INLINE OWN(floats) OWN(factors)(const weights *h, const void *p, int64_t at) {
     OWN(floats) wide;
     if (h->wide) memcpy(&wide, (const float *)p + at, sizeof wide);
     return h->wide ? wide : OWN(halves)((const uint16_t *)p + at);
 }
 
 /* m rows of activations times one panel. The weights' integers stay in registers for all of them. */
-INLINE void OWN(sweep)(const int bits, const held *h, rounded r, float *y, int64_t panel, const int m) {
+INLINE void OWN(sweep)(const int bits, const weights *h, rounded r, float *y, int64_t panel, const int m) {
     const int lines = 2 * bits, parts = PANEL / LANES;
     const uint8_t *w = h->w + panel * h->groups * lines * LINE;
     OWN(floats) sum[PANEL / LANES][SWEEP];
@@ -194,9 +194,9 @@ INLINE void OWN(sweep)(const int bits, const held *h, rounded r, float *y, int64
             const OWN(floats) scale = OWN(factors)(h, h->scales, at);
             for (int i = 0; i < m; i++)
                 sum[part][i] += __builtin_convertvector(dots[i], OWN(floats)) * (scale * r.scales[g * m + i]);
-            if (bits == 8 && !h->lows) continue;
-            const OWN(floats) low = h->lows ? OWN(factors)(h, h->lows, at) : scale * -8.0f;
-            for (int i = 0; i < m; i++) sum[part][i] += low * r.sums[g * m + i];
+            if (bits == 8 && !h->mins) continue;
+            const OWN(floats) min = h->mins ? OWN(factors)(h, h->mins, at) : scale * -8.0f;
+            for (int i = 0; i < m; i++) sum[part][i] += min * r.sums[g * m + i];
         }
     for (int i = 0; i < m; i++) {
         const int64_t first = panel * PANEL, left = h->out - first;
@@ -210,7 +210,7 @@ INLINE void OWN(sweep)(const int bits, const held *h, rounded r, float *y, int64
 #define SWEEPS(bits, n) switch (n) { \
     CASE(bits, 1) CASE(bits, 2) CASE(bits, 3) CASE(bits, 4) CASE(bits, 5) CASE(bits, 6) CASE(bits, 7) CASE(bits, 8) }
 
-TARGET static void OWN(panels)(const held *h, rounded r, float *y, int64_t m, int64_t panel) {
+TARGET static void OWN(panels)(const weights *h, rounded r, float *y, int64_t m, int64_t panel) {
     for (; m > 0; m -= SWEEP, y += SWEEP * h->out, r.q += SWEEP * h->groups * PAIRS) {
         const int n = m < SWEEP ? (int)m : SWEEP;
         if (h->bits == 8) SWEEPS(8, n) else SWEEPS(4, n)
@@ -219,7 +219,7 @@ TARGET static void OWN(panels)(const held *h, rounded r, float *y, int64_t m, in
 }
 
 /* A panel's rows as they were before they were laid into lines. */
-INLINE void OWN(rows)(const int bits, const held *h, int64_t panel, int half, void *to) {
+INLINE void OWN(rows)(const int bits, const weights *h, int64_t panel, int half, void *to) {
     const int64_t lines = 2 * bits, in = h->groups * GROUP;
     for (int64_t g = 0; g < h->groups; g++) {
         const int64_t group = panel * h->groups + g;
@@ -228,11 +228,11 @@ INLINE void OWN(rows)(const int bits, const held *h, int64_t panel, int half, vo
             for (int j = 0; j < lines; j++) memcpy(&pairs[row][j], h->w + (group * lines + j) * LINE + 2 * row, 2);
         for (int row = 0; row < PANEL; row++) {
             const float scale = factor(h, h->scales, group * PANEL + row);
-            const float low = h->lows ? factor(h, h->lows, group * PANEL + row) : bits == 8 ? 0 : -8 * scale;
+            const float min = h->mins ? factor(h, h->mins, group * PANEL + row) : bits == 8 ? 0 : -8 * scale;
             const uint8_t *q = (const uint8_t *)pairs[row];
             float values[GROUP];
-            for (int i = 0; i < 4 * bits; i++) values[i] = (bits == 8 ? (int8_t)q[i] : q[i] & 15) * scale + low;
-            if (bits == 4) for (int i = 0; i < 16; i++) values[16 + i] = (q[i] >> 4) * scale + low;
+            for (int i = 0; i < 4 * bits; i++) values[i] = (bits == 8 ? (int8_t)q[i] : q[i] & 15) * scale + min;
+            if (bits == 4) for (int i = 0; i < 16; i++) values[16 + i] = (q[i] >> 4) * scale + min;
             const int64_t at = row * in + g * GROUP;
             if (!half) memcpy((float *)to + at, values, sizeof values);
             else for (uint32_t i = 0, u; i < GROUP; i++)
@@ -241,7 +241,7 @@ INLINE void OWN(rows)(const int bits, const held *h, int64_t panel, int half, vo
     }
 }
 
-TARGET static void OWN(expand)(const held *h, int64_t panel, int half, void *to) {
+TARGET static void OWN(expand)(const weights *h, int64_t panel, int half, void *to) {
     if (h->bits == 8) OWN(rows)(8, h, panel, half, to); else OWN(rows)(4, h, panel, half, to);
 }
 #undef KIND

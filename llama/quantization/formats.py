@@ -1,7 +1,8 @@
-"""Ways to hold a linear weight: plain, in 16 bits in place or packed, in 8 or 4 bits. The model does not know which.
+"""The formats that a linear layer may keep its weight in: a parameter, packed in 16 bits, in 8 or 4 bits.
 
-Each class is made from one rank's weight (out_features, in_features), multiplies (..., in_features) activations by it,
-and gives back the weight that it multiplies by. Activations keep 16 bits: Llama's outlier channels do not survive 8.
+Each class is a packed weight: made from one rank's (out_features, in_features), it multiplies
+(..., in_features) activations and gives back, dequantised, the weight that it multiplies by. Activations
+keep 16 bits: Llama's outlier channels do not survive 8.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import kernels
-from ..ops.kernels import GROUP, PANEL
+from .. import compat
+from ..ops import GROUP, PANEL, expand_tokens, kernels, transparent
 from .groups import QUANTISED_ROWS, Groups, quantize
 
 logger = logging.getLogger(__name__)
@@ -29,50 +30,27 @@ BLOCK_ROWS = 512
 SPARE_TOKENS = 3
 
 
-@kernels.constant
-def has_bfloat16_products() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices natively (AVX512-BF16; every CPU with AMX has it too)."""
-    return "AVX512" in torch.backends.cpu.get_cpu_capability() and torch.cpu._is_avx512_bf16_supported()
-
-
-def expand_tokens() -> int:
-    """From so many tokens of a row on, expanding a quantised weight takes less time than the kernels for few rows.
-
-    Rows do not count: the next token of a row is rounded in one way, however many others are decoded beside it.
-    """
-    return 32 if has_bfloat16_products() else 64
-
-
 def expand_dtype() -> torch.dtype:
     """The type that this CPU multiplies fastest."""
-    return torch.bfloat16 if has_bfloat16_products() else torch.float32
+    return torch.bfloat16 if compat.has_bfloat16_products() else torch.float32
 
 
-class Plain:
-    """The layer's own parameter, whatever it is at the time."""
+class PackedWeight(nn.Module):
+    """What packed weights have in common: they move between devices, and keep their own types."""
 
-    def __init__(self, layer: nn.Module):
-        self.layer = layer
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.layer.weight)  # type: ignore[arg-type]
-
-
-class Held(nn.Module):
-    """What the stores in other forms have in common: they move between devices, and keep their own types."""
-
-    def unpack(self) -> Tensor:
+    def dequantize(self) -> Tensor:
         """The weight, (out_features, in_features)."""
         raise NotImplementedError
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Held:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
         for name, buffer in self.named_buffers(recurse=False):
             setattr(self, name, buffer.to(fn(buffer).device))
         return self
 
 
+@transparent
 class Rows(nn.Module):
-    """Rows `first` to `last` of a store that several layers share."""
+    """Rows `first` to `last` of a packed weight that several fused layers share."""
 
     def __init__(self, shared: Any, first: int, last: int):
         super().__init__()
@@ -82,58 +60,38 @@ class Rows(nn.Module):
         y: Tensor = self.shared(x)
         return y[..., self.first : self.last]
 
-    def unpack(self) -> Tensor:
-        weight: Tensor = self.shared.unpack()
+    def dequantize(self) -> Tensor:
+        weight: Tensor = self.shared.dequantize()
         return weight[self.first : self.last]
 
 
-class BFloat16(Held):
-    """bfloat16 where it lies, be it on the mapped pages of a file: x is rounded to bfloat16 and so is the product.
-
-    Sums are float32. Few tokens of a row are our own kernel's (half.c), many are oneDNN's.
-    """
-
-    def __init__(self, weight: Tensor):
-        super().__init__()
-        weight = weight.bfloat16()
-        self.weight = nn.Buffer(weight if weight.stride(1) == 1 else weight.contiguous(), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        few = x.shape[-2] < expand_tokens() and x.shape[-1] == self.weight.shape[1] and has_bfloat16_products()
-        if few and kernels.fit(x.float()) and kernels.multiplies_bfloat16():
-            return kernels.multiply_bfloat16(x, self.weight).to(x.dtype)
-        return F.linear(x.bfloat16(), self.weight).to(x.dtype)
-
-    def unpack(self) -> Tensor:
-        return self.weight.clone()  # of itself, and not a part of what a file's pages hold
-
-
-class Packed(Held):
+class Opaque(PackedWeight):
     """A weight in a form that PyTorch neither copies nor pickles: it is packed anew where a copy of it comes to."""
 
     packed: Any
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.unpack(),)
+        return type(self), (self.dequantize(),)
 
 
-class PackedBFloat16(Packed):
+@transparent
+class PackedBFloat16(Opaque):
     """bfloat16 in oneDNN's blocks: x is rounded to bfloat16 and so is the product; sums are float32."""
 
     def __init__(self, weight: Tensor):
         super().__init__()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16())
+        self.packed = compat.pack_bfloat16(weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.packed, None, "none", [], "")
-        return y.to(x.dtype)
+        return compat.multiply_packed_bfloat16(x.bfloat16(), self.packed).to(x.dtype)
 
-    def unpack(self) -> Tensor:
+    def dequantize(self) -> Tensor:
         weight: Tensor = self.packed.to_dense()
         return weight
 
 
-class PackedFloat16(Packed):
+@transparent
+class PackedFloat16(Opaque):
     """float16 in FBGEMM's panels, float32 in and out: at the limit of memory for one row, of arithmetic for many."""
 
     def __init__(self, weight: Tensor):
@@ -144,13 +102,14 @@ class PackedFloat16(Packed):
         y: Tensor = torch.ops.quantized.linear_dynamic_fp16(x.float(), self.packed)
         return y.to(x.dtype)
 
-    def unpack(self) -> Tensor:
+    def dequantize(self) -> Tensor:
         weight: Tensor = torch.ops.quantized.linear_unpack_fp16(self.packed)[0]
         return weight.half()
 
 
-class Grouped(Held):
-    """8 or 4 bits with a scale for every 32 inputs of a row, for our own kernels (kernels.c says how they lie)."""
+@transparent
+class Grouped(PackedWeight):
+    """8 or 4 bits with a scale for every 32 inputs of a row, for our own kernels (ops/quantized.c says how they lie)."""
 
     def __init__(self, groups: Groups, columns: int | None = None, order: Tensor | None = None):
         """`columns`: how many inputs there are where the last group was filled up; `order`: input order[i] is the
@@ -162,15 +121,15 @@ class Grouped(Held):
         pairs = in_panels(groups.q.view(torch.int16)).permute(0, 2, 3, 1).contiguous()
         self.q = nn.Buffer(pairs.view(torch.uint8 if self.bits == 4 else torch.int8), persistent=False)
         self.scales = nn.Buffer(in_panels(groups.scales).mT.contiguous(), persistent=False)  # (panels, groups, 16)
-        lows = None if groups.lows is None else in_panels(groups.lows).mT.contiguous()
-        self.lows = None if lows is None else nn.Buffer(lows, persistent=False)
+        mins = None if groups.mins is None else in_panels(groups.mins).mT.contiguous()
+        self.mins = None if mins is None else nn.Buffer(mins, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         few = x.is_cpu and x.shape[-2] < expand_tokens() and x.shape[-1] == self.columns
         if self.order is not None:
             x = x[..., self.order]
         if few and kernels.available():
-            return kernels.multiply(x, self.q, self.scales, self.lows, self.rows).to(x.dtype)
+            return kernels.multiply(x, self.q, self.scales, self.mins, self.rows).to(x.dtype)
         near = x.to(expand_dtype() if x.is_cpu else x.dtype)
         blocks = range(0, len(self.q), BLOCK_ROWS // PANEL)
         y = torch.cat([F.linear(near, self._expand(first, near.dtype)) for first in blocks], dim=-1)
@@ -180,17 +139,17 @@ class Grouped(Held):
         """(BLOCK_ROWS, in_features) of the weight, from a panel on."""
         last = first + BLOCK_ROWS // PANEL
         q, scales = self.q[first:last], self.scales[first:last]
-        lows = None if self.lows is None else self.lows[first:last]
+        mins = None if self.mins is None else self.mins[first:last]
         if q.is_cpu and not torch.compiler.is_compiling() and kernels.available():
-            return kernels.expand(q, scales, lows, dtype)[:, : self.columns]
+            return kernels.expand(q, scales, mins, dtype)[:, : self.columns]
         if self.bits == 4:
             q = torch.cat((q & 15, q >> 4), dim=2)
         weight = q.unflatten(3, (PANEL, 2)).to(torch.float32) * scales.float()[:, :, None, :, None]
-        if lows is not None or self.bits == 4:
-            weight += (-8 * scales.float() if lows is None else lows.float())[:, :, None, :, None]
+        if mins is not None or self.bits == 4:
+            weight += (-8 * scales.float() if mins is None else mins.float())[:, :, None, :, None]
         return weight.permute(0, 3, 1, 2, 4).flatten(2).flatten(0, 1)[:, : self.columns].to(dtype)
 
-    def unpack(self) -> Tensor:
+    def dequantize(self) -> Tensor:
         blocks = range(0, len(self.q), BLOCK_ROWS // PANEL)
         weight = torch.cat([self._expand(first, torch.float32) for first in blocks])[: self.rows]
         return weight if self.order is None else weight[:, self.order.argsort()]
@@ -221,7 +180,8 @@ def few_rows_on_gpu(dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Te
     return multiply
 
 
-class Int8(Held):
+@transparent
+class Int8(PackedWeight):
     """8 bits where there are no kernels of ours: weight ≈ q × scale, q in [-127, 127], one scale per output row.
 
     |error| <= scale / 2, scale = max |row| / 127. Scales are rounded to bfloat16, which the kernel wants, before q is
@@ -246,7 +206,7 @@ class Int8(Held):
                 return multiply(x.flatten(0, -2), self.q, self.scales).unflatten(0, x.shape[:-1])
             return self.expanded(x)
         if x.shape[-2] < expand_tokens() and x.shape[-1] % 16 == 0:  # else it reads beyond a row
-            y = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), self.q, self.scales)
+            y = compat.multiply_int8(x.flatten(0, -2).bfloat16(), self.q, self.scales)
             return y.to(x.dtype).unflatten(0, x.shape[:-1])
         near = x.to(expand_dtype())
         y = torch.cat([F.linear(near, q.to(near.dtype)) for q in self.q.split(BLOCK_ROWS)], dim=-1)
@@ -256,7 +216,7 @@ class Int8(Held):
         """The product with the scaled weight: sums of unscaled integers may be beyond float16's range."""
         return F.linear(x, self.q.to(x.dtype) * self.scales.to(x.dtype)[:, None])
 
-    def unpack(self) -> Tensor:
+    def dequantize(self) -> Tensor:
         return self.q.float() * self.scales.float()[:, None]
 
 
@@ -268,7 +228,8 @@ def check_groups(weight: Tensor) -> None:
         )
 
 
-class Int4(Held):
+@transparent
+class Int4(PackedWeight):
     """4 bits where there are no kernels of ours: weight ≈ (q - 8) × scale + zero, q in [0, 15].
 
     A scale and a zero for every `group_size` inputs of a row; |error| <= scale / 2. The kernel wants both in bfloat16,
@@ -292,64 +253,86 @@ class Int4(Held):
         scales = torch.maximum((zeros.float() - low) / 8, (high - zeros.float()) / 7).clamp(min=1e-30)
         scales = (scales * (1 + 2**-8)).bfloat16()  # rounded, it is not smaller
         q = ((groups - zeros.float()[..., None]) / scales.float()[..., None]).round_().add_(8).clamp_(0, 15)
-        q = q.flatten(1).to(torch.int32)
-        if weight.is_cuda:
-            tiles = next(n for n in (8, 4, 2) if self.in_features % (16 * n) == 0)  # of 16 inputs, packed together
-            packed = torch._convert_weight_to_int4pack((q[:, ::2] << 4 | q[:, 1::2]).to(torch.uint8), tiles)
-        else:
-            packed = torch._convert_weight_to_int4pack_for_cpu(q, 1)
+        # Of 16 inputs each, packed together.
+        tiles = next((n for n in (8, 4, 2) if self.in_features % (16 * n) == 0), 1)
+        packed = compat.pack_int4(q.flatten(1).to(torch.int32), tiles)
         return packed, torch.stack((scales, zeros), dim=-1).transpose(0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        multiply = torch._weight_int4pack_mm if x.is_cuda else torch._weight_int4pack_mm_for_cpu
-        y = multiply(x.flatten(0, -2).bfloat16(), self.q, self.group_size, self.scales_and_zeros)
+        flat = x.flatten(0, -2).bfloat16()
+        y = compat.multiply_int4(flat, self.q, self.group_size, self.scales_and_zeros)
         return y[:, : self.rows].to(x.dtype).unflatten(0, x.shape[:-1])
 
-    def unpack(self) -> Tensor:
+    def dequantize(self) -> Tensor:
         # The layout of q is each kernel's own, so that it is the kernel that is asked, for some columns at a time.
         eye = torch.eye(self.in_features, device=self.q.device)
         return torch.cat([self(columns) for columns in eye.split(QUANTISED_ROWS)]).T.contiguous()
 
 
-def packed_float16_or_plain(weight: Tensor) -> nn.Module | None:
-    """Packed float16, or None for a weight with values beyond float16's range, which has to stay as it is."""
-    low, high = torch.aminmax(weight)
-    return PackedFloat16(weight) if max(-low, high) <= torch.finfo(torch.float16).max else None
+class WeightFormat(NamedTuple):
+    """A format of linear weights.
 
+    `pack` makes a PackedWeight; None, or a `pack` that returns None, leaves the weight a parameter.
+    """
 
-class Store(NamedTuple):
-    """A way to hold linear weights: None from `hold` leaves a weight a plain tensor of the model's type."""
-
-    hold: Callable[[Tensor], nn.Module | None]
     bytes_per_weight: float
-    spare_tokens: int = 0  # so many beside a row's next one take little longer than it does alone
-    chunk_tokens: int = 0  # so many of a prompt take some three times as long as it; 0: nobody measured how many
-    in_place: bool = False  # whether bfloat16 weights stay where a file's pages are mapped
-    keeps: tuple[int, ...] = ()  # bits of a file's groups that are held as they are
-    hold_coarse: Callable[[Tensor], nn.Module | None] | None = None  # other weights that files have in fewer bits
+    pack: Callable[[Tensor], nn.Module | None] | None = None
+    dtype: torch.dtype | None = None  # of the parameter; None: the model's
+    draft_tokens: int = 0  # so many beside a row's next token take little longer than it does alone
+    chunk_tokens: int = 0  # so many of a prompt take some three times as long as one; 0: not measured
 
 
-def hold_int8(weight: Tensor) -> nn.Module:
+class Formats(NamedTuple):
+    """The format of each linear weight of a model."""
+
+    wide: WeightFormat  # of weights that the file has in 16 bits or more
+    coarse: WeightFormat  # of weights that it has in fewer bits, which no format holds exactly
+    kept_bits: tuple[int, ...] = ()  # of weights that keep the file's own groups
+
+    def of(self, stored: Any, adapted: bool) -> WeightFormat | None:
+        """The format of one weight, as a file has it; None: in the file's own groups.
+
+        `adapted`: whether an adapter is merged into the weights.
+        """
+        bits = getattr(stored, "bits", None)
+        if adapted or not hasattr(stored, "kind"):
+            return self.wide
+        return None if bits in self.kept_bits else self.coarse
+
+    @property
+    def in_place(self) -> torch.dtype | None:
+        """The type of weights that stay where the file's pages are mapped."""
+        return self.wide.dtype
+
+
+def pack_int8(weight: Tensor) -> nn.Module:
     if weight.is_cpu and kernels.available():
         return Grouped(quantize(weight, 8), weight.shape[1])
     return Int8(weight)
 
 
-def hold_int4(weight: Tensor) -> nn.Module:
+def pack_int4(weight: Tensor) -> nn.Module:
     check_groups(weight)
-    return Grouped(quantize(weight, 4)) if weight.is_cpu and kernels.available() else Int4(weight)
+    if weight.is_cpu and kernels.available():
+        return Grouped(quantize(weight, 4))
+    return Int4(weight)
 
 
-STORES = {
-    "int8": Store(hold_int8, 1 + 2 / GROUP, chunk_tokens=12, keeps=(8,)),
-    "int4": Store(hold_int4, 0.5 + 4 / GROUP, chunk_tokens=8, keeps=(4,)),
-}
+def pack_float16(weight: Tensor) -> nn.Module | None:
+    """Packed float16, or None for a weight with values beyond float16's range, which stays as it is."""
+    low, high = torch.aminmax(weight)
+    return PackedFloat16(weight) if max(-low, high) <= torch.finfo(torch.float16).max else None
+
+
+INT8 = WeightFormat(1 + 2 / GROUP, pack_int8, chunk_tokens=12)
+INT4 = WeightFormat(0.5 + 4 / GROUP, pack_int4, chunk_tokens=8)
+QUANTIZED = {"int8": Formats(INT8, INT8, (8,)), "int4": Formats(INT4, INT4, (4,))}
 
 
 def select_dtype(dtype: str | torch.dtype, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The type to compute in. "auto" is the checkpoint's own 16-bit type on a GPU, and float32 on a CPU, where 16-bit
-    matrix products of many rows are several times slower unless the processor has instructions for them.
+    """The type to compute in. "auto" is the checkpoint's own 16-bit type on a GPU, and float32 on a CPU.
 
+    On a CPU 16-bit products of many rows are several times slower unless it has instructions for them.
     Raises ValueError for any but float32, bfloat16 and float16, by name or as PyTorch's.
     """
     if isinstance(dtype, str) and dtype == "auto":
@@ -363,47 +346,47 @@ def select_dtype(dtype: str | torch.dtype, stored: torch.dtype, device: torch.de
     raise ValueError(f"dtype is {dtype!r}: use 'auto', {', '.join(map(repr, kinds))}")
 
 
-def select_store(
+def select_formats(
     quantize: str | None,
     dtype: str | torch.dtype,
     device: torch.device,
     compile: bool = False,
     stored_bits: int | None = None,
-) -> Store | None:
-    """How linear weights are held; None: as plain tensors of the model's type, as for the compiler, which cannot see
-    into packed ones.
+) -> Formats | None:
+    """The formats of linear weights; None: parameters of the model's type.
 
-    `stored_bits` are those of a file with fewer than 16: with nothing else asked for, it is held in its own, and in 8
-    what none of our stores holds exactly.
+    The compiler cannot see into packed weights of 16 bits. `stored_bits` are those of a file with fewer
+    than 16: with nothing else asked for it is kept in its own, and in 8 what no format holds exactly.
     """
-    if quantize is None:
-        if dtype != "auto" or device.type != "cpu":
-            return None
-        store = None if compile else fastest_16_bits()
-        if stored_bits is None or not kernels.available():
-            return store
-        plain = Store(lambda weight: None, 4)
-        like = STORES["int4" if stored_bits == 4 else "int8"]
-        own = (store or plain)._replace(spare_tokens=0, chunk_tokens=like.chunk_tokens)
-        return own._replace(keeps=(4, 8), hold_coarse=hold_int8)
-    if quantize not in STORES:
-        raise ValueError(f"quantize is {quantize!r}: use 'int8', 'int4' or None")
-    store = STORES[quantize]
-    return store if device.type == "cpu" and kernels.available() else store._replace(keeps=())
+    if quantize is not None:
+        if quantize not in QUANTIZED:
+            raise ValueError(f"quantize is {quantize!r}: use 'int8', 'int4' or None")
+        formats = QUANTIZED[quantize]
+        ours = device.type == "cpu" and kernels.available()
+        return formats if ours else formats._replace(kept_bits=())
+    if dtype != "auto" or device.type != "cpu":
+        return None
+    wide = None if compile else fastest_16_bits()
+    if stored_bits is None or not kernels.available():
+        return None if wide is None else Formats(wide, wide)
+    chunk_tokens = (INT4 if stored_bits == 4 else INT8).chunk_tokens
+    plain = wide or WeightFormat(4)
+    return Formats(plain._replace(draft_tokens=0, chunk_tokens=chunk_tokens), INT8, (4, 8))
 
 
-def fastest_16_bits() -> Store | None:
-    """What decoded and prefilled fastest where we measured it (benchmarks/README.md); None where we did not.
+def fastest_16_bits() -> WeightFormat | None:
+    """What decoded and prefilled fastest where it was measured (benchmarks/README.md); None elsewhere.
 
-    With bfloat16 instructions, bfloat16 in place: a row takes 0.7 of packed bfloat16's time, 4 rows 0.8, 16 rows
-    0.9, a prompt 1.05 times it; and nothing is copied. Packed where our kernel was not built, because
-    PyTorch's own product of bfloat16 in place reads at 0.6 of ours' speed. Without such instructions bfloat16 products
-    are converted value by value, and packed float16 is several times faster. These are x86 builds' only.
+    With bfloat16 instructions, bfloat16 parameters where the file has them: a row takes 0.7 of packed
+    bfloat16's time, 4 rows 0.8, 16 rows 0.9, a prompt 1.05 times it, and nothing is copied. Packed where
+    our kernel was not built, for PyTorch's own product in place reads at 0.6 of its speed. Without such
+    instructions bfloat16 is converted value by value, and packed float16 is several times faster.
     """
-    if has_bfloat16_products() and torch.backends.mkldnn.is_available():
+    if compat.has_bfloat16_products() and torch.backends.mkldnn.is_available():
         if kernels.multiplies_bfloat16():
-            return Store(BFloat16, 2, SPARE_TOKENS, chunk_tokens=16, in_place=True)
-        return Store(PackedBFloat16, 2, SPARE_TOKENS, chunk_tokens=64)
-    if platform.machine() in ("x86_64", "AMD64") and "fbgemm" in torch.backends.quantized.supported_engines:
-        return Store(packed_float16_or_plain, 2, SPARE_TOKENS)
+            return WeightFormat(2, None, torch.bfloat16, SPARE_TOKENS, chunk_tokens=16)
+        return WeightFormat(2, PackedBFloat16, draft_tokens=SPARE_TOKENS, chunk_tokens=64)
+    is_x86 = platform.machine() in ("x86_64", "AMD64")
+    if is_x86 and "fbgemm" in torch.backends.quantized.supported_engines:
+        return WeightFormat(2, pack_float16, draft_tokens=SPARE_TOKENS)
     return None

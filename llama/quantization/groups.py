@@ -1,4 +1,4 @@
-"""Weights of 8 or 4 bits with a scale, and maybe a low, for every 32 inputs of a row: rounded here, or as files have
+"""Weights of 8 or 4 bits with a scale, and maybe a minimum, for every 32 inputs of a row: rounded here, or as files have
 them. Stores multiply by them; checkpoints read them."""
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.kernels import GROUP
+from ..ops import GROUP
 
 # Weights are quantised so many rows at a time: temporaries are small beside a matrix.
 QUANTISED_ROWS = 128
 
 
 class Groups(NamedTuple):
-    """weight = q × scale + low. Without lows they are 0 in 8 bits and -8 × scale in 4, where q stands in [0, 15]."""
+    """weight = q × scale + min. Without mins they are 0 in 8 bits and -8 × scale in 4, where q stands in [0, 15]."""
 
     q: Tensor  # (rows, groups, 32) int8; in 4 bits (rows, groups, 16) uint8: inputs j and, in the higher half, 16 + j
     scales: Tensor  # (rows, groups), float16 or float32
-    lows: Tensor | None  # the same
+    mins: Tensor | None  # the same
 
     @property
     def bits(self) -> int:
@@ -29,16 +29,16 @@ class Groups(NamedTuple):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Groups:
         """Groups of what the function makes of each tensor."""
-        return Groups(function(self.q), function(self.scales), None if self.lows is None else function(self.lows))
+        return Groups(function(self.q), function(self.scales), None if self.mins is None else function(self.mins))
 
     def dequantize(self) -> Tensor:
         """(rows, inputs) float32: each value as exactly as float32 has it, for q × scale is exact."""
         q = self.q if self.bits == 8 else torch.cat((self.q & 15, self.q >> 4), dim=2)
-        lows = self.lows
-        if lows is None and self.bits == 4:
-            lows = -8 * self.scales.float()
+        mins = self.mins
+        if mins is None and self.bits == 4:
+            mins = -8 * self.scales.float()
         weight = q * self.scales.float()[..., None]
-        return (weight if lows is None else weight.add_(lows.float()[..., None])).flatten(1)
+        return (weight if mins is None else weight.add_(mins.float()[..., None])).flatten(1)
 
 
 def concatenate(parts: Sequence[Groups]) -> Groups:
@@ -46,14 +46,14 @@ def concatenate(parts: Sequence[Groups]) -> Groups:
     if len(parts) == 1:
         return parts[0]
     q, scales = torch.cat([part.q for part in parts]), torch.cat([part.scales for part in parts])
-    lows = [part.lows for part in parts if part.lows is not None]
-    return Groups(q, scales, torch.cat(lows) if lows else None)
+    mins = [part.mins for part in parts if part.mins is not None]
+    return Groups(q, scales, torch.cat(mins) if mins else None)
 
 
 def quantize(weight: Tensor, bits: int) -> Groups:
     """The groups nearest to a weight (rows, inputs); the last of a row is filled up with zeros.
 
-    Off by at most half a scale: scales and, in 4 bits, lows are rounded to float16 before q is computed.
+    Off by at most half a scale: scales and, in 4 bits, mins are rounded to float16 before q is computed.
     """
     return concatenate([_quantize(rows, bits) for rows in weight.split(QUANTISED_ROWS)])
 

@@ -1,5 +1,1 @@
-"""People over HTTP: a server with OpenAI's API and a chat page. Its packages are the extra `serve`."""
-
-from .serve import serve
-
-__all__ = ["serve"]
+"""HTTP: OpenAI's API and a chat page. Its modules import the packages of the extra `serve`."""

@@ -1,7 +1,10 @@
-"""An engine that runs by itself: calls come from an event loop, and one thread runs the passes. Knows no HTTP.
+"""An engine that runs by itself, in a thread, for calls from an event loop. Knows no HTTP.
 
-On several ranks the first one tells the others before each step which calls came and which were cancelled, so that all
-of them run the same schedule; the others do nothing but `run`.
+1. `submit` puts a call into the inbox, and `cancel` its number.
+2. Before each step the engine's thread takes the inbox. On several ranks the first one broadcasts
+   it, so that all of them submit the same prompts and run the same schedule; the others do
+   nothing but `run`.
+3. After the step the event loop looks at what came of the calls, and wakes those who wait for them.
 """
 
 from __future__ import annotations
@@ -13,13 +16,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from ..distributed import patient_ranks
-from ..engine.request import Answer, Request
+from ..distributed import Ranks, patient_ranks
+from ..engine import Prompt, Request
 from ..generation import Llama
-from ..parallel import Ranks
 from .metrics import Metrics
 
-# A step that takes longer is not coming back: the largest chunk of a 7B takes some 45 s on two slow cores.
+# A step that takes longer is not coming back: the largest chunk of a 7B takes some 45 s on two
+# slow cores.
 STALLED_SECONDS = 120
 
 
@@ -28,32 +31,40 @@ class Busy(Exception):
 
 
 class Call:
-    """Requests that came together, and their answers once the engine has them. Belongs to the event loop."""
+    """Prompts that came together, and their requests once the engine has them.
 
-    def __init__(self, number: int, requests: Sequence[Request]):
-        self.number, self.requests = number, requests
-        self.answers: list[Answer] = []
+    Belongs to the event loop.
+    """
+
+    def __init__(self, number: int, prompts: Sequence[Prompt]):
+        self.number = number
+        self.prompts = prompts
+        self.requests: list[Request] = []
         self.error: Exception | None = None
         self.changed = asyncio.Event()  # a step was run, or the call has failed
-        self.read = [False] * len(requests)  # whether the metrics know of each answer's prompt
-        self.counted = [0] * len(requests)  # and of how many of its tokens
-        self.seen = [time.monotonic()] * len(requests)  # when each answer's last token came, or the call
+        # For the metrics, of each prompt:
+        now = time.monotonic()
+        self.read = [False] * len(prompts)  # whether it was counted
+        self.counted = [0] * len(prompts)  # how many tokens of its answer were
+        self.seen = [now] * len(prompts)  # when the last of them came, or the call
 
     @property
     def over(self) -> bool:
-        return self.error is not None or (bool(self.answers) and all(answer.over for answer in self.answers))
+        if self.error is not None:
+            return True
+        return bool(self.requests) and all(request.over for request in self.requests)
 
     def check(self) -> None:
         """Raise what ended it before its time."""
-        for error in (self.error, *(answer.error for answer in self.answers)):
+        for error in (self.error, *(request.error for request in self.requests)):
             if error is not None:
                 raise error
 
 
-class Todo(NamedTuple):
+class Inbox(NamedTuple):
     """What is new on the first rank."""
 
-    calls: list[tuple[int, Sequence[Request]]]  # by their numbers
+    calls: list[tuple[int, Sequence[Prompt]]]  # by their numbers
     cancelled: list[int]
 
 
@@ -61,19 +72,22 @@ class Service:
     """Answers calls with a model that its own thread builds and runs."""
 
     def __init__(self, build: Callable[[], Llama], max_waiting: int):
-        self.build, self.max_waiting = build, max_waiting
+        self.build = build
+        self.max_waiting = max_waiting
         self.llm: Llama | None = None  # once it is built
         self.error: BaseException | None = None  # what ended the thread
         self.metrics = Metrics()
         self.calls: dict[int, Call] = {}  # those that are not over
         self.numbers = itertools.count()
-        self.new, self.stopping = Todo([], []), False
-        self.began: float | None = None  # when the step that runs did
-        self.looking = False  # the event loop was told of a step, and has not looked yet
-        self.wake = threading.Condition()  # guards `new` and `stopping`
+        self.inbox = Inbox([], [])
+        self.stopping = False
+        self.wake = threading.Condition()  # guards `inbox` and `stopping`
+        self.step_began: float | None = None
+        self.reported = False  # the event loop was told of a step, and has not looked yet
         self.loop: asyncio.AbstractEventLoop | None = None  # there is none on the other ranks
-        self.on_ready: Callable[[], None] = lambda: None  # told in the event loop, and so is
-        self.on_end: Callable[[], None] = lambda: None  # that the thread has ended
+        # Called in the event loop when the model is built, and when the thread has ended.
+        self.on_ready: Callable[[], None] = lambda: None
+        self.on_end: Callable[[], None] = lambda: None
 
     # In the event loop of the first rank.
 
@@ -89,34 +103,35 @@ class Service:
             raise Busy("the server is shutting down")
         if self.llm is None:
             raise Busy("the model is loading")
-        began = self.began
+        began = self.step_began
         if began is not None and time.monotonic() - began > STALLED_SECONDS:
             raise Busy(f"the engine has not finished a step for {STALLED_SECONDS} s")
         return self.llm
 
     def load(self, more: int = 0) -> tuple[int, int]:
-        """How many requests are running, and how many wait for a row; `more` ones counted too."""
-        pending = more + sum(len(call.requests) for call in self.calls.values())
-        rows = self.llm.model.params.max_batch_size if self.llm else 0
-        return min(pending, rows), max(0, pending - rows)
+        """How many requests are running and how many wait for a slot, with `more` counted too."""
+        pending = more + sum(len(call.prompts) for call in self.calls.values())
+        slots = self.llm.model.params.max_batch_size if self.llm else 0
+        return min(pending, slots), max(0, pending - slots)
 
-    def submit(self, requests: Sequence[Request]) -> Call:
-        """Hand requests to the engine; the call's `changed` tells when to look at its answers. Raises Busy."""
+    def submit(self, prompts: Sequence[Prompt]) -> Call:
+        """Hand prompts to the engine; the call's `changed` says when to look. Raises Busy."""
         self.check()
-        if self.calls and self.load(len(requests))[1] > self.max_waiting:
-            raise Busy(f"{self.load()[1]} requests wait already, and no more than {self.max_waiting} may")
-        call = Call(next(self.numbers), requests)
+        if self.calls and self.load(len(prompts))[1] > self.max_waiting:
+            _, waiting = self.load()
+            raise Busy(f"{waiting} requests wait already, and no more than {self.max_waiting} may")
+        call = Call(next(self.numbers), prompts)
         self.calls[call.number] = call
         with self.wake:
-            self.new.calls.append((call.number, requests))
+            self.inbox.calls.append((call.number, prompts))
             self.wake.notify()
         return call
 
     def cancel(self, call: Call) -> None:
-        """Nobody waits for it any more: its rows are free at the next step."""
+        """Nobody waits for it any more: its slots are free at the next step."""
         if self.calls.pop(call.number, None):
             with self.wake:
-                self.new.cancelled.append(call.number)
+                self.inbox.cancelled.append(call.number)
                 self.wake.notify()
 
     def fail(self, error: Exception) -> None:
@@ -133,32 +148,24 @@ class Service:
             self.wake.notify()
 
     def _look(self) -> None:
-        """Steps were run: count what they brought, and let those look who wait for it."""
-        self.looking = False
-        now, metrics = time.monotonic(), self.metrics
+        """Steps were run: count what they brought, and wake those who wait for it."""
+        self.reported = False
+        now = time.monotonic()
         for call in list(self.calls.values()):
-            before = sum(call.counted)
-            for i, answer in enumerate(call.answers):
-                count = len(answer.pieces)  # which the engine's thread may change; a stop string takes some back
-                if not call.read[i] and (count or answer.finish_reason is not None):
-                    metrics.prompt_tokens += len(answer.request.prompt)
-                    call.read[i] = True
-                if (new := count - call.counted[i]) > 0:
-                    if call.counted[i]:
-                        metrics.between_tokens.observe((now - call.seen[i]) / new, new)
-                    else:
-                        metrics.first_token.observe(now - call.seen[i])
-                        metrics.between_tokens.observe(0.0, new - 1)  # those that were seen with it
-                    metrics.generation_tokens += new
-                    call.counted[i], call.seen[i] = count, now
-            if call.over:
-                metrics.successes.update(answer.finish_reason or "error" for answer in call.answers)
+            over = call.over  # asked before counting: what comes after it is counted the next time
+            is_longer = count_tokens(call, self.metrics, now)
+            if over:
+                reasons = [request.finish_reason or "error" for request in call.requests]
+                self.metrics.successes.update(reasons)
                 del self.calls[call.number]
-            if call.over or sum(call.counted) > before:
+            if over or is_longer:
                 call.changed.set()
 
     def _ended(self) -> None:
-        self.fail(RuntimeError(f"the engine has ended: {self.error}" if self.error else "the server has shut down"))
+        reason = "the server has shut down"
+        if self.error is not None:
+            reason = f"the engine has ended: {self.error}"
+        self.fail(RuntimeError(reason))
         self.on_end()
 
     # In the engine's thread, which on the other ranks is the main one.
@@ -174,31 +181,66 @@ class Service:
         self._tell(self._ended)
 
     def _run(self, llm: Llama, ranks: Ranks) -> None:
-        running: dict[int, list[Answer]] = {}
-        while (todo := ranks.ask_first(lambda: self._wait(llm))) is not None:
-            for number, requests in todo.calls:
-                running[number] = [llm.engine.submit(request) for request in requests]
-                if call := self.calls.get(number):  # the event loop may let go of it at any moment
-                    call.answers = running[number]
-            for number in todo.cancelled:
-                for answer in running.get(number, ()):
-                    llm.engine.cancel(answer)
+        running: dict[int, list[Request]] = {}
+        while True:
+            inbox = ranks.ask_first(lambda: self._wait(llm))
+            if inbox is None:
+                return
+            for number, prompts in inbox.calls:
+                running[number] = [llm.engine.submit(prompt) for prompt in prompts]
+                call = self.calls.get(number)  # the event loop may let go of it at any moment
+                if call is not None:
+                    call.requests = running[number]
+            for number in inbox.cancelled:
+                for request in running.get(number, ()):
+                    llm.engine.cancel(request)
             llm.engine.step()
-            running = {number: answers for number, answers in running.items() if not all(a.over for a in answers)}
-            if not self.looking:  # else a busy event loop would fall behind, step by step
-                self.looking = True
+            for number, requests in list(running.items()):
+                if all(request.over for request in requests):
+                    del running[number]
+            if not self.reported:  # else a busy event loop would fall behind, step by step
+                self.reported = True
                 self._tell(self._look)
 
-    def _wait(self, llm: Llama) -> Todo | None:
-        """What came since the last step, as soon as there is work; None once the thread is to end."""
+    def _wait(self, llm: Llama) -> Inbox | None:
+        """What came since the last step, once there is work; None when the thread is to end."""
         with self.wake:
-            while not (self.stopping or any(self.new) or llm.engine.busy):
-                self.began = None
+            while not (self.stopping or any(self.inbox) or llm.engine.busy):
+                self.step_began = None
                 self.wake.wait()
-            self.began = time.monotonic()
-            todo, self.new = self.new, Todo([], [])
-            return None if self.stopping else todo
+            self.step_began = time.monotonic()
+            inbox = self.inbox
+            self.inbox = Inbox([], [])
+            return None if self.stopping else inbox
 
     def _tell(self, what: Callable[[], None]) -> None:
         if self.loop is not None and not self.loop.is_closed():
             self.loop.call_soon_threadsafe(what)
+
+
+def count_tokens(call: Call, metrics: Metrics, now: float) -> bool:
+    """Count what is new of a call's requests; returns whether one is longer.
+
+    The engine's thread may be changing them; a stop string takes tokens back.
+    """
+    is_longer = False
+    for index, request in enumerate(call.requests):
+        output = request.output
+        count = len(output.tokens)
+        if not call.read[index] and (count or output.finish_reason is not None):
+            metrics.prompt_tokens += len(request.prompt.token_ids)
+            call.read[index] = True
+        counted = call.counted[index]
+        new = count - counted
+        if new <= 0:
+            continue
+        if counted:
+            metrics.between_tokens.observe((now - call.seen[index]) / new, new)
+        else:
+            metrics.first_token.observe(now - call.seen[index])
+            metrics.between_tokens.observe(0.0, new - 1)  # those that were seen with it
+        metrics.generation_tokens += new
+        call.counted[index] = count
+        call.seen[index] = now
+        is_longer = True
+    return is_longer

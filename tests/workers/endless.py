@@ -2,7 +2,7 @@
 
 from conftest import build_golden
 
-from llama.cli.program import run
+from llama.cli.program import program
 
 
 def main() -> None:
@@ -12,4 +12,5 @@ def main() -> None:
         llm.generate([[1, 30]], 60, 1.0)
 
 
-run(main)
+with program():
+    main()

@@ -12,27 +12,24 @@ import torch
 from conftest import GOLDEN, TINY, build_golden, expected
 from torch import Tensor, nn
 
-from llama import Llama
+from llama import Llama, compat
 from llama.ops import kernels
 from llama.parallel import ShardedLinear
-from llama.quantization import formats as stores
 from llama.quantization.formats import (
-    BFloat16,
     Int4,
     Int8,
     PackedBFloat16,
     PackedFloat16,
     few_rows_on_gpu,
-    has_bfloat16_products,
-    hold_int4,
-    hold_int8,
-    packed_float16_or_plain,
-    select_store,
+    pack_float16,
+    pack_int4,
+    pack_int8,
+    select_formats,
 )
 
 FLOAT32 = {"dtype": "float32"}
 packs = pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="an x86 operation")
-packs_bfloat16 = pytest.mark.skipif(not has_bfloat16_products(), reason="needs bfloat16 instructions")
+packs_bfloat16 = pytest.mark.skipif(not compat.has_bfloat16_products(), reason="needs bfloat16 instructions")
 float16 = pytest.param("float16", marks=packs)
 bfloat16 = pytest.param("bfloat16", marks=packs_bfloat16)
 
@@ -76,12 +73,12 @@ def test_packed_float16_is_the_float16_weight() -> None:
 
 @packs
 def test_a_weight_beyond_float16_is_not_packed() -> None:
-    assert packed_float16_or_plain(torch.full((64, 64), 65504.0)) is not None
-    assert packed_float16_or_plain(torch.full((64, 64), 65537.0)) is None
+    assert pack_float16(torch.full((64, 64), 65504.0)) is not None
+    assert pack_float16(torch.full((64, 64), 65537.0)) is None
 
 
 @packs_bfloat16
-@pytest.mark.parametrize("store", [PackedBFloat16, BFloat16])
+@pytest.mark.parametrize("store", [PackedBFloat16])
 def test_bfloat16_is_the_bfloat16_weight(store: Any) -> None:
     weight = weight_of(96, 64)
     assert torch.equal(as_held(store(weight), 64), weight.bfloat16().float())
@@ -111,13 +108,13 @@ def test_bfloat16_weights_stay_on_their_files_pages(folder: str, tmp_path: Path)
     in_place = [any(store.weight.data_ptr() in span for span in pages) for store in held]
     assert all(in_place) if len(files) == 1 else not any(in_place)
     for layer, plain in zip(linears, (m for m in wanted.model.modules() if isinstance(m, ShardedLinear)), strict=True):
-        assert torch.equal(layer.store.unpack().float(), plain.weight)
+        assert torch.equal(layer.packed.dequantize().float(), plain.weight)
 
 
-HOLD: dict[int, Any] = {8: hold_int8, 4: hold_int4}
+PACK: dict[int, Any] = {8: pack_int8, 4: pack_int4}
 built = pytest.mark.skipif(kernels.library() is None, reason="our kernels were not built")
-grouped8 = pytest.param(hold_int8, marks=built, id="grouped8")
-grouped4 = pytest.param(hold_int4, marks=built, id="grouped4")
+grouped8 = pytest.param(pack_int8, marks=built, id="grouped8")
+grouped4 = pytest.param(pack_int4, marks=built, id="grouped4")
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -126,7 +123,7 @@ def test_a_grouped_weight_is_off_by_at_most_half_a_scale(shape: tuple[int, int],
     weight = weight_of(*shape)
     low, high = weight.unflatten(1, (-1, 32)).aminmax(dim=2)
     scale = (high - low) / 15 if bits == 4 else torch.maximum(high, -low) / 127
-    error = (HOLD[bits](weight).unpack() - weight).abs()
+    error = (PACK[bits](weight).dequantize() - weight).abs()
     # Scales and lows are rounded to float16, away from the weights.
     bound = scale / 2 + (low.abs() + scale) / 1024
     assert (error <= bound.repeat_interleave(32, 1)).all()
@@ -135,7 +132,7 @@ def test_a_grouped_weight_is_off_by_at_most_half_a_scale(shape: tuple[int, int],
 @built
 def test_four_bits_of_weights_that_are_nearly_the_same() -> None:
     weight = 1 + weight_of(64, 64).clamp(-1, 1) / 1000
-    error = (hold_int4(weight).unpack() - weight).abs().max()
+    error = (pack_int4(weight).dequantize() - weight).abs().max()
     assert error <= (0.002 + 2**-11) / 15 / 2 * 1.01  # 2^-11 is float16's spacing below 1, by which a low may be off
     scales, zeros = Int4(weight).scales_and_zeros.float().repeat_interleave(32, 0).unbind(2)
     assert (zeros - 8.5 * scales <= weight.T).all() and (zeros + 7.5 * scales >= weight.T).all()
@@ -156,23 +153,23 @@ def kernel(request: pytest.FixtureRequest) -> Any:
 def test_kernels_are_near_float64_of_the_same_weights(kernel: Any, bits: int, shape: tuple[int, int]) -> None:
     if bits == 4 and shape[1] % 32:
         return
-    store = HOLD[bits](weight_of(*shape))
+    store = PACK[bits](weight_of(*shape))
     for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 31):
         x = torch.randn(rows, 1, shape[1], generator=torch.Generator().manual_seed(rows))
         x[:, :, 5] *= 100  # the channel that is an outlier
-        exact = x.double() @ store.unpack().double().T
+        exact = x.double() @ store.dequantize().double().T
         assert (store(x) - exact).norm() <= 2e-4 * exact.norm()
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_kernels_take_what_the_plain_product_takes(kernel: Any, bits: int) -> None:
     weight = torch.cat((weight_of(16, 64), torch.zeros(16, 64), torch.full((16, 64), 65504.0)))
-    store = HOLD[bits](weight)
+    store = PACK[bits](weight)
     x = torch.randn(4, 1, 64, generator=torch.Generator().manual_seed(0))
     x[1] = 0
     x[2, 0, 7] = torch.nan
     x[3] *= 1e30
-    y, exact = store(x), x @ store.unpack().T
+    y, exact = store(x), x @ store.dequantize().T
     assert torch.equal(y[1], exact[1]) and torch.equal(y[:, :, 16:32][[0, 1, 3]], exact[:, :, 16:32][[0, 1, 3]])
     assert y[2].isnan().all()
     assert (y[[0, 3]] - exact[[0, 3]]).norm() <= 2e-4 * exact[[0, 3]].norm()
@@ -185,12 +182,12 @@ def test_without_our_kernels_one_line_says_so_and_pytorchs_operations_multiply(
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(kernels, "library", functools.cache(kernels.library.__wrapped__))
     weight, x = weight_of(64, 64), torch.ones(2, 1, 64)
-    assert isinstance(hold_int8(weight), Int8) and isinstance(hold_int4(weight), Int4)
+    assert isinstance(pack_int8(weight), Int8) and isinstance(pack_int4(weight), Int4)
     assert caplog.messages == [
         "decoding without our own kernels, more slowly (they were not built: install again where there is a C compiler "
         "with OpenMP)"
     ]
-    torch.testing.assert_close(hold_int8(weight)(x), x @ weight.T, atol=0.5, rtol=0.02)
+    torch.testing.assert_close(pack_int8(weight)(x), x @ weight.T, atol=0.5, rtol=0.02)
 
 
 @built
@@ -209,18 +206,18 @@ def test_kernels_of_another_version_are_not_called(
 def test_a_grouped_weight_multiplies_where_there_are_no_kernels_too(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(2, 1, 64, generator=torch.Generator().manual_seed(1))
     for bits in (8, 4):
-        store = HOLD[bits](weight_of(50, 64))
-        near, weight = store(x), store.unpack()
+        store = PACK[bits](weight_of(50, 64))
+        near, weight = store(x), store.dequantize()
         with monkeypatch.context() as patch:
             patch.setattr(kernels, "available", lambda: False)
-            patch.setattr(stores, "has_bfloat16_products", lambda: False)
-            assert torch.equal(store.unpack(), weight)
+            patch.setattr(compat, "has_bfloat16_products", lambda: False)
+            assert torch.equal(store.dequantize(), weight)
             torch.testing.assert_close(store(x), near, atol=1e-3, rtol=1e-3)
 
 
 @built
 def test_the_compiler_takes_our_products_as_they_are() -> None:
-    store, x = hold_int4(weight_of(48, 64)), torch.randn(3, 1, 64)
+    store, x = pack_int4(weight_of(48, 64)), torch.randn(3, 1, 64)
     compiled = torch.compile(lambda x: store(x) * 2, fullgraph=True)
     assert torch.equal(compiled(x), store(x) * 2)
 
@@ -228,16 +225,16 @@ def test_the_compiler_takes_our_products_as_they_are() -> None:
 @pytest.mark.parametrize("width", [88, 168, 344])
 def test_int8_takes_any_width(width: int) -> None:
     weight, x = weight_of(40, width), torch.randn(3, 1, width, generator=torch.Generator().manual_seed(0))
-    for hold in (Int8, hold_int8):
+    for hold in (Int8, pack_int8):
         torch.testing.assert_close(hold(weight)(x), x @ weight.T, atol=1, rtol=0.02)
 
 
 @pytest.mark.parametrize("rows", [521, 88])
 def test_int4_takes_any_number_of_rows(rows: int) -> None:
     weight, x = weight_of(rows, 64), torch.eye(64)[:, None]
-    for hold in (Int4, hold_int4):
+    for hold in (Int4, pack_int4):
         assert hold(weight)(x).shape == (64, 1, rows)
-        torch.testing.assert_close(hold(weight)(x)[:, 0].T, hold(weight).unpack(), atol=0.02, rtol=0.01)
+        torch.testing.assert_close(hold(weight)(x)[:, 0].T, hold(weight).dequantize(), atol=0.02, rtol=0.01)
 
 
 def test_int8_expanded_stays_within_float16() -> None:
@@ -245,18 +242,17 @@ def test_int8_expanded_stays_within_float16() -> None:
     torch.testing.assert_close(store.expanded(x), torch.full((1, 8), 40.96).half(), atol=0.5, rtol=0)
 
 
-STORES = [
+PACKED = [
     Int8,
     Int4,
     grouped8,
     grouped4,
     pytest.param(PackedFloat16, marks=packs),
     pytest.param(PackedBFloat16, marks=packs_bfloat16),
-    pytest.param(BFloat16, marks=packs_bfloat16),
 ]
 
 
-@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("store", PACKED)
 def test_a_row_is_multiplied_the_same_alone_and_among_many(store: Any) -> None:
     held, x = (
         store(weight_of(96, 64)),
@@ -273,7 +269,7 @@ def options(name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What a build takes to hold its linear weights as `name`."""
     if name in ("int8", "int4"):
         return {"quantize": name}
-    monkeypatch.setattr(stores, "has_bfloat16_products", lambda: name == "bfloat16")
+    monkeypatch.setattr(compat, "has_bfloat16_products", lambda: name == "bfloat16")
     return {"dtype": "auto"}
 
 
@@ -315,7 +311,7 @@ def test_layers_that_share_a_store_still_work_alone(name: str, options: dict[str
 
 @packs
 def test_weights_beyond_float16_stay_apart_and_exact(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(stores, "has_bfloat16_products", lambda: False)
+    monkeypatch.setattr(compat, "has_bfloat16_products", lambda: False)
     shutil.copytree(GOLDEN / "mha-mp1", tmp_path, dirs_exist_ok=True)
     shard = torch.load(tmp_path / "consolidated.00.pth", weights_only=True)
     shard["layers.1.attention.wk.weight"][0, 0] = 1e6
@@ -347,7 +343,7 @@ def test_llama_2_tiny_scores_the_same_quantised(
 
 def test_wrong_names_and_widths_are_refused() -> None:
     with pytest.raises(ValueError, match="quantize is 'int3': use 'int8', 'int4' or None"):
-        select_store("int3", "auto", torch.device("cpu"))
+        select_formats("int3", "auto", torch.device("cpu"))
     with pytest.raises(ValueError, match="int4 stores groups of 32 inputs, and this rank's weight has 48: use fewer"):
         Int4(torch.ones(64, 48))
 
@@ -363,7 +359,7 @@ def test_state_dict_is_whole_and_a_copy_computes_the_same(name: str, options: di
     tokens = torch.tensor(expected("gqa")["prompt_tokens"][:1])
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(copied(tokens), model(tokens))
-        assert copied.layers[0].attention.wq.store is not model.layers[0].attention.wq.store
+        assert copied.layers[0].attention.wq.packed is not model.layers[0].attention.wq.packed
     plain.load_state_dict({key: tensor.float() for key, tensor in held.items()})  # what is held, in a plain model
     error = (plain(tokens) - model(tokens)).norm() / model(tokens).norm()
     assert error < (0.2 if name == "int4" else 0.03)
@@ -382,10 +378,10 @@ def test_hooks_on_every_linear_layer_fire(name: str, options: dict[str, Any]) ->
     assert len(fired) == len(set(fired)) == 2 * 7 + 1
 
 
-@pytest.mark.parametrize("name", ["int8", "int4", float16])
+@pytest.mark.parametrize("name", ["int8", "int4"])
 def test_the_next_token_is_rounded_in_one_way_however_many_rows_are_decoded(name: str, options: dict[str, Any]) -> None:
     linear = build_golden(max_seq_len=32, **options).model.layers[1].feed_forward.w2
-    x = torch.randn(64, 1, linear.store.unpack().shape[1], generator=torch.Generator().manual_seed(0))
+    x = torch.randn(64, 1, linear.packed.dequantize().shape[1], generator=torch.Generator().manual_seed(0))
     alone = torch.cat([linear(row[None]) for row in x])
     for rows in (2, 4, 31, 32, 64):
         assert torch.equal(linear(x[:rows]), alone[:rows])
@@ -395,7 +391,7 @@ def test_weights_of_other_types_move_and_convert_with_the_model() -> None:
     for options in ({"quantize": "int8"}, {"dtype": "auto"}):
         llm = build_golden(**options)
         llm.model.bfloat16()
-        assert llm.model.cache.k.dtype == torch.bfloat16
+        assert llm.model.cache.dtype == torch.bfloat16
         assert len(llm.generate([[1, 30, 40]], 5, 0)[0][0]) > 0
 
 

@@ -1,0 +1,78 @@
+"""The private parts of PyTorch that this library uses, in one place.
+
+Seen with PyTorch 2.6 to 2.13. Where a release renames one of them, this is the file to change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def constant(function: F) -> F:
+    """torch.compiler.assume_constant_result, without importing the compiler: most of a second."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+profiler = torch.autograd.profiler  # its _is_profiler_enabled says whether somebody profiles
+
+is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
+
+# Hooks on all modules, by their numbers. A number is never given twice.
+GLOBAL_HOOKS: list[dict[int, Any]] = [
+    torch.nn.modules.module._global_forward_hooks,
+    torch.nn.modules.module._global_forward_pre_hooks,
+]
+
+
+@constant
+def has_bfloat16_products() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices (AVX512-BF16; every CPU with AMX has it too)."""
+    if "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        return False
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def pack_bfloat16(weight: Tensor) -> Any:
+    """A weight in oneDNN's own blocks."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16())
+
+
+def multiply_packed_bfloat16(x: Tensor, packed: Any) -> Tensor:
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    return y
+
+
+def pack_int4(q: Tensor, tiles: int) -> Tensor:
+    """Values in [0, 15], (rows, inputs) int32, in the layout of PyTorch's kernel for their device."""
+    if q.is_cuda:
+        pairs = (q[:, ::2] << 4 | q[:, 1::2]).to(torch.uint8)
+        return torch._convert_weight_to_int4pack(pairs, tiles)
+    return torch._convert_weight_to_int4pack_for_cpu(q, 1)
+
+
+def multiply_int4(x: Tensor, packed: Tensor, group_size: int, scales_and_zeros: Tensor) -> Tensor:
+    multiply = torch._weight_int4pack_mm if x.is_cuda else torch._weight_int4pack_mm_for_cpu
+    return multiply(x, packed, group_size, scales_and_zeros)
+
+
+def multiply_int8(x: Tensor, q: Tensor, scales: Tensor) -> Tensor:
+    return torch._weight_int8pack_mm(x, q, scales)
+
+
+def hash_store() -> Any:
+    """A store for a process group of one process, which needs no port."""
+    return dist.HashStore()  # type: ignore[attr-defined]
+
+
+def group_backends() -> list[Any]:
+    """The backends of all process groups."""
+    groups = dist.distributed_c10d._world.pg_map
+    return [group._get_backend(device) for group in groups for device in group._device_types]
