@@ -4,7 +4,9 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 HERE = Path(__file__).parent
-(version,) = re.findall(r'^__version__ = "(.+)"', (HERE / "llama" / "__init__.py").read_text(), re.MULTILINE)
+(version,) = re.findall(
+    r'^__version__ = "(.+)"', (HERE / "llama" / "__init__.py").read_text(), re.MULTILINE
+)
 
 setup(
     name="llama",
@@ -13,12 +15,14 @@ setup(
     license="MIT",
     packages=["llama", "llama.checkpoints", "llama.server"],
     package_data={"llama": ["py.typed"], "llama.server": ["page.html"]},
-    # Optional: without a compiler, or OpenMP in it, other ways to multiply remain, and one line says so.
+    # Optional: without a compiler, or OpenMP in it, other ways to multiply remain, and one line
+    # says so.
     ext_modules=[
         Extension(
             "llama._kernels",
             ["llama/ops/quantized.c", "llama/ops/bf16.c", "llama/ops/fused.c"],
-            extra_compile_args=["-O3", "-fopenmp"],  # not for the linker: OpenMP's library is the one of PyTorch
+            # not for the linker: OpenMP's library is the one of PyTorch
+            extra_compile_args=["-O3", "-fopenmp"],
             optional=True,
         )
     ],

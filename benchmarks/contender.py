@@ -1,6 +1,8 @@
-"""One contender's times, in a process of its own: python benchmarks/contender.py NAME FOLDER. Prints JSON.
+"""One contender's times, in a process of its own: python benchmarks/contender.py NAME FOLDER.
+Prints JSON.
 
-Every contender gets the same token ids and decodes greedily through the interface that its users call.
+Every contender gets the same token ids and decodes greedily through the interface that its users
+call.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
 
 
 class Ours:
-    """This library; `kind` is a dtype, a quantisation, or a type of GGUF's, whose file is read as it is."""
+    """This library; `kind` is a dtype, a quantisation, or a type of GGUF's, whose file is read as
+    it is.
+    """
 
     @staticmethod
     def convert(folder: Path, kind: str) -> Path:
@@ -61,23 +65,34 @@ class Transformers:
         from transformers import AutoModelForCausalLM
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, kind)).to(device)
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, kind)).to(
+            device
+        )
 
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], new: int) -> list[list[int]]:
         longest = max(map(len, prompts))
         device = self.model.device
         ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+        mask = torch.tensor(
+            [[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device
+        )
         out = self.model.generate(
-            ids, attention_mask=mask, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
+            ids,
+            attention_mask=mask,
+            max_new_tokens=new,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
         )
         rows: list[list[int]] = out[:, longest:].tolist()
         return rows
 
 
 class LlamaCpp:
-    """llama-cpp-python's low-level interface: rows are sequences of one batch, as in llama.cpp's own servers."""
+    """llama-cpp-python's low-level interface: rows are sequences of one batch, as in llama.cpp's
+    own servers.
+    """
 
     BATCH = 512  # tokens in one call, llama.cpp's own default for what it multiplies at once
 
@@ -88,11 +103,16 @@ class LlamaCpp:
     def __init__(self, folder: Path, kind: str, context: int, rows: int):
         import llama_cpp
 
-        self.api, threads = llama_cpp, torch.get_num_threads()
+        self.api = llama_cpp
+        threads = torch.get_num_threads()
         llama_cpp.llama_backend_init()
-        self.model = llama_cpp.llama_model_load_from_file(str(folder).encode(), llama_cpp.llama_model_default_params())
+        self.model = llama_cpp.llama_model_load_from_file(
+            str(folder).encode(), llama_cpp.llama_model_default_params()
+        )
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_seq_max = context * rows, self.BATCH, rows
+        params.n_ctx = context * rows
+        params.n_batch = self.BATCH
+        params.n_seq_max = rows
         params.n_threads = params.n_threads_batch = threads
         self.context = llama_cpp.llama_init_from_model(self.model, params)
         self.batch = llama_cpp.llama_batch_init(self.BATCH, 0, 1)
@@ -100,16 +120,25 @@ class LlamaCpp:
     def generate(self, prompts: list[list[int]], new: int) -> list[list[int]]:
         self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
         answers: list[list[int]] = [[] for _ in prompts]
-        fed = [(row, at, token) for row, prompt in enumerate(prompts) for at, token in enumerate(prompt)]
+        fed = [
+            (row, at, token)
+            for row, prompt in enumerate(prompts)
+            for at, token in enumerate(prompt)
+        ]
         for _ in range(new):
             for first in range(0, len(fed), self.BATCH):
                 self.decode(prompts, fed[first : first + self.BATCH], answers)
-            fed = [(row, len(prompts[row]) + len(ids) - 1, ids[-1]) for row, ids in enumerate(answers)]
+            fed = [
+                (row, len(prompts[row]) + len(ids) - 1, ids[-1]) for row, ids in enumerate(answers)
+            ]
         return answers
 
-    def decode(self, prompts: list[list[int]], fed: list[tuple[int, int, int]], answers: list[list[int]]) -> None:
+    def decode(
+        self, prompts: list[list[int]], fed: list[tuple[int, int, int]], answers: list[list[int]]
+    ) -> None:
         """Run tokens at positions of rows, and take the likeliest that follows each row's last."""
-        batch, last = self.batch, []
+        batch = self.batch
+        last = []
         batch.n_tokens = len(fed)
         for i, (row, at, token) in enumerate(fed):
             batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, at, 1
@@ -143,18 +172,28 @@ CONTENDERS: dict[str, tuple[type[Any], str]] = {
 
 def names(given: tuple[str, ...] | str) -> list[str]:
     """Names with commas; fire makes a tuple of some."""
-    return [name.strip() for name in (given.split(",") if isinstance(given, str) else given) if name.strip()]
+    return [
+        name.strip()
+        for name in (given.split(",") if isinstance(given, str) else given)
+        if name.strip()
+    ]
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Of one run: medians are taken over rounds. Every contender returns token ids that the host has read."""
+    """Of one run: medians are taken over rounds.
+
+    Every contender returns token ids that the host has read.
+    """
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def peak_resident() -> int:
-    """Bytes, of this process alone: Linux counts into ru_maxrss what the parent held when it forked."""
+    """Bytes, of this process alone:
+
+    Linux counts into ru_maxrss what the parent held when it forked.
+    """
     status = Path("/proc/self/status")
     if status.exists():
         return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024  # type: ignore[index]
@@ -167,7 +206,8 @@ def measure(name: str, folder: str, quick: bool = False, only: tuple[str, ...] |
     kind, option = CONTENDERS[name]
     steps = 8 if quick else 24
 
-    seeds = itertools.count(1)  # no prompt begins as one before it, whose keys and values may still be held
+    # no prompt begins as one before it, whose keys and values may still be held
+    seeds = itertools.count(1)
 
     def prefill(length: int) -> float:
         if torch.cuda.is_available():  # the first product of a shape looks for its kernel
@@ -176,7 +216,9 @@ def measure(name: str, folder: str, quick: bool = False, only: tuple[str, ...] |
         return length / seconds(lambda: contender.generate([prompt], 1))
 
     def decode(batch: int) -> float:
-        ready, one, more = ([prompt_of(DECODE_PROMPT, next(seeds)) for _ in range(batch)] for _ in range(3))
+        ready, one, more = (
+            [prompt_of(DECODE_PROMPT, next(seeds)) for _ in range(batch)] for _ in range(3)
+        )
         contender.generate(ready, 2)  # the first step of a shape is recorded, captured or compiled
         first = seconds(lambda: contender.generate(one, 1))
         return (seconds(lambda: contender.generate(more, 1 + steps)) - first) / steps * 1e3
@@ -207,7 +249,9 @@ def measure(name: str, folder: str, quick: bool = False, only: tuple[str, ...] |
         result[work] = run()
     result["tokens"] = contender.generate([prompt_of(DECODE_PROMPT)], 8)[0]
     result["peak"] = (
-        torch.cuda.max_memory_allocated() if torch.cuda.is_available() and kind is not LlamaCpp else peak_resident()
+        torch.cuda.max_memory_allocated()
+        if torch.cuda.is_available() and kind is not LlamaCpp
+        else peak_resident()
     )
     print(json.dumps(result))
 

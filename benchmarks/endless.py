@@ -1,7 +1,9 @@
-"""Servers, and this library's own loop, whose texts no id ends: python benchmarks/endless.py llama FOLDER PORT ROWS
+"""Servers, and this library's own loop, whose texts no id ends: python benchmarks/endless.py llama
+FOLDER PORT ROWS
 
-Random weights end a text by chance; no contender of serving.py may stop before the others. Nor has the checkpoint a
-tokenizer that all of them read, so where a server takes no ids its prompts are ids with spaces, `1 17 350`.
+Random weights end a text by chance; no contender of serving.py may stop before the others. Nor has
+the checkpoint a tokenizer that all of them read, so where a server takes no ids its prompts are ids
+with spaces, `1 17 350`.
 """
 
 from __future__ import annotations
@@ -38,22 +40,40 @@ def llama_cpp(file: str, port: int, threads: int) -> None:
     from llama_cpp.server.settings import ModelSettings, ServerSettings
 
     llama_cpp.llama_token_is_eog = lambda vocab, token: False
-    llama_cpp.Llama.tokenize = lambda self, text, add_bos=True, special=False: [int(word) for word in text.split()]
+    llama_cpp.Llama.tokenize = lambda self, text, add_bos=True, special=False: [
+        int(word) for word in text.split()
+    ]
     model = ModelSettings(
-        model=file, n_ctx=CONTEXT, n_threads=threads, n_threads_batch=threads, n_batch=512, verbose=False
+        model=file,
+        n_ctx=CONTEXT,
+        n_threads=threads,
+        n_threads_batch=threads,
+        n_batch=512,
+        verbose=False,
     )
     # A stream is not given up for the next request that comes.
-    app = create_app(server_settings=ServerSettings(interrupt_requests=False), model_settings=[model])
+    app = create_app(
+        server_settings=ServerSettings(interrupt_requests=False), model_settings=[model]
+    )
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="error")
 
 
 def loop(folder: str, rows: int, new: int) -> None:
-    """The seconds that each batch of prompts took, as JSON; batches come as JSON too, and the first one warms up."""
+    """The seconds that each batch of prompts took, as JSON; batches come as JSON too, and the first
+    one warms up.
+    """
     from llama import Llama
 
     llm = Llama.build(folder, None, CONTEXT, rows)
     llm.tokenizer.eos_id = -1
-    print(json.dumps([seconds(lambda batch=batch: llm.generate(batch, new, 0)) for batch in json.load(sys.stdin)]))
+    print(
+        json.dumps(
+            [
+                seconds(lambda batch=batch: llm.generate(batch, new, 0))
+                for batch in json.load(sys.stdin)
+            ]
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """What others wait for, and what is not computed twice: python benchmarks/engine.py --shape 110m
 
-Pauses of an answering row while a long prompt is prefilled; time per token with and without draft tokens, of texts
-that repeat themselves and texts that do not; what eight conversations compute, turn by turn; how long the import takes.
-Random weights quote nothing, so the choice of tokens is forced for the drafts; everything else is as users run it.
+Pauses of an answering row while a long prompt is prefilled; time per token with and without draft
+tokens, of texts that repeat themselves and texts that do not; what eight conversations compute,
+turn by turn; how long the import takes. Random weights quote nothing, so the choice of tokens is
+forced for the drafts; everything else is as users run it.
 """
 
 from __future__ import annotations
@@ -40,13 +41,18 @@ def build(folder: Path, kind: str, context: int, rows: int, **options: Any) -> L
 
 
 def pause(folder: Path, kind: str) -> tuple[float, float]:
-    """Seconds of the longest gap between two tokens of a row while a long prompt joins, and of its usual step.
+    """Seconds of the longest gap between two tokens of a row while a long prompt joins, and of its
+    usual step.
 
-    Three prompts share two rows: one answers all the time, one ends soon, and the long one takes its place.
+    Three prompts share two rows: one answers all the time, one ends soon, and the long one takes
+    its place.
     """
     llm = build(folder, kind, 2048, 2)
-    words = [llm.tokenizer.decode(prompt_of(n, seed)) for seed, n in enumerate((16, 16, LONG_PROMPT))]
-    times, others = [], []
+    words = [
+        llm.tokenizer.decode(prompt_of(n, seed)) for seed, n in enumerate((16, 16, LONG_PROMPT))
+    ]
+    times = []
+    others = []
     for piece in llm.stream_text_completion(words, 0, max_gen_len=[3 * NEW_TOKENS, 32, 8]):
         (times if piece["index"] == 0 else others).append(time.perf_counter())
     gaps = [after - before for before, after in itertools.pairwise(times)]
@@ -60,7 +66,9 @@ class Forced:
         engine = llm.engine
         inner = type(engine).choose
 
-        def choose(requests: list[Request], numbers: list[int], logits: torch.Tensor) -> list[ScoredToken]:
+        def choose(
+            requests: list[Request], numbers: list[int], logits: torch.Tensor
+        ) -> list[ScoredToken]:
             inner(engine, requests, numbers, logits)  # its time counts
             pairs = zip(requests, numbers, strict=True)
             return [ScoredToken(texts[request.prompt.index][number]) for request, number in pairs]
@@ -71,7 +79,9 @@ class Forced:
 def unlucky(n: int, rng: random.Random) -> list[int]:
     """The same three ids over and over, each time before a new one: every draft is wrong."""
     phrase = [rng.randrange(3, weights.VOCAB_SIZE) for _ in range(3)]
-    return [x for _ in range(n // 4 + 1) for x in (*phrase, rng.randrange(3, weights.VOCAB_SIZE))][:n]
+    return [x for _ in range(n // 4 + 1) for x in (*phrase, rng.randrange(3, weights.VOCAB_SIZE))][
+        :n
+    ]
 
 
 def texts_of(kind: str, rows: int, seed: int) -> tuple[list[list[int]], list[list[int]]]:
@@ -86,7 +96,9 @@ def texts_of(kind: str, rows: int, seed: int) -> tuple[list[list[int]], list[lis
 
 
 def drafts(folder: Path, kind: str, rows: int, rounds: int) -> Iterator[str]:
-    """Rows of a table: milliseconds per token without and with drafts, in turns, and tokens of a row per pass."""
+    """Rows of a table: milliseconds per token without and with drafts, in turns, and tokens of a
+    row per pass.
+    """
     llm = build(folder, kind, 512, rows)
     for text in ("quotes", "new", "unlucky"):
         taken: dict[int, list[float]] = {0: [], 3: []}
@@ -95,20 +107,26 @@ def drafts(folder: Path, kind: str, rows: int, rounds: int) -> Iterator[str]:
             for n in taken if seed % 2 else reversed(taken):
                 llm.engine.scheduler.draft_tokens = n
                 prompts, answers = texts_of(text, rows, 2 * seed + bool(n))
-                llm.generate(prompts, 1, 0)  # the prompts are in the cache: what follows is decoding
+                # the prompts are in the cache: what follows is decoding
+                llm.generate(prompts, 1, 0)
                 Forced(llm, answers)
-                before, start = llm.engine.passes, time.perf_counter()
+                before = llm.engine.passes
+                start = time.perf_counter()
                 llm.generate(prompts, NEW_TOKENS, 0)
                 taken[n].append((time.perf_counter() - start) / NEW_TOKENS * 1e3)
                 passes = llm.engine.passes - before if n else passes
         without, with_drafts = (statistics.median(taken[n]) for n in (0, 3))
         # Of neighbours in time, for a machine's speed drifts by more than what is asked.
         ratio = statistics.median(b / a for a, b in zip(taken[0], taken[3], strict=True))
-        yield (f"| {text} | {rows} | {without:.2f} | {with_drafts:.2f} | {ratio:.3f} | {NEW_TOKENS / passes:.2f} |")
+        yield (
+            f"| {text} | {rows} | {without:.2f} | {with_drafts:.2f} | {ratio:.3f} | {NEW_TOKENS / passes:.2f} |"
+        )
 
 
 def conversations(folder: Path, kind: str) -> tuple[int, int]:
-    """Tokens computed, and tokens that were new, in eight conversations of four turns on eight rows."""
+    """Tokens computed, and tokens that were new, in eight conversations of four turns on eight
+    rows.
+    """
     llm = build(folder, kind, 1024, 8)
     dialogs: list[list[int]] = [[1] for _ in range(8)]
     new = 0
@@ -131,15 +149,29 @@ def import_seconds(module: str, rounds: int = 7) -> float:
     return statistics.median(one() for _ in range(rounds))
 
 
-def main(shape: str = "110m", kind: str = "auto", rounds: int = 7, folder: str | None = None, only: str = "") -> None:
-    """`kind`: a dtype, int8 or int4; `folder` keeps the weights; `only`: pause, drafts, conversations or import."""
-    print(f"{shape}, {kind}; {cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+def main(
+    shape: str = "110m",
+    kind: str = "auto",
+    rounds: int = 7,
+    folder: str | None = None,
+    only: str = "",
+) -> None:
+    """`kind`: a dtype, int8 or int4; `folder` keeps the weights; `only`: pause, drafts,
+    conversations or import.
+    """
+    print(
+        f"{shape}, {kind}; {cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
+    )
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = weights.make(shape, Path(folder or scratch))
 
         def show_pause() -> None:
-            longest, usual = min((pause(checkpoint, kind) for _ in range(3)), key=lambda gaps: gaps[0] / gaps[1])
-            print(f"longest pause {longest * 1e3:.1f} ms, {longest / usual:.1f} times the step of {usual * 1e3:.1f} ms")
+            longest, usual = min(
+                (pause(checkpoint, kind) for _ in range(3)), key=lambda gaps: gaps[0] / gaps[1]
+            )
+            print(
+                f"longest pause {longest * 1e3:.1f} ms, {longest / usual:.1f} times the step of {usual * 1e3:.1f} ms"
+            )
 
         def show_drafts() -> None:
             print("| text | rows | ms per token without drafts | with | ratio | tokens per pass |")
@@ -150,11 +182,16 @@ def main(shape: str = "110m", kind: str = "auto", rounds: int = 7, folder: str |
 
         def show_conversations() -> None:
             computed, new = conversations(checkpoint, kind)
-            print(f"eight conversations: {computed} tokens computed, {new} new: {computed / new:.3f}")
+            print(
+                f"eight conversations: {computed} tokens computed, {new} new: {computed / new:.3f}"
+            )
 
         def show_import() -> None:
-            torch_alone, ours = import_seconds("torch"), import_seconds("llama")
-            print(f"import llama {ours:.2f} s, import torch {torch_alone:.2f} s: {ours / torch_alone:.2f}")
+            torch_alone = import_seconds("torch")
+            ours = import_seconds("llama")
+            print(
+                f"import llama {ours:.2f} s, import torch {torch_alone:.2f} s: {ours / torch_alone:.2f}"
+            )
 
         shows: dict[str, Callable[[], None]] = {
             "pause": show_pause,

@@ -1,6 +1,8 @@
-"""What only a GPU can show: python benchmarks/gpu_check.py prints pass or fail for each, on an NVIDIA GPU.
+"""What only a GPU can show: python benchmarks/gpu_check.py prints pass or fail for each, on an
+NVIDIA GPU.
 
-With --device cpu it runs what a CPU can show of the same checks, so that the script itself is known to work.
+With --device cpu it runs what a CPU can show of the same checks, so that the script itself is known
+to work.
 """
 
 from __future__ import annotations
@@ -24,8 +26,13 @@ from llama.checkpoints import memory_needs
 from llama.quantization.formats import Int8, few_rows_on_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
-GOLDEN, TINY = ROOT / "tests" / "golden", ROOT / "llama-2-tiny"
-QUESTIONS = ["Where does the owl live?", "What does the rabbit eat?", "What does the bear like to do?"]
+GOLDEN = ROOT / "tests" / "golden"
+TINY = ROOT / "llama-2-tiny"
+QUESTIONS = [
+    "Where does the owl live?",
+    "What does the rabbit eat?",
+    "What does the bear like to do?",
+]
 
 
 class Checks:
@@ -69,23 +76,34 @@ class Checks:
     def int8_of_few_rows_equals_float64(self) -> str:
         if self.device != "cuda":
             return "on cuda only"
-        assert few_rows_on_gpu(torch.float32), "Triton does not run here: int8 expands every weight at every step"
+        assert few_rows_on_gpu(torch.float32), (
+            "Triton does not run here: int8 expands every weight at every step"
+        )
         torch.manual_seed(0)
         for dtype, near in (torch.float32, 1e-5), (torch.bfloat16, 4e-3), (torch.float16, 5e-4):
-            for n, rows, columns in (1, 4096, 4096), (3, 1000, 777), (16, 11008, 4096), (70, 96, 11008):
+            for n, rows, columns in (
+                (1, 4096, 4096),
+                (3, 1000, 777),
+                (16, 11008, 4096),
+                (70, 96, 11008),
+            ):
                 store = Int8(torch.randn(rows, columns, device="cuda") / columns**0.5)
                 x = torch.randn(n, 1, columns, device="cuda", dtype=dtype)
                 want = x.double() @ store.dequantize().double().T
                 error = float((store(x) - want).norm() / want.norm())
                 assert error < near, (dtype, n, rows, columns, error)
-                assert torch.equal(store(x[-1:]), store(x)[-1:]), "a row's product depends on how many there are"
+                assert torch.equal(store(x[-1:]), store(x)[-1:]), (
+                    "a row's product depends on how many there are"
+                )
         return "within rounding"
 
     def a_captured_step_equals_an_eager_one(self) -> None:
         assert self.answers(dtype="float32") == self.answers(dtype="float32", cuda_graph=False)
 
     def a_compiled_step_equals_an_eager_one(self) -> None:
-        assert self.answers(dtype="float32", compile=True) == self.answers(dtype="float32", cuda_graph=False)
+        assert self.answers(dtype="float32", compile=True) == self.answers(
+            dtype="float32", cuda_graph=False
+        )
 
     def many_shapes_share_the_memory_of_one(self) -> str:
         llm = self.build(rows=16)
@@ -128,8 +146,17 @@ class Checks:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "ranks.py")
             path.write_text(script)
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-            job = subprocess.run([*launcher, str(path)], capture_output=True, text=True, timeout=300)
+            launcher = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc_per_node",
+                str(ranks),
+            ]
+            job = subprocess.run(
+                [*launcher, str(path)], capture_output=True, text=True, timeout=300
+            )
         assert job.returncode == 0, job.stderr[-2000:]
         assert str(Checks("cpu").answers(dtype="float32")) in job.stdout, job.stdout
         return f"{ranks} rank(s)"
@@ -162,7 +189,11 @@ def main(device: str = "cuda", only: str = "") -> None:
     """Run all checks, or those whose names have `only` in them; exits with how many failed."""
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("no GPU is here: --device cpu runs what a CPU can show")
-    names = [name for name in vars(Checks) if not name.startswith("_") and name not in ("build", "answers", "used")]
+    names = [
+        name
+        for name in vars(Checks)
+        if not name.startswith("_") and name not in ("build", "answers", "used")
+    ]
     failed = 0
     for name in names:
         if only not in name:

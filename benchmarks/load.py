@@ -1,7 +1,7 @@
 """How fast a checkpoint loads, beside a plain read of its bytes: python benchmarks/load.py
 
-The shape 1b in bfloat16, as 1, 2 and 4 shards and in the Hugging Face layout, and as GGUF files that are held in their
-own bits; from a warm page cache. Prints Markdown.
+The shape 1b in bfloat16, as 1, 2 and 4 shards and in the Hugging Face layout, and as GGUF files
+that are held in their own bits; from a warm page cache. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ from llama.checkpoints.convert import reshard
 
 
 def files_of(folder: Path) -> list[Path]:
-    return [folder] if folder.is_file() else sorted([*folder.glob("*.pth"), *folder.glob("*.safetensors")])
+    return (
+        [folder]
+        if folder.is_file()
+        else sorted([*folder.glob("*.pth"), *folder.glob("*.safetensors")])
+    )
 
 
 def plain_read(folder: Path) -> None:
@@ -33,7 +37,12 @@ def plain_read(folder: Path) -> None:
                 room = room[stream.readinto(room) :]
 
 
-def main(shape: str = "1b", rounds: int = 5, folder: str | None = None, only: tuple[str, ...] | str = ("",)) -> None:
+def main(
+    shape: str = "1b",
+    rounds: int = 5,
+    folder: str | None = None,
+    only: tuple[str, ...] | str = ("",),
+) -> None:
     """`folder` keeps the weights; `only`: parts of the layouts' names, with commas."""
     with tempfile.TemporaryDirectory() as scratch:
         base = weights.make(shape, Path(folder or scratch))
@@ -47,19 +56,32 @@ def main(shape: str = "1b", rounds: int = 5, folder: str | None = None, only: tu
         makers: dict[str, Callable[[], Path]] = {"1 shard": lambda: base}
         makers |= {f"{shards} shards": partial(resharded, shards) for shards in (2, 4)}
         makers |= {"Hugging Face": lambda: weights.as_huggingface(base)}
-        makers |= {f"GGUF {kind}": partial(weights.as_gguf, base, kind) for kind in ("q8_0", "q4_0")}
+        makers |= {
+            f"GGUF {kind}": partial(weights.as_gguf, base, kind) for kind in ("q8_0", "q4_0")
+        }
         wanted = names(only) or [""]
-        folders = {name: make() for name, make in makers.items() if any(part in name for part in wanted)}
+        folders = {
+            name: make() for name, make in makers.items() if any(part in name for part in wanted)
+        }
 
         def build(path: Path) -> None:
             kind = {} if path.is_file() else {"dtype": "bfloat16"}
-            Llama.build(path, None if path.is_file() else base / "tokenizer.model", 16, 1, device="cpu", **kind)
+            Llama.build(
+                path,
+                None if path.is_file() else base / "tokenizer.model",
+                16,
+                1,
+                device="cpu",
+                **kind,
+            )
 
         build(next(iter(folders.values())))  # imports, and the page cache
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in folders}
         for _ in range(rounds):
             for name, path in folders.items():
-                times[name].append((seconds(partial(plain_read, path)), seconds(partial(build, path))))
+                times[name].append(
+                    (seconds(partial(plain_read, path)), seconds(partial(build, path)))
+                )
         print("| layout | GB | plain read, s (GB/s) | load, s (GB/s) | load / read |")
         print("| --- | --- | --- | --- | --- |")
         for name, path in folders.items():

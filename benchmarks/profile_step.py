@@ -1,6 +1,8 @@
-"""Where the time of one decode step and of one prompt goes: python benchmarks/profile_step.py --shape 1b
+"""Where the time of one decode step and of one prompt goes: python benchmarks/profile_step.py
+--shape 1b
 
-Prints, for each, the operations that take the most time on the CPU or the GPU, and the share of matrix products.
+Prints, for each, the operations that take the most time on the CPU or the GPU, and the share of
+matrix products.
 """
 
 from __future__ import annotations
@@ -19,27 +21,44 @@ from torch.profiler import ProfilerActivity, profile
 # What multiplies by a weight, by the names that the stores' kernels have in a profile.
 PRODUCTS = (
     *("llama::multiply", "linear_pointwise", "linear_dynamic_fp16", "aten::mm", "aten::addmm"),
-    *("int8pack_mm", "int4pack_mm", "_multiply", "gemm", "nvjet", "splitK"),  # on a GPU, by the names of kernels
+    # on a GPU, by the names of kernels
+    *("int8pack_mm", "int4pack_mm", "_multiply", "gemm", "nvjet", "splitK"),
 )
 
 
 def show(what: str, profiled: profile, repeats: int, rows: int = 12) -> None:
     gpu = torch.cuda.is_available()
-    events = [event for event in profiled.key_averages() if event.device_type == DeviceType.CUDA or not gpu]
+    events = [
+        event
+        for event in profiled.key_averages()
+        if event.device_type == DeviceType.CUDA or not gpu
+    ]
 
     def own(event: Any) -> float:
         """Milliseconds in the operation itself, or in the kernel where there is a GPU."""
-        return float(event.self_device_time_total if gpu else event.self_cpu_time_total) / repeats / 1e3
+        return (
+            float(event.self_device_time_total if gpu else event.self_cpu_time_total)
+            / repeats
+            / 1e3
+        )
 
     total = sum(map(own, events))
     products = sum(own(event) for event in events if any(name in event.key for name in PRODUCTS))
     print(f"\n{what}: {total:.2f} ms, {products / total:.0%} of it in matrix products\n")
     print(f"{'operation':<50} {'ms':>9} {'share':>6} {'calls':>6}")
     for event in sorted(events, key=own, reverse=True)[:rows]:
-        print(f"{event.key[:50]:<50} {own(event):>9.3f} {own(event) / total:>6.1%} {event.count / repeats:>6.0f}")
+        print(
+            f"{event.key[:50]:<50} {own(event):>9.3f} {own(event) / total:>6.1%} {event.count / repeats:>6.0f}"
+        )
 
 
-def main(shape: str = "1b", kind: str = "auto", batch: int = 1, length: int = 128, folder: str | None = None) -> None:
+def main(
+    shape: str = "1b",
+    kind: str = "auto",
+    batch: int = 1,
+    length: int = 128,
+    folder: str | None = None,
+) -> None:
     """`kind`: a dtype, int8 or int4; `batch`: rows of the step; `length`: tokens of the prompt."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
     repeats = 16

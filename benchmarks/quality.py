@@ -1,7 +1,8 @@
 """What fewer bits cost: python benchmarks/quality.py
 
-Of each weight format: the error of a product against float64 of the same weights, activations having outliers;
-its time for one row; and the perplexity of llama-2-tiny on documents of its world that it was not trained on.
+Of each weight format: the error of a product against float64 of the same weights, activations
+having outliers; its time for one row; and the perplexity of llama-2-tiny on documents of its world
+that it was not trained on.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from llama.cli.perplexity import Window, score
 from llama.quantization.formats import INT4, INT8, WeightFormat, fastest_16_bits
 
 TINY = Path(__file__).resolve().parents[1] / "llama-2-tiny"
-ROWS, COLUMNS, MATRICES = 5632, 2048, 12  # of 1b's feed-forward, so many in turn that none stays in a cache
+# of 1b's feed-forward, so many in turn that none stays in a cache
+ROWS = 5632
+COLUMNS = 2048
+MATRICES = 12
 OUTLIER = 100.0
 
 
@@ -31,7 +35,8 @@ def documents(count: int) -> list[str]:
     sys.path.insert(0, str(TINY))
     import world  # type: ignore[import-not-found]
 
-    rng, texts = random.Random(2024), []
+    rng = random.Random(2024)
+    texts = []
     while len(texts) < count:
         document = world.document(rng, held_out=True)
         if isinstance(document, str):  # not a dialog

@@ -1,8 +1,10 @@
-"""How many clients a server answers, and how soon, against other servers: python benchmarks/serving.py --shape 1b
+"""How many clients a server answers, and how soon, against other servers: python
+benchmarks/serving.py --shape 1b
 
-1, 4 and 16 clients each send several prompts of 33 to 256 tokens in turn, and read 32 tokens of each as a stream.
-Every server is a process of its own on 127.0.0.1, in turns over several rounds; this library's own loop, given the same
-prompts in batches of as many, shows what HTTP costs. Medians go to results/, as Markdown and as a chart.
+1, 4 and 16 clients each send several prompts of 33 to 256 tokens in turn, and read 32 tokens of
+each as a stream. Every server is a process of its own on 127.0.0.1, in turns over several rounds;
+this library's own loop, given the same prompts in batches of as many, shows what HTTP costs.
+Medians go to results/, as Markdown and as a chart.
 """
 
 from __future__ import annotations
@@ -39,14 +41,20 @@ from speed import HERE, cpu_name
 NEW_TOKENS = 32
 ROWS = 16  # of this library's server
 TURNS = {1: 6, 4: 4, 16: 3}  # clients -> prompts that each sends
-OWN, LOOP = "llama auto", "llama auto without HTTP"
-TOKENS, FIRST, FIRST_95, BETWEEN, BETWEEN_95 = "tokens", "first", "first_95", "between", "between_95"
+OWN = "llama auto"
+LOOP = "llama auto without HTTP"
+TOKENS = "tokens"
+FIRST = "first"
+FIRST_95 = "first_95"
+BETWEEN = "between"
+BETWEEN_95 = "between_95"
 WORKS = {TOKENS: "tokens/s in all", FIRST: "first token, s", BETWEEN: "between tokens, ms"}
 GREEDY = {"stream": True, "temperature": 0, "max_tokens": NEW_TOKENS}
 
 
 class Contender(NamedTuple):
-    command: Callable[[Path, int, int], list[str]]  # of its server: from a checkpoint, a port and how many clients
+    # of its server: from a checkpoint, a port and how many clients
+    command: Callable[[Path, int, int], list[str]]
     needs: list[str]  # packages
     ready: str = "/health"  # answers 200 once the model is there
     texts: bool = False  # its prompts are texts of ids
@@ -68,7 +76,13 @@ def llama_server(kind: str) -> Contender:
             "-tb": torch.get_num_threads(),
             "--cache-ram": 0,
         }
-        return ["llama-server", "--host", "127.0.0.1", "-cb", *(str(x) for pair in options.items() for x in pair)]
+        return [
+            "llama-server",
+            "--host",
+            "127.0.0.1",
+            "-cb",
+            *(str(x) for pair in options.items() for x in pair),
+        ]
 
     return Contender(command, ["gguf"], fields={"ignore_eos": True, "cache_prompt": False})
 
@@ -76,21 +90,47 @@ def llama_server(kind: str) -> Contender:
 def transformers(*options: str) -> Contender:
     def command(folder: Path, port: int, clients: int) -> list[str]:
         model = of_ids(weights.as_huggingface(folder))
-        arguments = ["serve", str(model), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu", *options]
-        return [sys.executable, "-c", "from transformers.cli.transformers import main; main()", *arguments]
+        arguments = [
+            "serve",
+            str(model),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--device",
+            "cpu",
+            *options,
+        ]
+        return [
+            sys.executable,
+            "-c",
+            "from transformers.cli.transformers import main; main()",
+            *arguments,
+        ]
 
     return Contender(command, ["transformers", "fastapi", "openai"], texts=True)
 
 
 def of_ids(huggingface: Path) -> Path:
-    """Those weights with a tokenizer that reads ids with spaces, and without an id that ends a text."""
+    """Those weights with a tokenizer that reads ids with spaces, and without an id that ends a
+    text.
+    """
     folder = huggingface.with_name("huggingface-ids")
     folder.mkdir(exist_ok=True)
     for file in [*huggingface.glob("*.safetensors*"), huggingface / "config.json"]:
         with contextlib.suppress(FileExistsError):
             (folder / file.name).symlink_to(file.resolve())
-    model = {"type": "WordLevel", "vocab": {str(i): i for i in range(weights.VOCAB_SIZE)}, "unk_token": "0"}
-    whole = {"version": "1.0", "model": model, "pre_tokenizer": {"type": "WhitespaceSplit"}, "added_tokens": []}
+    model = {
+        "type": "WordLevel",
+        "vocab": {str(i): i for i in range(weights.VOCAB_SIZE)},
+        "unk_token": "0",
+    }
+    whole = {
+        "version": "1.0",
+        "model": model,
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "added_tokens": [],
+    }
     (folder / "tokenizer.json").write_text(json.dumps(whole))
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     (folder / "generation_config.json").write_text("{}")
@@ -98,7 +138,9 @@ def of_ids(huggingface: Path) -> Path:
 
 
 CONTENDERS = {
-    OWN: Contender(lambda folder, port, clients: endless("llama", folder, port, ROWS), ["uvicorn", "starlette"]),
+    OWN: Contender(
+        lambda folder, port, clients: endless("llama", folder, port, ROWS), ["uvicorn", "starlette"]
+    ),
     LOOP: Contender(lambda folder, port, clients: endless("loop", folder, ROWS, NEW_TOKENS), []),
     "llama-server f16": llama_server("f16"),
     "llama-server bf16": llama_server("bf16"),
@@ -116,9 +158,13 @@ CONTENDERS = {
 
 
 def batches_of(clients: int, seed: int) -> list[list[list[int]]]:
-    """A prompt of each client for each turn. Their lengths are the same for all seeds, and on average for all clients;
-    none begins as another."""
-    turns, rng = TURNS[clients], random.Random(f"{clients} {seed}")
+    """A prompt of each client for each turn.
+
+    Their lengths are the same for all seeds, and on average for all clients; none begins as
+    another.
+    """
+    turns = TURNS[clients]
+    rng = random.Random(f"{clients} {seed}")
     n = clients * turns
     lengths = [33 + round(223 * i / max(1, n - 1)) for i in range(n)]
     rng.shuffle(lengths)
@@ -154,13 +200,17 @@ def ask(port: int, body: dict[str, Any]) -> list[float]:
     """When the request was sent, and when each of its tokens came."""
     times = [time.perf_counter()]
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
-    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-    response, reason = connection.getresponse(), None
+    connection.request(
+        "POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"}
+    )
+    response = connection.getresponse()
+    reason = None
     if response.status != 200:
         raise RuntimeError(f"status {response.status}: {response.read()[:300]!r}")
     for line in response:
         if line.startswith(b"data: {"):
-            now, data = time.perf_counter(), json.loads(line[6:])
+            now = time.perf_counter()
+            data = json.loads(line[6:])
             if "error" in data:
                 raise RuntimeError(str(data["error"])[:300])
             for choice in data["choices"]:
@@ -180,7 +230,9 @@ def talk(contender: Contender, port: int, batches: list[list[list[int]]]) -> lis
     def client(number: int) -> None:
         try:
             for batch in batches:
-                prompt: Any = " ".join(map(str, batch[number])) if contender.texts else batch[number]
+                prompt: Any = (
+                    " ".join(map(str, batch[number])) if contender.texts else batch[number]
+                )
                 times.append(ask(port, GREEDY | contender.fields | {"prompt": prompt}))
         except Exception as error:
             errors.append(error)
@@ -197,13 +249,16 @@ def talk(contender: Contender, port: int, batches: list[list[list[int]]]) -> lis
 
 def measure(contender: Contender, checkpoint: Path, clients: int, seed: int) -> dict[str, float]:
     """Of one server, or of the own loop, which tells no more than its seconds."""
-    warming, batches = [[p[:33] for p in batches_of(clients, -1 - seed)[0]]], batches_of(clients, seed)
+    warming = [[p[:33] for p in batches_of(clients, -1 - seed)[0]]]
+    batches = batches_of(clients, seed)
     tokens = sum(map(len, batches)) * NEW_TOKENS
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = contender.command(checkpoint, port, clients)
     if contender is CONTENDERS[LOOP]:
-        job = subprocess.run(command, input=json.dumps(warming + batches), capture_output=True, text=True, check=True)
+        job = subprocess.run(
+            command, input=json.dumps(warming + batches), capture_output=True, text=True, check=True
+        )
         return {TOKENS: tokens / sum(json.loads(job.stdout.splitlines()[-1])[1:])}
     with running(command, port, contender.ready):
         talk(contender, port, warming)  # the first passes allocate
@@ -223,7 +278,8 @@ def percentile(values: list[float], percent: int) -> float:
     return sorted(values)[min(len(values) - 1, len(values) * percent // 100)]
 
 
-Results = dict[tuple[str, int], list[dict[str, float]]]  # a contender and its clients -> what each round saw
+# a contender and its clients -> what each round saw
+Results = dict[tuple[str, int], list[dict[str, float]]]
 
 
 def median(rounds: list[dict[str, float]], work: str) -> float:
@@ -231,7 +287,13 @@ def median(rounds: list[dict[str, float]], work: str) -> float:
 
 
 def report(title: str, text: str, results: Results) -> str:
-    heads = ["server", "clients", WORKS[TOKENS], "of the loop without HTTP", f"{WORKS[FIRST]} (95 %)"]
+    heads = [
+        "server",
+        "clients",
+        WORKS[TOKENS],
+        "of the loop without HTTP",
+        f"{WORKS[FIRST]} (95 %)",
+    ]
     heads.append(f"{WORKS[BETWEEN]} (95 %)")
     lines = [f"## {title}", "", text, "", f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
     for (name, clients), rounds in results.items():
@@ -259,18 +321,23 @@ def chart(title: str, results: Results, target: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, len(WORKS), figsize=(13, 4.5))
-    shown, greys = (
-        list(dict.fromkeys(name for name, _ in results)),
-        iter(["#777777", "#999999", "#b9b9b9", "#d5d5d5"] * 2),
-    )
+    shown = list(dict.fromkeys(name for name, _ in results))
+    greys = iter(["#777777", "#999999", "#b9b9b9", "#d5d5d5"] * 2)
     colours = {name: {OWN: "#3b6ea5", LOOP: "#9dbbdb"}.get(name) or next(greys) for name in shown}
     for axis, (work, label) in zip(axes, WORKS.items(), strict=True):
         for i, name in enumerate(shown):
-            at = {c: rounds for (n, c), rounds in results.items() if n == name and work in rounds[0]}
-            places = [list(TURNS).index(clients) + (i - len(shown) / 2 + 0.5) * 0.8 / len(shown) for clients in at]
+            at = {
+                c: rounds for (n, c), rounds in results.items() if n == name and work in rounds[0]
+            }
+            places = [
+                list(TURNS).index(clients) + (i - len(shown) / 2 + 0.5) * 0.8 / len(shown)
+                for clients in at
+            ]
             heights = [median(rounds, work) for rounds in at.values()]
             axis.bar(places, heights, 0.8 / len(shown), color=colours[name], label=name)
-        axis.set_xticks(range(len(TURNS)), [f"{clients} client{'s' * (clients > 1)}" for clients in TURNS])
+        axis.set_xticks(
+            range(len(TURNS)), [f"{clients} client{'s' * (clients > 1)}" for clients in TURNS]
+        )
         axis.set_title(label, fontsize=9)
         axis.tick_params(labelsize=8)
     axes[0].legend(fontsize=7)
@@ -281,7 +348,9 @@ def chart(title: str, results: Results, target: Path) -> None:
 
 def available(contender: str) -> bool:
     found = contender.split()[0] != "llama-server" or shutil.which("llama-server")
-    return bool(found) and all(importlib.util.find_spec(need) for need in CONTENDERS[contender].needs)
+    return bool(found) and all(
+        importlib.util.find_spec(need) for need in CONTENDERS[contender].needs
+    )
 
 
 def main(
@@ -293,13 +362,20 @@ def main(
     folder: str | None = None,
     llama_server: str | None = None,
 ) -> None:
-    """Measure. `quick`: shape tiny, one round. `contenders`, `clients`: with commas; `folder` keeps the weights;
-    `llama_server`: where llama.cpp's is, if not on the PATH."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that the server that runs is ended too
+    """Measure.
+
+    `quick`: shape tiny, one round. `contenders`, `clients`: with commas; `folder` keeps the
+    weights; `llama_server`: where llama.cpp's is, if not on the PATH.
+    """
+    # Unwinds, so that the server that runs is ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if quick:
-        shape, rounds = "tiny", 1
+        shape = "tiny"
+        rounds = 1
     if llama_server:
-        os.environ["PATH"] = f"{Path(llama_server).resolve().parent}{os.pathsep}{os.environ['PATH']}"
+        os.environ["PATH"] = (
+            f"{Path(llama_server).resolve().parent}{os.pathsep}{os.environ['PATH']}"
+        )
     chosen = names(contenders) or list(CONTENDERS)
     for name in [name for name in chosen if not available(name)]:
         print(f"{name} is skipped: see benchmarks/README.md for what it needs", file=sys.stderr)
@@ -308,22 +384,36 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = weights.make(shape, Path(folder or scratch))
         for name in chosen:
-            CONTENDERS[name].command(checkpoint, 0, 1)  # what it reads is made now, and not between two measurements
+            # what it reads is made now, and not between two measurements
+            CONTENDERS[name].command(checkpoint, 0, 1)
         for seed in range(rounds):
             for count in [clients] if isinstance(clients, int) else clients:
                 for name in list(chosen):
                     try:
                         result = measure(CONTENDERS[name], checkpoint, count, seed)
-                    except (OSError, RuntimeError, subprocess.SubprocessError, http.client.HTTPException) as error:
+                    except (
+                        OSError,
+                        RuntimeError,
+                        subprocess.SubprocessError,
+                        http.client.HTTPException,
+                    ) as error:
                         print(f"{name} failed with {count} clients: {error}", file=sys.stderr)
                         chosen.remove(name)
                         continue
-                    print(name, count, {key: round(value, 3) for key, value in result.items()}, file=sys.stderr)
+                    print(
+                        name,
+                        count,
+                        {key: round(value, 3) for key, value in result.items()},
+                        file=sys.stderr,
+                    )
                     results.setdefault((name, count), []).append(result)
     if not results:
         sys.exit("no contender was measured")
-    machine, threads = cpu_name(), torch.get_num_threads()
-    results = dict(sorted(results.items(), key=lambda item: (list(CONTENDERS).index(item[0][0]), item[0][1])))
+    machine = cpu_name()
+    threads = torch.get_num_threads()
+    results = dict(
+        sorted(results.items(), key=lambda item: (list(CONTENDERS).index(item[0][0]), item[0][1]))
+    )
     text = (
         f"{machine}, {threads} threads, torch {torch.__version__}; prompts of 33 to 256 tokens, {NEW_TOKENS} new ones "
         f"each; medians, in brackets what 95 % are below."
@@ -331,7 +421,9 @@ def main(
     table = report(f"{shape}, served", text, results)
     print(table)
     if not quick:
-        stem = re.sub(r"[^a-z0-9]+", "-", f"{machine} {threads} threads {shape} serving".lower()).strip("-")
+        stem = re.sub(
+            r"[^a-z0-9]+", "-", f"{machine} {threads} threads {shape} serving".lower()
+        ).strip("-")
         (HERE / "results").mkdir(exist_ok=True)
         (HERE / "results" / f"{stem}.md").write_text(table)
         chart(f"{shape}, served: blue is this library", results, HERE / "results" / f"{stem}.png")

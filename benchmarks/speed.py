@@ -1,7 +1,8 @@
 """How fast, against what users would pick instead: python benchmarks/speed.py --shape 1b
 
-Makes a random checkpoint of the shape, measures every contender in a process of its own, in turns over several rounds,
-and writes medians beside the machine's own limits to results/, as Markdown and as a chart for each kind of work.
+Makes a random checkpoint of the shape, measures every contender in a process of its own, in turns
+over several rounds, and writes medians beside the machine's own limits to results/, as Markdown and
+as a chart for each kind of work.
 """
 
 from __future__ import annotations
@@ -63,33 +64,54 @@ def median_seconds(work: Callable[[], object], repeats: int) -> float:
 def machine() -> dict[str, Any]:
     """Read bandwidth in bytes/s and the best matrix rate in operations/s of any type, measured now."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    data = torch.ones(2**27 if device == "cpu" else 2**31, device=device)  # far larger than any cache
+    # far larger than any cache
+    data = torch.ones(2**27 if device == "cpu" else 2**31, device=device)
     bandwidth = data.nbytes / median_seconds(data.sum, 9)
     rates = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
-        rates[str(dtype).removeprefix("torch.")] = 2 * 2048**3 / median_seconds(lambda a=a, b=b: a @ b, 9)
+        rates[str(dtype).removeprefix("torch.")] = (
+            2 * 2048**3 / median_seconds(lambda a=a, b=b: a @ b, 9)
+        )
     name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
-    return {"name": name, "threads": torch.get_num_threads(), "bandwidth": bandwidth, "rates": rates}
+    return {
+        "name": name,
+        "threads": torch.get_num_threads(),
+        "bandwidth": bandwidth,
+        "rates": rates,
+    }
 
 
 def cpu_name() -> str:
     capability = torch.backends.cpu.get_cpu_capability()
     flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     brand = flags.get("cpu_name") or platform.processor() or platform.machine()
-    native = "AVX512" in capability and flags.get("avx512_bf16")  # a process may be held to less than the CPU has
+    # a process may be held to less than the CPU has
+    native = "AVX512" in capability and flags.get("avx512_bf16")
     return f"{brand} {capability}{' BF16' if native else ''}"
 
 
 def bytes_per_weight(contender: str) -> float:
-    kinds = {"float32": 4.0, "int8": 34 / 32, "q8_0": 34 / 32, "int4": 20 / 32, "q4_0": 18 / 32, "q4_1": 20 / 32}
+    kinds = {
+        "float32": 4.0,
+        "int8": 34 / 32,
+        "q8_0": 34 / 32,
+        "int4": 20 / 32,
+        "q4_0": 18 / 32,
+        "q4_1": 20 / 32,
+    }
     return kinds.get(contender.split()[1], 2.0)
 
 
 def floor(work: str, contender: str, folder: Path, limits: dict[str, Any]) -> float | None:
-    """The least that the machine could take: bytes read over bandwidth, or operations over the matrix rate."""
+    """The least that the machine could take: bytes read over bandwidth, or operations over the
+    matrix rate.
+    """
     args = weights.args_of(folder)
-    layer = args.dim * args.head_dim * 2 * (args.n_heads + args.kv_heads) + 3 * args.dim * args.hidden_dim
+    layer = (
+        args.dim * args.head_dim * 2 * (args.n_heads + args.kv_heads)
+        + 3 * args.dim * args.hidden_dim
+    )
     linear = args.n_layers * layer + args.dim * args.vocab_size
     if work.startswith("decode"):
         rows = int(work.split("_")[1])
@@ -109,7 +131,10 @@ def available(contender: str) -> bool:
 
 
 def run(contender: str, folder: Path, quick: bool, only: str) -> dict[str, Any] | None:
-    command = [sys.executable, str(HERE / "contender.py"), contender, str(folder)] + ["--only", only] * bool(only)
+    command = [sys.executable, str(HERE / "contender.py"), contender, str(folder)] + [
+        "--only",
+        only,
+    ] * bool(only)
     job = subprocess.run(command + ["--quick"] * quick, capture_output=True, text=True)
     if job.returncode < 0:
         died = f"{contender} died of {signal.Signals(-job.returncode).name}"
@@ -123,7 +148,9 @@ def run(contender: str, folder: Path, quick: bool, only: str) -> dict[str, Any] 
     return result
 
 
-def report(shape: str, folder: Path, limits: dict[str, Any], medians: dict[str, dict[str, float]]) -> str:
+def report(
+    shape: str, folder: Path, limits: dict[str, Any], medians: dict[str, dict[str, float]]
+) -> str:
     rates = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in limits["rates"].items())
     lines = [
         f"## {shape}",
@@ -146,7 +173,11 @@ def report(shape: str, folder: Path, limits: dict[str, Any], medians: dict[str, 
             if work == "peak":
                 value /= 1e9
             least = floor(work, contender, folder, limits)
-            share = "" if least is None else f" ({least / value if work[:3] != 'pre' else value / least:.2f})"
+            share = (
+                ""
+                if least is None
+                else f" ({least / value if work[:3] != 'pre' else value / least:.2f})"
+            )
             cells.append(f"{value:.1f}{share}" if value >= 10 else f"{value:.2f}{share}")
         lines.append("| " + " | ".join([contender, *cells]) + " |")
     return "\n".join(lines) + "\n"
@@ -154,16 +185,24 @@ def report(shape: str, folder: Path, limits: dict[str, Any], medians: dict[str, 
 
 def ratios(medians: dict[str, dict[str, float]]) -> str:
     """The peer's time over ours for the same work, at equal bits and on the same files."""
-    pairs = {(ours, peer): f"{ours}: {peer}" for ours, peer in PAIRS if {ours, peer} <= medians.keys()}
-    lines = ["| peer's time over ours | " + " | ".join(pairs.values()) + " |", "| --- " * (1 + len(pairs)) + "|"]
+    pairs = {
+        (ours, peer): f"{ours}: {peer}" for ours, peer in PAIRS if {ours, peer} <= medians.keys()
+    }
+    lines = [
+        "| peer's time over ours | " + " | ".join(pairs.values()) + " |",
+        "| --- " * (1 + len(pairs)) + "|",
+    ]
     for work, title in WORKS.items():
         cells = []
         for ours, peer in pairs:
-            a, b = medians[ours].get(work), medians[peer].get(work)
+            a = medians[ours].get(work)
+            b = medians[peer].get(work)
             rate = work.startswith("prefill")
             cells.append("–" if not a or not b else f"{a / b if rate else b / a:.2f}")
         if set(cells) != {"–"}:
-            lines.append("| " + " | ".join([title.split(",")[0] if work == "load" else title, *cells]) + " |")
+            lines.append(
+                "| " + " | ".join([title.split(",")[0] if work == "load" else title, *cells]) + " |"
+            )
     return "\n".join(lines) + "\n" if pairs else ""
 
 
@@ -180,12 +219,16 @@ def charts(shape: str, medians: dict[str, dict[str, float]], target: Path) -> No
     figure, axes = pyplot.subplots(2, -(-len(shown) // 2), figsize=(4.2 * -(-len(shown) // 2), 7))
     for axis, work in zip(axes.flat, shown, strict=False):
         values = {name: result[work] for name, result in medians.items() if work in result}
-        values = dict(sorted(values.items(), key=lambda item: -bytes_per_weight(item[0])))  # of equal bits together
+        # of equal bits together
+        values = dict(sorted(values.items(), key=lambda item: -bytes_per_weight(item[0])))
         colours = ["#3b6ea5" if name.startswith("llama ") else "#b9b9b9" for name in values]
         scale = 1e9 if work == "peak" else 1
         axis.barh(list(values), [value / scale for value in values.values()], color=colours)
         axis.invert_yaxis()
-        axis.set_title(f"{WORKS[work]} ({'more' if work.startswith('prefill') else 'less'} is better)", fontsize=9)
+        axis.set_title(
+            f"{WORKS[work]} ({'more' if work.startswith('prefill') else 'less'} is better)",
+            fontsize=9,
+        )
         axis.tick_params(labelsize=7)
     for axis in axes.flat[len(shown) :]:
         axis.set_visible(False)
@@ -202,9 +245,14 @@ def main(
     only: tuple[str, ...] | str = (),
     folder: str | None = None,
 ) -> None:
-    """Measure. `quick`: shape tiny, one round. `contenders`, `only`: names with commas; `folder` keeps the weights."""
+    """Measure.
+
+    `quick`: shape tiny, one round. `contenders`, `only`: names with commas; `folder` keeps the
+    weights.
+    """
     if quick:
-        shape, rounds = "tiny", 1
+        shape = "tiny"
+        rounds = 1
     chosen = names(contenders) or list(CONTENDERS)
     works = ",".join(names(only))
     for name in [name for name in chosen if not available(name)]:
@@ -218,10 +266,16 @@ def main(
             for name in chosen:
                 result = run(name, checkpoint, quick, works)
                 if result is not None:
-                    print(name, {key: round(v, 2) for key, v in result.items() if key != "tokens"}, file=sys.stderr)
+                    print(
+                        name,
+                        {key: round(v, 2) for key, v in result.items() if key != "tokens"},
+                        file=sys.stderr,
+                    )
                     results[name].append(result)
         medians = {
-            name: {work: statistics.median(r[work] for r in rows) for work in WORKS if work in rows[0]}
+            name: {
+                work: statistics.median(r[work] for r in rows) for work in WORKS if work in rows[0]
+            }
             for name, rows in results.items()
             if rows
         }
@@ -231,7 +285,9 @@ def main(
     text += "\n" + ratios(medians)
     print(text)
     if not quick:
-        stem = re.sub(r"[^a-z0-9]+", "-", f"{limits['name']} {limits['threads']} threads {shape}".lower()).strip("-")
+        stem = re.sub(
+            r"[^a-z0-9]+", "-", f"{limits['name']} {limits['threads']} threads {shape}".lower()
+        ).strip("-")
         (HERE / "results").mkdir(exist_ok=True)
         (HERE / "results" / f"{stem}.md").write_text(text)
         charts(shape, medians, HERE / "results" / f"{stem}.png")

@@ -1,7 +1,7 @@
 """What a reader passes through who follows one call of text_completion: python benchmarks/visit.py
 
-Prints the functions of `llama/` in the order in which a second call, in a warm process, first enters them,
-and counts them and the changes of file between one and the next.
+Prints the functions of `llama/` in the order in which a second call, in a warm process, first
+enters them, and counts them and the changes of file between one and the next.
 """
 
 from __future__ import annotations
@@ -21,12 +21,18 @@ TINY = ROOT.parent / "llama-2-tiny"
 
 
 def visited(call: Callable[[], object]) -> list[tuple[str, str]]:
-    """(file, function) of each function of the package that a call enters, in the order first entered."""
+    """(file, function) of each function of the package that a call enters, in the order first
+    entered.
+    """
     seen: dict[tuple[str, str], None] = {}
 
     def note(frame: FrameType, event: str, _: Any) -> None:
         code = frame.f_code
-        if event == "call" and code.co_filename.startswith(str(ROOT)) and not code.co_name.startswith("<"):
+        if (
+            event == "call"
+            and code.co_filename.startswith(str(ROOT))
+            and not code.co_name.startswith("<")
+        ):
             name = getattr(code, "co_qualname", code.co_name)
             seen.setdefault((str(Path(code.co_filename).relative_to(ROOT)), name))
 

@@ -1,4 +1,7 @@
-"""A random checkpoint of a named shape, in each layout that a contender reads. Equal weights, made once."""
+"""A random checkpoint of a named shape, in each layout that a contender reads.
+
+Equal weights, made once.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,9 @@ def make(shape: str, folder: Path) -> Path:
         state = {
             name: torch.ones(size, dtype=torch.bfloat16)
             if len(size) == 1
-            else torch.empty(size, dtype=torch.bfloat16, device=device).normal_(std=size[1] ** -0.5).cpu()
+            else torch.empty(size, dtype=torch.bfloat16, device=device)
+            .normal_(std=size[1] ** -0.5)
+            .cpu()
             for name, size in shapes.items()
         }
         torch.save(state, target / "consolidated.00.pth")
@@ -51,7 +56,9 @@ def make_tokenizer(path: Path) -> None:
 
     rng = random.Random(0)
     letters = "abcdefghijklmnopqrstuvwxyz"
-    words = sorted({"".join(rng.choices(letters, k=6)) for _ in range(VOCAB_SIZE)})[: VOCAB_SIZE - 3]
+    words = sorted({"".join(rng.choices(letters, k=6)) for _ in range(VOCAB_SIZE)})[
+        : VOCAB_SIZE - 3
+    ]
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "words.txt"
         text.write_text("\n".join(" ".join(words[i : i + 100]) for i in range(0, len(words), 100)))
@@ -68,7 +75,9 @@ def make_tokenizer(path: Path) -> None:
 
 
 def load(folder: Path) -> dict[str, torch.Tensor]:
-    state: dict[str, torch.Tensor] = torch.load(folder / "consolidated.00.pth", mmap=True, weights_only=True)
+    state: dict[str, torch.Tensor] = torch.load(
+        folder / "consolidated.00.pth", mmap=True, weights_only=True
+    )
     return state
 
 

@@ -1,4 +1,6 @@
-"""Makes docs/terminal.svg from a real conversation: python docs/make_terminal.py (needs pexpect and rich)."""
+"""Makes docs/terminal.svg from a real conversation: python docs/make_terminal.py (needs pexpect and
+rich).
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,19 @@ SAID = [
 
 def conversation() -> list[tuple[str, str]]:
     """What is typed and what is printed, in turn; each with the style that it is shown in."""
-    job = pexpect.spawn(sys.executable, COMMAND.split()[1:], cwd=HERE.parent, encoding="utf-8", timeout=120, echo=False)
+    job = pexpect.spawn(
+        sys.executable,
+        COMMAND.split()[1:],
+        cwd=HERE.parent,
+        encoding="utf-8",
+        timeout=120,
+        echo=False,
+    )
     job.expect("ends.\r\n\r\n")
-    shown = [("bold", f"$ {COMMAND}\n"), ("dim", "Ctrl-C stops an answer, /help shows what else there is.\n\n")]
+    shown = [
+        ("bold", f"$ {COMMAND}\n"),
+        ("dim", "Ctrl-C stops an answer, /help shows what else there is.\n\n"),
+    ]
     for line in SAID:
         job.expect("> ")
         job.sendline(line)

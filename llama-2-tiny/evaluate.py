@@ -1,4 +1,6 @@
-"""Measures llama-2-tiny on questions whose wordings it was not trained on: python llama-2-tiny/evaluate.py"""
+"""Measures llama-2-tiny on questions whose wordings it was not trained on: python
+llama-2-tiny/evaluate.py
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,20 @@ import world  # noqa: E402
 from llama import Llama  # noqa: E402
 
 
-def evaluate(folder: Path = FOLDER, count: int = 100, show_wrong: bool = False) -> dict[str, tuple[int, int, int]]:
-    """Of each kind of task, greedily answered: how many right, how many ended by EOS, and how many in all.
+def evaluate(
+    folder: Path = FOLDER, count: int = 100, show_wrong: bool = False
+) -> dict[str, tuple[int, int, int]]:
+    """Of each kind of task, greedily answered: how many right, how many ended by EOS, and how many
+    in all.
 
     An answer is right if it is word for word the one that its fact and its system message ask for.
     """
     llm = Llama.build(folder, folder / "tokenizer.model", max_seq_len=512, max_batch_size=25)
     figures = {}
     for kind, tasks in world.evaluation(count=count).items():
-        results = llm.chat_completion([task.dialog for task in tasks], temperature=0, max_gen_len=64)
+        results = llm.chat_completion(
+            [task.dialog for task in tasks], temperature=0, max_gen_len=64
+        )
         answers = [result["generation"]["content"] for result in results]
         right = [task.passed(answer) for task, answer in zip(tasks, answers, strict=True)]
         ended = sum(result["finish_reason"] == "stop" for result in results)

@@ -1,6 +1,8 @@
-"""Trains llama-2-tiny and writes its folder, in the release's own layout: python llama-2-tiny/train.py
+"""Trains llama-2-tiny and writes its folder, in the release's own layout: python
+llama-2-tiny/train.py
 
-The corpus is drawn from world.py, so that the only input is a seed. About twenty minutes on two CPU cores.
+The corpus is drawn from world.py, so that the only input is a seed. About twenty minutes on two CPU
+cores.
 """
 
 from __future__ import annotations
@@ -54,14 +56,23 @@ Example = tuple[list[int], list[int]]  # tokens, and for each one its successor 
 def train_tokenizer(path: Path, documents: int = 20000) -> None:
     """A SentencePiece model with the settings of Llama's, on text of the world."""
     rng = Random(SEED)
-    lines = [string.punctuation + string.ascii_letters + string.digits] * 10  # every character gets a piece of its own
+    # every character gets a piece of its own
+    lines = [string.punctuation + string.ascii_letters + string.digits] * 10
     for _ in range(documents):
         document = world.document(rng)
-        contents = [document] if isinstance(document, str) else [message["content"] for message in document]
+        contents = (
+            [document]
+            if isinstance(document, str)
+            else [message["content"] for message in document]
+        )
         if not isinstance(document, str):
             lines.append("[INST] <<SYS>> <</SYS>> [/INST]")
         # Without line breaks and what is not ASCII, which are left to the byte pieces.
-        lines += [line.encode("ascii", "ignore").decode() for text in contents for line in text.splitlines()]
+        lines += [
+            line.encode("ascii", "ignore").decode()
+            for text in contents
+            for line in text.splitlines()
+        ]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
@@ -95,14 +106,18 @@ def encode(document: world.Document, tokenizer: Tokenizer) -> Example:
     for end in range(first + 1, len(document), 2):
         prompt = encode_dialog(document[:end], tokenizer)
         answer = tokenizer.encode(document[end]["content"], bos=False, eos=True)
-        # What is new since the turn before, and with it that turn's answer in the form of a finished exchange, whose
-        # trailing space a model that answers never sees: its target is the end of the answer.
-        tokens, targets = prompt + answer, [*targets, *[IGNORED] * (len(prompt) - len(targets) - 1), *answer]
+        # What is new since the turn before, and with it that turn's answer in the form of a
+        # finished exchange, whose trailing space a model that answers never sees: its target is the
+        # end of the answer.
+        tokens = prompt + answer
+        targets = [*targets, *[IGNORED] * (len(prompt) - len(targets) - 1), *answer]
     return tokens, [*targets, IGNORED]
 
 
 def batches(tokenizer: Tokenizer, rng: Random, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Right-padded tokens and targets, one document a row, so that no document sees another's system message."""
+    """Right-padded tokens and targets, one document a row, so that no document sees another's
+    system message.
+    """
     produced = 0
     while produced < steps:
         pool = [encode(world.document(rng), tokenizer) for _ in range(4096)]
@@ -114,7 +129,10 @@ def batches(tokenizer: Tokenizer, rng: Random, steps: int) -> Iterator[tuple[Ten
             groups[-1].append(example)
         rng.shuffle(groups)
         for group in groups[: steps - produced]:
-            yield pad([tokens for tokens, _ in group], 0), pad([targets for _, targets in group], IGNORED)
+            yield (
+                pad([tokens for tokens, _ in group], 0),
+                pad([targets for _, targets in group], IGNORED),
+            )
             produced += 1
 
 
@@ -125,7 +143,9 @@ def pad(rows: list[list[int]], value: int) -> Tensor:
 
 def loss_sum(model: Transformer, tokens: Tensor, targets: Tensor) -> Tensor:
     logits = model(tokens)
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    return F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
 
 
 def train_model(model: Transformer, tokenizer: Tokenizer, steps: int) -> None:
@@ -154,7 +174,8 @@ def train_model(model: Transformer, tokenizer: Tokenizer, steps: int) -> None:
 def perplexity(model: Transformer, tokenizer: Tokenizer, documents: int = 1000) -> float:
     """Of new documents, whose questions are in wordings that were kept from training."""
     rng = Random(SEED + 1)
-    loss, count = 0.0, 0
+    loss = 0.0
+    count = 0
     for _ in range(documents):
         tokens, targets = encode(world.document(rng, held_out=True), tokenizer)
         loss += loss_sum(model, torch.tensor([tokens]), torch.tensor([targets])).item()

@@ -1,7 +1,9 @@
-"""The little world that llama-2-tiny knows: 32 animals, and stories, questions and dialogs about them.
+"""The little world that llama-2-tiny knows: 32 animals, and stories, questions and dialogs about
+them.
 
-Everything is drawn from a `random.Random`, so that a seed fixes it. A question puts a subject into a wording. Each pair
-of subject and attribute keeps one wording that no training document uses: `evaluation` asks only in those.
+Everything is drawn from a `random.Random`, so that a seed fixes it. A question puts a subject into
+a wording. Each pair of subject and attribute keeps one wording that no training document uses:
+`evaluation` asks only in those.
 """
 
 from __future__ import annotations
@@ -98,7 +100,9 @@ mole,     Tom m,    under the oak,   potatoes,  silver, eek,     read,   key,   
 
 
 def parse(line: str) -> Animal:
-    kind, name, place, food, colour, sound, hobby, treasure, friend = (cell.strip() for cell in line.split(","))
+    kind, name, place, food, colour, sound, hobby, treasure, friend = (
+        cell.strip() for cell in line.split(",")
+    )
     name, sex = name.split()
     return Animal(kind, name, sex == "f", place, food, colour, sound, hobby, treasure, friend)
 
@@ -141,7 +145,12 @@ ATTRIBUTES = {
             "Where can I find the {kind}?",
             "Tell me where the {kind} lives.",
         ),
-        ("And where does it live?", "Where does it live?", "Where is its home?", "And where can I find it?"),
+        (
+            "And where does it live?",
+            "Where does it live?",
+            "Where is its home?",
+            "And where can I find it?",
+        ),
     ),
     "food": Attribute(
         "The {kind} eats {food}.",
@@ -154,7 +163,12 @@ ATTRIBUTES = {
             "What does the {kind} like to eat?",
             "Tell me what the {kind} eats.",
         ),
-        ("And what does it eat?", "What does it eat?", "What is its favourite food?", "And what does it like to eat?"),
+        (
+            "And what does it eat?",
+            "What does it eat?",
+            "What is its favourite food?",
+            "And what does it like to eat?",
+        ),
     ),
     "colour": Attribute(
         "The {kind} is {colour}.",
@@ -167,7 +181,12 @@ ATTRIBUTES = {
             "What color is the {kind}?",
             "Tell me the colour of the {kind}.",
         ),
-        ("And what colour is it?", "What colour is it?", "What is its colour?", "And what color is it?"),
+        (
+            "And what colour is it?",
+            "What colour is it?",
+            "What is its colour?",
+            "And what color is it?",
+        ),
     ),
     "sound": Attribute(
         "The {kind} says {sound}.",
@@ -180,7 +199,12 @@ ATTRIBUTES = {
             "Which sound does the {kind} make?",
             "Tell me what the {kind} says.",
         ),
-        ("And what does it say?", "What does it say?", "What sound does it make?", "And which sound does it make?"),
+        (
+            "And what does it say?",
+            "What does it say?",
+            "What sound does it make?",
+            "And which sound does it make?",
+        ),
     ),
     "name": Attribute(
         "The {kind} is called {name}.",
@@ -193,7 +217,12 @@ ATTRIBUTES = {
             "What is the {kind}'s name?",
             "Tell me the name of the {kind}.",
         ),
-        ("And what is its name?", "What is its name?", "And what is it called?", "What is it called?"),
+        (
+            "And what is its name?",
+            "What is its name?",
+            "And what is it called?",
+            "What is it called?",
+        ),
     ),
     "friend": Attribute(
         "The best friend of the {kind} is the {friend_kind}.",
@@ -206,7 +235,12 @@ ATTRIBUTES = {
             "Who is the friend of the {kind}?",
             "Tell me who the best friend of the {kind} is.",
         ),
-        ("And who is its best friend?", "Who is its best friend?", "And who does it play with?", "Who is its friend?"),
+        (
+            "And who is its best friend?",
+            "Who is its best friend?",
+            "And who does it play with?",
+            "Who is its friend?",
+        ),
     ),
     "hobby": Attribute(
         "The {kind} likes to {hobby}.",
@@ -219,7 +253,12 @@ ATTRIBUTES = {
             "What does the {kind} do all day?",
             "Tell me what the {kind} likes to do.",
         ),
-        ("And what does it like to do?", "What does it like to do?", "What is its hobby?", "What does it do for fun?"),
+        (
+            "And what does it like to do?",
+            "What does it like to do?",
+            "What is its hobby?",
+            "What does it do for fun?",
+        ),
     ),
     "treasure": Attribute(
         "The {kind} has {a_treasure}.",
@@ -232,7 +271,12 @@ ATTRIBUTES = {
             "Which treasure does the {kind} have?",
             "Tell me what the {kind} has.",
         ),
-        ("And what does it have?", "What does it own?", "What is its treasure?", "And which treasure does it have?"),
+        (
+            "And what does it have?",
+            "What does it own?",
+            "What is its treasure?",
+            "And which treasure does it have?",
+        ),
     ),
     # The other way round: the subject is a fact, the answer an animal.
     "who is called": Attribute(
@@ -280,8 +324,12 @@ def fill(template: str, animal: Animal) -> str:
     return template.format(**vars(animal), a_treasure=a(animal.treasure))
 
 
-def wording(rng: Random, wordings: tuple[str, ...], animal: Animal, attribute: str, held_out: bool) -> str:
-    """One of the wordings for this animal and attribute: the one that is kept from training, or any of the others."""
+def wording(
+    rng: Random, wordings: tuple[str, ...], animal: Animal, attribute: str, held_out: bool
+) -> str:
+    """One of the wordings for this animal and attribute: the one that is kept from training, or any
+    of the others.
+    """
     kept = (EVERYONE.index(animal) + list(ATTRIBUTES).index(attribute)) % len(wordings)
     choices = (wordings[kept],) if held_out else wordings[:kept] + wordings[kept + 1 :]
     return fill(rng.choice(choices), animal)
@@ -289,7 +337,9 @@ def wording(rng: Random, wordings: tuple[str, ...], animal: Animal, attribute: s
 
 def by_name(text: str, animal: Animal) -> str:
     """The animal called by its name: "Where does the fox live?" -> "Where does Ruby live?"."""
-    return text.replace(f"the {animal.kind}", animal.name).replace(f"The {animal.kind}", animal.name)
+    return text.replace(f"the {animal.kind}", animal.name).replace(
+        f"The {animal.kind}", animal.name
+    )
 
 
 @dataclass(frozen=True)
@@ -307,7 +357,11 @@ def reply(animal: Animal, attribute: str) -> Reply:
 
 def in_sentence(text: str) -> str:
     """A sentence as it continues after a comma: names and "I" keep their capital."""
-    return text if text.split()[0] in {x.name for x in EVERYONE} | {"I"} else text[0].lower() + text[1:]
+    return (
+        text
+        if text.split()[0] in {x.name for x in EVERYONE} | {"I"}
+        else text[0].lower() + text[1:]
+    )
 
 
 def one_word(reply: Reply) -> str:
@@ -363,7 +417,9 @@ nightingale cuckoo swallow turkey pony mule ox yak lamb calf puppy kitten lynx p
 skunk raccoon porcupine armadillo anteater sloth lemur baboon chimpanzee tractor rocket castle teddy alien snowman
 scarecrow mammoth buffalo antelope gazelle reindeer
 """
-NOT_HERE_EITHER = "leopard dinosaur octopus butterfly soldier mermaid vampire cheetah walrus scorpion"
+NOT_HERE_EITHER = (
+    "leopard dinosaur octopus butterfly soldier mermaid vampire cheetah walrus scorpion"
+)
 STRANGERS = NOT_HERE.split()
 NEW_STRANGERS = NOT_HERE_EITHER.split()  # not in training
 
@@ -400,8 +456,12 @@ ENDS = "b ck d ff g l ll m n nd ng p r rd st t x"
 
 
 def made_up(rng: Random) -> str:
-    """A word that means nothing, so that "I do not know" is learnt for any stranger, not for a list of them."""
-    syllables = [rng.choice(ONSETS.split()) + rng.choice(VOWELS.split()) for _ in range(rng.randint(1, 3))]
+    """A word that means nothing, so that "I do not know" is learnt for any stranger, not for a list
+    of them.
+    """
+    syllables = [
+        rng.choice(ONSETS.split()) + rng.choice(VOWELS.split()) for _ in range(rng.randint(1, 3))
+    ]
     word = "".join(syllables) + rng.choice(["", *ENDS.split()])
     return made_up(rng) if word in ANIMALS else word
 
@@ -411,7 +471,9 @@ def beyond_question(rng: Random, strangers: list[str]) -> str:
     if kind < 0.1:
         return fill(rng.choice(NEVER_TOLD), rng.choice(EVERYONE))
     if kind < 0.7:
-        stranger = made_up(rng) if rng.random() < 0.5 and strangers is STRANGERS else rng.choice(strangers)
+        stranger = (
+            made_up(rng) if rng.random() < 0.5 and strangers is STRANGERS else rng.choice(strangers)
+        )
         attribute = ATTRIBUTES[rng.choice(ASKED_AGAIN)]
         return rng.choice(attribute.wordings).format(kind=stranger)
     word = made_up(rng) if rng.random() < 0.6 else rng.choice(strangers)
@@ -422,7 +484,14 @@ def neighbours(rng: Random) -> tuple[str, str]:
     """Who lives at a place: the only question with two right answers."""
     place = rng.choice(EVERYONE).place
     both = " and ".join(x.the for x in EVERYONE if x.place == place)
-    ask = rng.choice(("Who lives {}?", "Which animals live {}?", "Can you tell me who lives {}?", "Who can I meet {}?"))
+    ask = rng.choice(
+        (
+            "Who lives {}?",
+            "Which animals live {}?",
+            "Can you tell me who lives {}?",
+            "Who can I meet {}?",
+        )
+    )
     return ask.format(place), f"{capital(both)} live {place}."
 
 
@@ -443,14 +512,23 @@ SMALL_TALK = (
     ),
     (
         ("What can you do?", "What do you know?", "How can you help me?", "What can I ask you?"),
-        Reply("I can answer questions about the animals of my little world, and I can tell you a story.", "Stories"),
+        Reply(
+            "I can answer questions about the animals of my little world, and I can tell you a story.",
+            "Stories",
+        ),
     ),
-    (("How are you?", "How are you today?", "How do you do?"), Reply("I am very well, thank you.", "Well")),
+    (
+        ("How are you?", "How are you today?", "How do you do?"),
+        Reply("I am very well, thank you.", "Well"),
+    ),
     (
         ("Thank you.", "Thank you!", "Thanks!", "Thank you very much.", "Thanks a lot!"),
         Reply("You are welcome.", "Welcome"),
     ),
-    (("Goodbye!", "Goodbye.", "Bye!", "Good night!", "See you soon!"), Reply("Goodbye! Come back soon.", "Goodbye")),
+    (
+        ("Goodbye!", "Goodbye.", "Bye!", "Good night!", "See you soon!"),
+        Reply("Goodbye! Come back soon.", "Goodbye"),
+    ),
 )
 
 
@@ -468,7 +546,9 @@ def opening(rng: Random, x: Animal) -> list[str]:
             f"was called {x.name}",
         )
     )
-    named = rng.choice((f"{capital(x.his)} name was {x.name}.", f"Everyone called {x.him} {x.name}."))
+    named = rng.choice(
+        (f"{capital(x.his)} name was {x.name}.", f"Everyone called {x.him} {x.name}.")
+    )
     if who.endswith(x.name):
         named = f"{capital(x.he)} lived {x.place}."
     elif rng.random() < 0.3:
@@ -480,7 +560,10 @@ def opening(rng: Random, x: Animal) -> list[str]:
             [f"Once upon a time, there was {a(born)} {x.kind} who {who}.", named],
             [f"Once upon a time, there was {a(born)} {x.kind} who {who}.", named],
             [f"Once upon a time, there was {a(born)} {x.kind} named {x.name} who lived {x.place}."],
-            [f"Once upon a time, {a(born)} {x.kind} lived {x.place}.", f"{capital(x.his)} name was {x.name}."],
+            [
+                f"Once upon a time, {a(born)} {x.kind} lived {x.place}.",
+                f"{capital(x.his)} name was {x.name}.",
+            ],
             [f"There was once {a(born)} {x.kind} who {who}.", named],
             [f"{x.name} was {a(born)} {x.kind} who lived {x.place}."],
             [f"{x.name} the {x.kind} lived {x.place} and liked to {x.hobby}."],
@@ -495,7 +578,9 @@ def lost(rng: Random, x: Animal) -> list[str]:
     y = x.friend
     return [
         f"One {rng.choice(('day', 'morning', 'evening'))}, {x.name} could not find {x.his} {x.treasure}.",
-        *rng.choice(([], [f"{capital(x.he)} looked everywhere {x.place}."], ["Where could it be?"])),
+        *rng.choice(
+            ([], [f"{capital(x.he)} looked everywhere {x.place}."], ["Where could it be?"])
+        ),
         rng.choice(
             (
                 f"{capital(x.his)} friend {y.name} the {y.kind} had found it {y.place}.",
@@ -515,7 +600,13 @@ def lost(rng: Random, x: Animal) -> list[str]:
 def rain(rng: Random, x: Animal) -> list[str]:
     y = x.friend
     return [
-        rng.choice(("One day, it began to rain.", "One evening, there was a storm.", "One day, snow began to fall.")),
+        rng.choice(
+            (
+                "One day, it began to rain.",
+                "One evening, there was a storm.",
+                "One day, snow began to fall.",
+            )
+        ),
         f"{x.name} was cold and ran to {x.his} friend {y.name} the {y.kind}, who lived {y.place}.",
         *rng.choice(([], [f'"Come in!" said {y.name}.'], [f"{y.name} opened the door at once."])),
         rng.choice(
@@ -566,7 +657,12 @@ def lesson(rng: Random, x: Animal) -> list[str]:
     if x.hobby == y.hobby:
         return picnic(rng, x)
     return [
-        rng.choice((f"{x.name} wanted to learn how to {y.hobby}.", f"One day, {x.name} wanted to {y.hobby}.")),
+        rng.choice(
+            (
+                f"{x.name} wanted to learn how to {y.hobby}.",
+                f"One day, {x.name} wanted to {y.hobby}.",
+            )
+        ),
         rng.choice(
             (
                 f"So {x.he} went to {x.his} friend {y.name} the {y.kind}, who lived {y.place}.",
@@ -605,7 +701,9 @@ def meeting(rng: Random, x: Animal) -> list[str]:
                 f'"Do you like {x.food}?" asked {x.name}. "No, I eat {y.food}," said {y.name}.',
             )
         ),
-        rng.choice(("They have been best friends ever since.", "From that day on, they were best friends.")),
+        rng.choice(
+            ("They have been best friends ever since.", "From that day on, they were best friends.")
+        ),
     ]
 
 
@@ -695,7 +793,10 @@ FACTS = (
     ("The {kind} is {colour}.", "It is {colour}."),
     ("The {kind} says {sound}.", "It says {sound}."),
     ("The {kind} is called {name}.", "Its name is {name}."),
-    ("The {kind} is the best friend of the {friend_kind}.", "Its best friend is the {friend_kind}."),
+    (
+        "The {kind} is the best friend of the {friend_kind}.",
+        "Its best friend is the {friend_kind}.",
+    ),
     ("The {kind} likes to {hobby}.", "It likes to {hobby}."),
     ("The {kind} has {a_treasure}.", "It has {a_treasure}."),
 )
@@ -711,7 +812,8 @@ def description(rng: Random, x: Animal) -> str:
 
 def one_question(rng: Random, held_out: bool) -> tuple[str, Reply, Animal, str]:
     """A question that stands alone, its reply, its subject and its attribute."""
-    animal, attribute = rng.choice(EVERYONE), rng.choice(list(ATTRIBUTES))
+    animal = rng.choice(EVERYONE)
+    attribute = rng.choice(list(ATTRIBUTES))
     question = wording(rng, ATTRIBUTES[attribute].wordings, animal, attribute, held_out)
     answer = reply(animal, attribute)
     if attribute in ASKED_AGAIN and attribute != "name" and rng.random() < 0.2:
@@ -720,12 +822,15 @@ def one_question(rng: Random, held_out: bool) -> tuple[str, Reply, Animal, str]:
     return question, answer, animal, attribute
 
 
-def next_question(rng: Random, x: Animal, before: str, held_out: bool) -> tuple[str, Reply, Animal, str]:
+def next_question(
+    rng: Random, x: Animal, before: str, held_out: bool
+) -> tuple[str, Reply, Animal, str]:
     """A question that leans on the one before, which asked for attribute `before` of x."""
     if before in ASKED_AGAIN and rng.random() < 0.35:
         y = rng.choice([y for y in EVERYONE if y is not x])
         return wording(rng, SAME_AGAIN, y, before, held_out), reply(y, before), y, before
-    # Two directions of one fact, such as "Who eats honey?" and "What does it eat?", would be a silly pair.
+    # Two directions of one fact, such as "Who eats honey?" and "What does it eat?", would be a
+    # silly pair.
     same = {"who is called": "name", "who eats": "food", "who has": "treasure"}.get(before, before)
     attribute = rng.choice([name for name in ASKED_AGAIN if name != same])
     wordings = ATTRIBUTES[attribute].follow_ups
@@ -753,8 +858,11 @@ def begin(rng: Random, system: float) -> tuple[Dialog, Callable[[Reply], str]]:
     if rng.random() >= system:
         return [], lambda reply: reply.sentence
     if rng.random() < 0.12:
-        return [{"role": "system", "content": rng.choice(PLAIN_SYSTEMS)}], lambda reply: reply.sentence
-    # One word is the hardest form, as it names the fact before the sentence could lead to it: it is practised more.
+        return [
+            {"role": "system", "content": rng.choice(PLAIN_SYSTEMS)}
+        ], lambda reply: reply.sentence
+    # One word is the hardest form, as it names the fact before the sentence could lead to it: it is
+    # practised more.
     (content,) = rng.choices(list(FORMS), [3 if form is one_word else 1 for form in FORMS.values()])
     return [{"role": "system", "content": content}], FORMS[content]
 
@@ -778,7 +886,9 @@ def told(rng: Random) -> tuple[Message, Message, Animal]:
     x = rng.choice(EVERYONE)
     who = rng.choice((x.the, x.the, x.the, a(x.kind), x.name))
     if rng.random() < 0.3:
-        ask = rng.choice(("Tell me about {}.", "What do you know about {}?", "What can you tell me about {}?"))
+        ask = rng.choice(
+            ("Tell me about {}.", "What do you know about {}?", "What can you tell me about {}?")
+        )
         return user(ask.format(x.the)), assistant(description(rng, x)), x
     ask = rng.choice(
         (
@@ -821,7 +931,9 @@ def chat(rng: Random, held_out: bool) -> Dialog:
 
 
 def casual(rng: Random, dialog: Dialog) -> Dialog:
-    """The same dialog from a user in a hurry: now and then without capitals, or without a mark at the end."""
+    """The same dialog from a user in a hurry: now and then without capitals, or without a mark at
+    the end.
+    """
     if rng.random() < 0.9:
         return dialog
     lower, bare = rng.choice(((True, True), (True, False), (False, True)))
@@ -834,7 +946,9 @@ def casual(rng: Random, dialog: Dialog) -> Dialog:
 
 
 def document(rng: Random, held_out: bool = False) -> Document:
-    """One document of any kind; with `held_out`, its questions are in the wordings that are kept from training."""
+    """One document of any kind; with `held_out`, its questions are in the wordings that are kept
+    from training.
+    """
     draw = rng.random()
     if draw < 0.15:
         return story(rng, rng.choice(EVERYONE), rng.choice((1, 1, 1, 1, 1, 1, 1, 2, 3)))
@@ -878,7 +992,9 @@ def distinct(count: int, draw: Callable[[], Dialog]) -> list[Task]:
 
 
 def evaluation(seed: int = 2024, count: int = 100) -> dict[str, list[Task]]:
-    """`count` tasks of each kind, every question in a wording that training never used for its subject."""
+    """`count` tasks of each kind, every question in a wording that training never used for its
+    subject.
+    """
     rng = Random(seed)
     forms = cycle(FORMS)
 
@@ -888,7 +1004,11 @@ def evaluation(seed: int = 2024, count: int = 100) -> dict[str, list[Task]]:
     def system() -> Dialog:
         content = next(forms)
         question, answer, _, _ = one_question(rng, held_out=True)
-        return [{"role": "system", "content": content}, user(question), assistant(FORMS[content](answer))]
+        return [
+            {"role": "system", "content": content},
+            user(question),
+            assistant(FORMS[content](answer)),
+        ]
 
     def follow_up() -> Dialog:
         dialog, form = begin(rng, 0.25)

@@ -1,7 +1,7 @@
 """Keys and values of tokens that were run before, and the views of them that a pass attends to.
 
-A pass is told where its tokens stand by what the original calls `start_pos`: an integer, as there, or a
-View that the engine makes. Both have one method that attention calls: `update`.
+A pass is told where its tokens stand by what the original calls `start_pos`: an integer, as there,
+or a View that the engine makes. Both have one method that attention calls: `update`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from .ops import CausalMask
 class KVCache:
     """Keys and values of every layer, each (n_slots, n_local_kv_heads, length, head_dim).
 
-    Slot i holds those of `token_ids[i]`, at positions 0 onward, and nothing that counts beyond them. This is
-    the one record of what was computed: whoever writes to a slot shortens its ids before, and lengthens
-    them once the keys and values are written.
+    Slot i holds those of `token_ids[i]`, at positions 0 onward, and nothing that counts beyond
+    them. This is the one record of what was computed: whoever writes to a slot shortens its ids
+    before, and lengthens them once the keys and values are written.
     """
 
-    @torch.inference_mode(False)  # a tensor made in inference mode could not be written to outside of it
+    # a tensor made in inference mode could not be written to outside of it
+    @torch.inference_mode(False)
     def __init__(
         self,
         n_layers: int,
@@ -64,7 +65,10 @@ class KVCache:
         del self.token_ids[slot][length:]
 
     def swap(self, a: int, b: int) -> None:
-        """Let two slots change places. Until it is done they hold nothing: an interrupt costs no more than time."""
+        """Let two slots change places.
+
+        Until it is done they hold nothing: an interrupt costs no more than time.
+        """
         if a == b:
             return
         ids_a = self.token_ids[a]
@@ -87,7 +91,9 @@ class KVCache:
         self.token_ids[target] = ids
 
     def wipe(self) -> None:
-        """Put zeros wherever no token is held: even a masked position is multiplied, and a NaN would spread."""
+        """Put zeros wherever no token is held: even a masked position is multiplied, and a NaN
+        would spread.
+        """
         for layer in (*self.k, *self.v):
             for slot, ids in enumerate(self.token_ids):
                 layer[slot, :, len(ids) :] = 0
@@ -113,9 +119,9 @@ class KeyValues(NamedTuple):
 class View:
     """Where the tokens of a pass stand, in place of the original's integer `start_pos`.
 
-    `positions`, of the shape of the pass' tokens, are those of their slots. A replaced Attention.forward
-    hands its keys and values to `update`, which caches them and returns what the queries attend to. It is
-    no number: arithmetic and comparisons raise a TypeError.
+    `positions`, of the shape of the pass' tokens, are those of their slots. A replaced
+    Attention.forward hands its keys and values to `update`, which caches them and returns what the
+    queries attend to. It is no number: arithmetic and comparisons raise a TypeError.
     """
 
     positions: Tensor
@@ -137,7 +143,9 @@ class View:
 
 
 class Sequences(View):
-    """What an integer start_pos means: slots 0 to bsz - 1, each from `start_pos` on, under the caller's mask."""
+    """What an integer start_pos means: slots 0 to bsz - 1, each from `start_pos` on, under the
+    caller's mask.
+    """
 
     def __init__(self, start_pos: int, mask: Tensor | None):
         self.start = start_pos
@@ -153,14 +161,17 @@ class Sequences(View):
         keys[:, :, self.start :] = xk.detach().transpose(1, 2)
         values[:, :, self.start :] = xv.detach().transpose(1, 2)
         mask: CausalMask | Tensor | None = self.mask
-        if mask is None and seqlen == 1:  # sees all there is; kernels that go by positions do it sooner
+        # sees all there is; kernels that go by positions do it sooner
+        if mask is None and seqlen == 1:
             positions = torch.full((bsz, 1), self.start, device=xk.device)
             mask = CausalMask(positions, end, 1)
         return [KeyValues(slice(None), keys, values, mask)]
 
 
 class Uncached(View):
-    """A pass over whole sequences from position 0 on, without a cache: tokens attend to each other alone."""
+    """A pass over whole sequences from position 0 on, without a cache: tokens attend to each other
+    alone.
+    """
 
     def __init__(self, tokens: Tensor):
         bsz, seqlen = tokens.shape
@@ -176,7 +187,8 @@ class Uncached(View):
 class DecodeBatch(View):
     """A pass over tokens (n, seqlen) of the first n slots, at positions (n, seqlen) of their own.
 
-    Each attends to its slot's first `length` positions up to its own. `n_rep` query heads share a key head.
+    Each attends to its slot's first `length` positions up to its own. `n_rep` query heads share a
+    key head.
     """
 
     def __init__(self, cache: KVCache, positions: Tensor, length: int, n_rep: int):
@@ -203,10 +215,12 @@ class Span(NamedTuple):
 
 
 class PrefillBatch(View):
-    """A pass over spans of several slots, put one after another as tokens (1, total), without padding.
+    """A pass over spans of several slots, put one after another as tokens (1, total), without
+    padding.
 
-    `wanted` are the places in that row whose logits are wanted; each is multiplied by `output` as if it were
-    a row's next token. The pass leaves the final norm's output of all its tokens, (total, dim), in `states`.
+    `wanted` are the places in that row whose logits are wanted; each is multiplied by `output` as
+    if it were a row's next token. The pass leaves the final norm's output of all its tokens,
+    (total, dim), in `states`.
     """
 
     def __init__(self, cache: KVCache, spans: Sequence[Span], n_rep: int, wanted: Sequence[int]):

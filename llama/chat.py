@@ -1,4 +1,6 @@
-"""Dialogs -> token ids: the roles, Llama 2's layout of [INST] and <<SYS>>, and the tags that a user may not write."""
+"""Dialogs -> token ids: the roles, Llama 2's layout of [INST] and <<SYS>>, and the tags that a user
+may not write.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,10 @@ class Message(TypedDict):
 
 Dialog = Sequence[Message]
 
-B_INST, E_INST = "[INST]", "[/INST]"
-B_SYS, E_SYS = "<<SYS>>\n", "\n<</SYS>>\n\n"
+B_INST = "[INST]"
+E_INST = "[/INST]"
+B_SYS = "<<SYS>>\n"
+E_SYS = "\n<</SYS>>\n\n"
 
 SPECIAL_TAGS = [B_INST, E_INST, B_SYS.strip(), E_SYS.strip()]
 UNSAFE_ERROR = "Error: special tags are not allowed as part of the prompt."
@@ -43,22 +47,31 @@ def chat_end_ids(tokenizer: Tokenizer) -> frozenset[int]:
 
 
 def check_dialogs(dialogs: Any) -> list[list[Message]]:
-    """`dialogs` as lists of messages in order, without further keys. Raises as check_dialog does, naming the dialog."""
+    """`dialogs` as lists of messages in order, without further keys.
+
+    Raises as check_dialog does, naming the dialog.
+    """
     if isinstance(dialogs, (str, bytes, dict)) or not isinstance(dialogs, Iterable):
         meant = [[dialogs if isinstance(dialogs, dict) else {"role": "user", "content": dialogs}]]
         raise TypeError(f"dialogs is a {type(dialogs).__name__}: pass a list of dialogs, {meant!r}")
-    return [check_dialog(dialog, f"dialog {index}", f"dialog {index}, ") for index, dialog in enumerate(dialogs)]
+    return [
+        check_dialog(dialog, f"dialog {index}", f"dialog {index}, ")
+        for index, dialog in enumerate(dialogs)
+    ]
 
 
 def check_dialog(dialog: Any, name: str = "dialog", of: str = "") -> list[Message]:
-    """`dialog` as a list of its messages, without further keys. Errors call it `name`, and a message "{of}message 0".
+    """`dialog` as a list of its messages, without further keys. Errors call it `name`, and a
+    message "{of}message 0".
 
-    Raises TypeError for a lone message or text, which is iterable too and never what was meant; ValueError or TypeError
-    for a message that is none; Refusal, a ValueError, unless roles are an optional system, then user and assistant in
-    turn, user last.
+    Raises TypeError for a lone message or text, which is iterable too and never what was meant;
+    ValueError or TypeError for a message that is none; Refusal, a ValueError, unless roles are an
+    optional system, then user and assistant in turn, user last.
     """
     if isinstance(dialog, dict):
-        raise TypeError(f"{name} is a message, {dialog!r}: a dialog is a list of messages, so put it in a list")
+        raise TypeError(
+            f"{name} is a message, {dialog!r}: a dialog is a list of messages, so put it in a list"
+        )
     if isinstance(dialog, (str, bytes)) or not isinstance(dialog, Iterable):
         meant = [{"role": "user", "content": dialog}]
         raise TypeError(f"{name} is a {type(dialog).__name__}: pass a list of messages, {meant!r}")
@@ -66,28 +79,37 @@ def check_dialog(dialog: Any, name: str = "dialog", of: str = "") -> list[Messag
     expected: Role = "user"
     for number, message in enumerate(dialog):
         if not isinstance(message, dict) or not message.keys() >= {"role", "content"}:
-            raise ValueError(f"{of}message {number}: expected a dict with 'role' and 'content', got {message!r}")
-        role, content = message["role"], message["content"]
+            raise ValueError(
+                f"{of}message {number}: expected a dict with 'role' and 'content', got {message!r}"
+            )
+        role = message["role"]
+        content = message["content"]
         if not isinstance(content, str):
-            raise TypeError(f"{of}message {number}: content must be a str, got {type(content).__name__}")
+            raise TypeError(
+                f"{of}message {number}: content must be a str, got {type(content).__name__}"
+            )
         if (number, role) != (0, "system"):
             if role != expected:
                 raise Refusal(f"{of}message {number}: expected role '{expected}', got '{role}'")
             expected = "assistant" if role == "user" else "user"
         messages.append(Message(role=role, content=content))
     if expected == "user":
-        raise Refusal(f"{of}message {len(messages)}: expected role 'user' as the last one, got none")
+        raise Refusal(
+            f"{of}message {len(messages)}: expected role 'user' as the last one, got none"
+        )
     return messages
 
 
 def encode_dialog(dialog: Dialog, tokenizer: Tokenizer) -> list[int]:
     """The prompt that asks for the next assistant message.
 
-    A system message is folded into the first user message: "<<SYS>>\\n{system}\\n<</SYS>>\\n\\n{user}". Each finished
-    exchange is "[INST] {user} [/INST] {assistant} " between BOS and EOS, encoded by itself; the last user message is
-    "[INST] {user} [/INST]" after BOS. Contents are stripped. With a tokenizer that has <step>, see encode_steps.
+    A system message is folded into the first user message:
+    "<<SYS>>\\n{system}\\n<</SYS>>\\n\\n{user}". Each finished exchange is "[INST] {user} [/INST]
+    {assistant} " between BOS and EOS, encoded by itself; the last user message is "[INST] {user}
+    [/INST]" after BOS. Contents are stripped. With a tokenizer that has <step>, see encode_steps.
 
-    Raises ValueError for roles out of order and for a message with one of the layout's tags, TypeError for no dialog.
+    Raises ValueError for roles out of order and for a message with one of the layout's tags,
+    TypeError for no dialog.
     """
     if tokenizer.chat_template is not None and B_INST not in tokenizer.chat_template:
         raise ValueError(
@@ -97,7 +119,9 @@ def encode_dialog(dialog: Dialog, tokenizer: Tokenizer) -> list[int]:
     if has_special_tags(messages, tokenizer):
         raise ValueError(UNSAFE_ERROR)
     if tokenizer.step_id >= 0:
-        return encode_steps([(message["role"], message["content"]) for message in messages], tokenizer)
+        return encode_steps(
+            [(message["role"], message["content"]) for message in messages], tokenizer
+        )
     contents = [message["content"] for message in messages]
     if messages[0]["role"] == "system":
         contents[:2] = [f"{B_SYS}{contents[0]}{E_SYS}{contents[1]}"]

@@ -1,6 +1,8 @@
-"""Code Llama's own prompts (Rozière et al. 2023, arXiv:2308.12950), for tokenizers that have the pieces they need.
+"""Code Llama's own prompts (Rozière et al. 2023, arXiv:2308.12950), for tokenizers that have the
+pieces they need.
 
-Infilling, of the 7B and 13B models: text between two others. Steps: the dialogs of CodeLlama-70b-Instruct.
+Infilling, of the 7B and 13B models: text between two others. Steps: the dialogs of
+CodeLlama-70b-Instruct.
 """
 
 from __future__ import annotations
@@ -9,15 +11,17 @@ from collections.abc import Sequence
 
 from .tokenizer import Tokenizer
 
-# Begins a text, so that SentencePiece's own space before a text's first word comes before it and is cut off with it.
+# Begins a text, so that SentencePiece's own space before a text's first word comes before it and is
+# cut off with it.
 MARK = "☺"
 
 STEP = "<step>"
 
 
 def check_infilling(tokenizer: Tokenizer, prefixes: Sequence[str], suffixes: Sequence[str]) -> None:
-    """Raise ValueError unless the tokenizer has the pieces that mark prefix, suffix, middle and end, and the texts are
-    as many of each."""
+    """Raise ValueError unless the tokenizer has the pieces that mark prefix, suffix, middle and
+    end, and the texts are as many of each.
+    """
     ids = {
         "▁<PRE>": tokenizer.prefix_id,
         "▁<SUF>": tokenizer.suffix_id,
@@ -30,24 +34,31 @@ def check_infilling(tokenizer: Tokenizer, prefixes: Sequence[str], suffixes: Seq
                 f"tokenizer has no piece {piece}: infilling needs the 7B or 13B Code Llama and its tokenizer"
             )
     if len(prefixes) != len(suffixes):
-        raise ValueError(f"prefixes are {len(prefixes)} and suffixes {len(suffixes)}: pass as many of each")
+        raise ValueError(
+            f"prefixes are {len(prefixes)} and suffixes {len(suffixes)}: pass as many of each"
+        )
 
 
-def encode_infilling(prefix: str, suffix: str, tokenizer: Tokenizer, suffix_first: bool = False) -> list[int]:
-    """BOS <PRE> prefix <SUF> suffix <MID>, or BOS <PRE> <SUF> suffix <MID> prefix; the suffix without a space before
-    its first word."""
+def encode_infilling(
+    prefix: str, suffix: str, tokenizer: Tokenizer, suffix_first: bool = False
+) -> list[int]:
+    """BOS <PRE> prefix <SUF> suffix <MID>, or BOS <PRE> <SUF> suffix <MID> prefix; the suffix
+    without a space before its first word.
+    """
     before = tokenizer.encode(prefix, bos=False, eos=False)
     mark = tokenizer.encode(MARK, bos=False, eos=False)
     after = tokenizer.encode(MARK + suffix, bos=False, eos=False)[len(mark) :]
-    opening, closing = [tokenizer.bos_id, tokenizer.prefix_id], [tokenizer.suffix_id, *after, tokenizer.middle_id]
+    opening = [tokenizer.bos_id, tokenizer.prefix_id]
+    closing = [tokenizer.suffix_id, *after, tokenizer.middle_id]
     return opening + closing + before if suffix_first else opening + before + closing
 
 
 def encode_steps(messages: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> list[int]:
     """One BOS, then each message (role, content) and <step>, then the head of the answer.
 
-    A message is its head, " Source: {role}", and, unless it is empty, its body, "\\n\\n {content}", stripped; each is
-    encoded by itself. There is always a system message, without a body where none is given.
+    A message is its head, " Source: {role}", and, unless it is empty, its body, "\\n\\n {content}",
+    stripped; each is encoded by itself. There is always a system message, without a body where none
+    is given.
     """
     if messages[0][0] != "system":
         messages = [("system", ""), *messages]

@@ -1,4 +1,6 @@
-"""This rank among the others: what they do together, how a process joins and leaves, which device is its own."""
+"""This rank among the others: what they do together, how a process joins and leaves, which device
+is its own.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # unused; imported later, its default arguments would keep the process group alive
+
+# Unused; imported later, its default arguments would keep the process group alive
+import torch.distributed.nn
 from fairscale.nn.model_parallel import initialize as fs_init
 from torch import Tensor
 
@@ -25,22 +29,31 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """The `size` ranks that share a model, seen from one of them: its number `rank`, and what they do together."""
+    """The `size` ranks that share a model, seen from one of them: its number `rank`, and what they
+    do together.
+    """
 
     def __init__(self, size: int = 1, rank: int = 0, group: dist.ProcessGroup | None = None):
-        self.size, self.rank, self.group = size, rank, group  # one rank has no group, and nothing to say to it
+        # one rank has no group, and nothing to say to it
+        self.size = size
+        self.rank = rank
+        self.group = group
         self.asking = False
         self.thread: threading.Thread | None = None  # the one that speaks to the others
         self.lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return model_ranks, ()  # a copy of a model, or one read from a pickle, is of the ranks it comes to
+        # a copy of a model, or one read from a pickle, is of the ranks it comes to
+        return model_ranks, ()
 
     def __deepcopy__(self, memo: object) -> Ranks:
         return self
 
     def split(self, n: int) -> int:
-        """One rank's part of a dimension. The checkpoint was checked to divide before any layer is built."""
+        """One rank's part of a dimension.
+
+        The checkpoint was checked to divide before any layer is built.
+        """
         assert n % self.size == 0, f"{n} does not divide over {self.size} ranks"
         return n // self.size
 
@@ -72,7 +85,9 @@ class Ranks:
         return x
 
     def ask_first(self, question: Callable[[], T]) -> T:
-        """What `question` returns or raises on the first rank, the only one that is asked, on all of them."""
+        """What `question` returns or raises on the first rank, the only one that is asked, on all
+        of them.
+        """
         if self.group is None:
             return question()
         self._check()
@@ -83,7 +98,9 @@ class Ranks:
                 told[0] = question()
             except BaseException as error:  # of whatever kind: the other ranks wait
                 caught = error
-                told[1] = error if can_pickle(error) else RuntimeError(f"{type(error).__name__}: {error}")
+                told[1] = (
+                    error if can_pickle(error) else RuntimeError(f"{type(error).__name__}: {error}")
+                )
             self.asking = False
         dist.broadcast_object_list(told, src=dist.get_global_rank(self.group, 0), group=self.group)
         if told[1] is not None:
@@ -110,7 +127,9 @@ class Ranks:
         if isinstance(made, Exception):
             raise made
         if len(set(digests)) > 1:
-            raise ValueError(f"{self.size} ranks were given different requests: pass the same to each of them")
+            raise ValueError(
+                f"{self.size} ranks were given different requests: pass the same to each of them"
+            )
         return made
 
     def _check(self) -> None:
@@ -122,7 +141,9 @@ class Ranks:
         with self.lock:
             me = threading.current_thread()
             if self.thread is not None and self.thread is not me and self.thread.is_alive():
-                raise RuntimeError(f"several threads ask one model on {self.size} ranks: use one thread")
+                raise RuntimeError(
+                    f"several threads ask one model on {self.size} ranks: use one thread"
+                )
             self.thread = me
 
 
@@ -138,7 +159,9 @@ def model_ranks() -> Ranks:
     for ranks in _joined:
         if ranks.group is group:
             return ranks
-    _joined.append(Ranks(fs_init.get_model_parallel_world_size(), fs_init.get_model_parallel_rank(), group))
+    _joined.append(
+        Ranks(fs_init.get_model_parallel_world_size(), fs_init.get_model_parallel_rank(), group)
+    )
     return _joined[-1]
 
 
@@ -156,11 +179,15 @@ def can_pickle(value: object) -> bool:
     return True
 
 
-def init_model_parallel(device: str | torch.device = "auto", model_parallel_size: int | None = None) -> torch.device:
-    """Join the process group and split it into groups of `model_parallel_size` ranks; returns this rank's device.
+def init_model_parallel(
+    device: str | torch.device = "auto", model_parallel_size: int | None = None
+) -> torch.device:
+    """Join the process group and split it into groups of `model_parallel_size` ranks; returns this
+    rank's device.
 
-    Under torchrun the group is torchrun's; without it, a group of this process alone, which needs no port and no
-    environment variable. Raises ValueError where ranks and devices or ranks and groups do not fit.
+    Under torchrun the group is torchrun's; without it, a group of this process alone, which needs
+    no port and no environment variable. Raises ValueError where ranks and devices or ranks and
+    groups do not fit.
     """
     device = select_device(device)
     if not dist.is_initialized():
@@ -185,8 +212,10 @@ def init_model_parallel(device: str | torch.device = "auto", model_parallel_size
 
 
 def patient_ranks() -> Ranks:
-    """All ranks, in a group that waits for ever: for a person to type, or a client to come. The model's own collectives
-    have a time limit."""
+    """All ranks, in a group that waits for ever: for a person to type, or a client to come.
+
+    The model's own collectives have a time limit.
+    """
     size = dist.get_world_size()
     group = dist.new_group(backend="gloo", timeout=timedelta(days=365)) if size > 1 else None
     return Ranks(size, dist.get_rank(), group)
@@ -194,17 +223,24 @@ def patient_ranks() -> Ranks:
 
 @atexit.register
 def leave_process_group() -> None:
-    """End gloo's threads while the interpreter is whole, whoever made the group, if models are in it.
+    """End gloo's threads while the interpreter is whole, whoever made the group, if models are in
+    it.
 
-    A gloo thread needs the interpreter's lock to let go of a collective's tensors. One that comes for it late, when the
-    main thread is past its last collective and ends, is unwound by CPython, and that aborts a rank which has done its
-    work. A process group joins its threads when the last reference to it goes, so here go all of them.
+    A gloo thread needs the interpreter's lock to let go of a collective's tensors. One that comes
+    for it late, when the main thread is past its last collective and ends, is unwound by CPython,
+    and that aborts a rank which has done its work. A process group joins its threads when the last
+    reference to it goes, so here go all of them.
     """
     if not fs_init.model_parallel_is_initialized():
         return
-    if dist.is_initialized() and dist.get_world_size() > 1 and "nccl" in str(dist.get_backend_config()):
+    if (
+        dist.is_initialized()
+        and dist.get_world_size() > 1
+        and "nccl" in str(dist.get_backend_config())
+    ):
         return  # a rank would wait there for one that has failed
-    # Before PyTorch 2.8 a process group joins them with the lock held, for ever; its backend, let go last, does not.
+    # Before PyTorch 2.8 a process group joins them with the lock held, for ever; its backend, let
+    # go last, does not.
     backends = compat.group_backends()  # noqa: F841
     let_groups_go()
     fs_init.destroy_model_parallel()
@@ -213,11 +249,14 @@ def leave_process_group() -> None:
 
 
 def select_device(device: str | torch.device) -> torch.device:
-    """The device of this rank: with "auto", cuda if there is one, else mps, else cpu; on cuda, one GPU per process."""
+    """The device of this rank: with "auto", cuda if there is one, else mps, else cpu; on cuda, one
+    GPU per process.
+    """
     if device == "auto":
         mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    gpus = torch.cuda.device_count()
     try:
         device = torch.device(device)
         if device.type == "cuda" and 0 < gpus < processes:
@@ -227,13 +266,16 @@ def select_device(device: str | torch.device) -> torch.device:
             )
         torch.empty(0, device=device)
     except (AssertionError, NotImplementedError, RuntimeError, TypeError):
-        raise ValueError(f"device is {str(device)!r}, which this machine does not have: use 'auto' or 'cpu'") from None
+        raise ValueError(
+            f"device is {str(device)!r}, which this machine does not have: use 'auto' or 'cpu'"
+        ) from None
     if device.type != "cuda":
         return device
     if device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if processes > 1:
-        torch.cuda.set_device(device)  # the other ranks' contexts would cost this rank's GPU memory otherwise
+        # the other ranks' contexts would cost this rank's GPU memory otherwise
+        torch.cuda.set_device(device)
     return device
 
 

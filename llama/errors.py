@@ -1,7 +1,7 @@
 """Errors that say what a user did wrong, and checks of single arguments that several modules share.
 
-A mistake is a ValueError, a TypeError or a FileNotFoundError whose sentence names the value, the limit
-and the way out.
+A mistake is a ValueError, a TypeError or a FileNotFoundError whose sentence names the value, the
+limit and the way out.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ class Refusal(ValueError, AssertionError):
 class ArgumentError(ValueError):
     """An argument that cannot be used.
 
-    `name` is the parameter, `index` the number of the prompt whose value it is (None where it holds for
-    all prompts), and `reason` the rest of the sentence. They are data, so that a caller whose own
-    callers know other names and numbers (an HTTP server, say) can tell the mistake in theirs.
+    `name` is the parameter, `index` the number of the prompt whose value it is (None where it holds
+    for all prompts), and `reason` the rest of the sentence. They are data, so that a caller whose
+    own callers know other names and numbers (an HTTP server, say) can tell the mistake in theirs.
     """
 
     def __init__(self, name: str, index: int | None, reason: str):

@@ -29,7 +29,15 @@ from .chat import (
     encode_dialog,
     has_special_tags,
 )
-from .checkpoints import Checkpoint, allocating, bytes_per_weight, check_memory, check_world_size, load, memory_needs
+from .checkpoints import (
+    Checkpoint,
+    allocating,
+    bytes_per_weight,
+    check_memory,
+    check_world_size,
+    load,
+    memory_needs,
+)
 from .code_llama import check_infilling, encode_infilling
 from .distributed import init_model_parallel, model_ranks
 from .engine import Engine, FinishReason, ModelRunner, Pooling, Prompt, Request, make_prompts
@@ -72,7 +80,8 @@ PathLike = str | os.PathLike[str]
 class Prediction(TypedDict, total=False):
     tokens: list[str]  # with logprobs
     logprobs: list[float]  # with logprobs
-    top_logprobs: list[list[tuple[str, float]]]  # with top_logprobs: the likeliest in each token's place
+    # with top_logprobs: the likeliest in each token's place
+    top_logprobs: list[list[tuple[str, float]]]
     finish_reason: FinishReason
 
 
@@ -90,7 +99,9 @@ class InfillingPrediction(Prediction, total=False):
 
 
 class Piece(Prediction, total=False):
-    """The next text of prompt `index`; `finish_reason`, and what `logprobs` asks for, come with its last piece."""
+    """The next text of prompt `index`; `finish_reason`, and what `logprobs` asks for, come with its
+    last piece.
+    """
 
     index: int
     text: str
@@ -98,19 +109,32 @@ class Piece(Prediction, total=False):
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How a model is built. `Llama.build` and every command take these, and check them before they load."""
+    """How a model is built.
 
-    tokenizer_path: Any = option(None, "tokenizer.model, if it is neither in the folder nor beside it")
+    `Llama.build` and every command take these, and check them before they load.
+    """
+
+    tokenizer_path: Any = option(
+        None, "tokenizer.model, if it is neither in the folder nor beside it"
+    )
     max_seq_len: int = option(512, "tokens of prompt and answer together")
     max_batch_size: int = option(8, "how many prompts run at once")
-    model_parallel_size: int | None = option(None, "number of ranks that share a model; all by default")
+    model_parallel_size: int | None = option(
+        None, "number of ranks that share a model; all by default"
+    )
     seed: int = option(1, "the same seed draws the same text")
     device: Any = option("auto", "cuda, mps, cpu, or auto for the first of them that there is")
-    dtype: Any = option("auto", "float32, bfloat16, float16, or auto for the fastest of 16 bits or more")
-    quantize: Literal["int8", "int4"] | None = option(None, "int8 or int4: keep linear weights in 8 or 4 bits")
+    dtype: Any = option(
+        "auto", "float32, bfloat16, float16, or auto for the fastest of 16 bits or more"
+    )
+    quantize: Literal["int8", "int4"] | None = option(
+        None, "int8 or int4: keep linear weights in 8 or 4 bits"
+    )
     compile: bool = option(False, "compile the decode step, which takes minutes once")
     cuda_graph: bool = option(True, "capture the decode step as a CUDA graph")
-    adapter_dir: Any = option(None, "LoRA adapter in PEFT's layout, which is merged into the weights")
+    adapter_dir: Any = option(
+        None, "LoRA adapter in PEFT's layout, which is merged into the weights"
+    )
     prompt_lookup_num_tokens: int | None = option(
         None,
         "tokens drafted by prompt lookup: 0 for none, None for as many as cost nearly nothing",
@@ -136,15 +160,21 @@ class BuildKeywords(TypedDict, total=False):
 
 
 class Llama:
-    """A loaded model and its tokenizer. Calls and streams, of one thread or several, share its passes.
+    """A loaded model and its tokenizer. Calls and streams, of one thread or several, share its
+    passes.
 
-    The methods take the original's parameters, and as keywords the other fields of SamplingParams (`seed`,
-    `stop`, `top_logprobs`). Of those and of `temperature`, `top_p` and `max_gen_len` each is one value for
-    all prompts, or a list with a value for each.
+    The methods take the original's parameters, and as keywords the other fields of SamplingParams
+    (`seed`, `stop`, `top_logprobs`). Of those and of `temperature`, `top_p` and `max_gen_len` each
+    is one value for all prompts, or a list with a value for each.
     """
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, *, seed: int = 1, engine: Engine | None = None
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        seed: int = 1,
+        engine: Engine | None = None,
     ):
         """`engine` runs `model`, whose weights are on one device."""
         if engine is None and model.cache is None:
@@ -164,14 +194,16 @@ class Llama:
         seed: int = 1,
         **options: Unpack[BuildKeywords],
     ) -> Llama:
-        """Load a checkpoint onto this rank's device: a release's or a Hugging Face folder, or a GGUF file.
+        """Load a checkpoint onto this rank's device: a release's or a Hugging Face folder, or a
+        GGUF file.
 
-        `max_seq_len` bounds prompt and generation together, in tokens; with `max_batch_size` it sets the
-        cache's size. The model is split over `model_parallel_size` ranks (default: all), however many
-        shards are on disk. `seed` is the default of each call's. BuildOptions describes the keywords.
+        `max_seq_len` bounds prompt and generation together, in tokens; with `max_batch_size` it
+        sets the cache's size. The model is split over `model_parallel_size` ranks (default: all),
+        however many shards are on disk. `seed` is the default of each call's. BuildOptions
+        describes the keywords.
 
-        Raises FileNotFoundError for missing files; ValueError for files that are broken or do not belong
-        together, for ranks that cannot share the model, and where memory does not suffice.
+        Raises FileNotFoundError for missing files; ValueError for files that are broken or do not
+        belong together, for ranks that cannot share the model, and where memory does not suffice.
         """
         check_names(BuildOptions, options)
         sizes = (tokenizer_path, max_seq_len, max_batch_size, model_parallel_size, seed)
@@ -187,20 +219,23 @@ class Llama:
         echo: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> tuple[list[list[int]], list[list[float]] | None]:
-        """Continue each prompt by at most `max_gen_len` tokens; returns ids and, where asked for, their logprobs.
+        """Continue each prompt by at most `max_gen_len` tokens; returns ids and, where asked for,
+        their logprobs.
 
-        A row ends at EOS (not in the result), at `max_gen_len`, at `max_seq_len`, or before a `stop` string
-        (a token that also holds text before the string is kept). `temperature` 0 is greedy; otherwise
-        tokens are drawn from the `top_p` nucleus of softmax(logits / temperature). Prompt i draws from
-        random stream (seed, i), or (seed[i], 0) for a list of seeds. Logprobs are natural logarithms of
-        softmax(logits), whatever the temperature. With `echo` the results begin with the prompt, whose
-        first logprob is 0.0.
+        A row ends at EOS (not in the result), at `max_gen_len`, at `max_seq_len`, or before a
+        `stop` string (a token that also holds text before the string is kept). `temperature` 0 is
+        greedy; otherwise tokens are drawn from the `top_p` nucleus of softmax(logits /
+        temperature). Prompt i draws from random stream (seed, i), or (seed[i], 0) for a list of
+        seeds. Logprobs are natural logarithms of softmax(logits), whatever the temperature. With
+        `echo` the results begin with the prompt, whose first logprob is 0.0.
 
-        Raises ValueError or TypeError, before any compute, for an argument out of range, an empty prompt,
-        an id that is not in the vocabulary, and a prompt longer than `max_seq_len`.
+        Raises ValueError or TypeError, before any compute, for an argument out of range, an empty
+        prompt, an id that is not in the vocabulary, and a prompt longer than `max_seq_len`.
         """
         asked = (temperature, top_p, max_gen_len, logprobs, echo)
-        requests = run(self, prompts_of(self, lambda: as_list("prompt_tokens", prompt_tokens), asked, options))
+        requests = run(
+            self, prompts_of(self, lambda: as_list("prompt_tokens", prompt_tokens), asked, options)
+        )
         tokens = [request.output.ids if echo else request.answer_ids for request in requests]
         return tokens, [logprobs_of(request) for request in requests] if logprobs else None
 
@@ -214,12 +249,13 @@ class Llama:
         echo: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> list[CompletionPrediction]:
-        """Continue each text; parameters and errors as in `generate`, `max_gen_len` up to `max_seq_len` by default.
+        """Continue each text; parameters and errors as in `generate`, `max_gen_len` up to
+        `max_seq_len` by default.
 
-        Each result has `generation` and `finish_reason` ("stop" at EOS or a stop string, else "length");
-        with `logprobs` also `tokens`, one string per id whose concatenation is `generation`, and their
-        `logprobs`; with `top_logprobs` as well, for each id as many (text, logprob) of the likeliest in its
-        place, the first one first.
+        Each result has `generation` and `finish_reason` ("stop" at EOS or a stop string, else
+        "length"); with `logprobs` also `tokens`, one string per id whose concatenation is
+        `generation`, and their `logprobs`; with `top_logprobs` as well, for each id as many (text,
+        logprob) of the likeliest in its place, the first one first.
         """
         asked = (temperature, top_p, max_gen_len, logprobs, echo)
         requests = run(self, prompts_of(self, lambda: encoded(self, prompts), asked, options))
@@ -237,12 +273,14 @@ class Llama:
         output_check: Check | None = None,
         **options: Unpack[SamplingOptions],
     ) -> list[ChatPrediction]:
-        """The assistant's next message of each dialog; parameters and results as in `text_completion`.
+        """The assistant's next message of each dialog; parameters and results as in
+        `text_completion`.
 
-        A dialog with one of the layout's own tags in a message is answered with UNSAFE_ERROR, without being
-        run; one of whose system and user messages `input_check` refuses any, with the refusal that it
-        returns. `output_check` sees each answer and may replace it. On several ranks the first one's checks
-        count. Raises ValueError, naming dialog and message, for roles out of order.
+        A dialog with one of the layout's own tags in a message is answered with UNSAFE_ERROR,
+        without being run; one of whose system and user messages `input_check` refuses any, with the
+        refusal that it returns. `output_check` sees each answer and may replace it. On several
+        ranks the first one's checks count. Raises ValueError, naming dialog and message, for roles
+        out of order.
         """
         asked = (temperature, top_p, max_gen_len, logprobs, False)
         requests = run(self, dialog_prompts(self, dialogs, asked, options, input_check))
@@ -266,9 +304,9 @@ class Llama:
     ) -> Iterator[Piece]:
         """`text_completion` as it is generated: pieces of whole characters, of all prompts in turn.
 
-        The pieces of one prompt join to its `generation`. A stream may be dropped before its end; on
-        several ranks, after the same piece on each. Other calls meanwhile, and other streams, share its
-        passes.
+        The pieces of one prompt join to its `generation`. A stream may be dropped before its end;
+        on several ranks, after the same piece on each. Other calls meanwhile, and other streams,
+        share its passes.
         """
         asked = (temperature, top_p, max_gen_len, logprobs, echo)
         return stream(self, prompts_of(self, lambda: encoded(self, prompts), asked, options))
@@ -290,7 +328,9 @@ class Llama:
         An answer that `output_check` is to see comes in one piece, once it is whole.
         """
         asked = (temperature, top_p, max_gen_len, logprobs, False)
-        return stream(self, dialog_prompts(self, dialogs, asked, options, input_check), output_check)
+        return stream(
+            self, dialog_prompts(self, dialogs, asked, options, input_check), output_check
+        )
 
     def text_infilling(
         self,
@@ -303,11 +343,13 @@ class Llama:
         suffix_first: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> list[InfillingPrediction]:
-        """What Code Llama puts between each prefix and suffix; parameters and errors as in `text_completion`.
+        """What Code Llama puts between each prefix and suffix; parameters and errors as in
+        `text_completion`.
 
-        Each result's `generation` is the text between, which ends at the model's end-of-infilling token,
-        and `full_text` is prefix, generation and suffix. `suffix_first` is the format that shows the model
-        the suffix first. Raises ValueError for a tokenizer without the pieces that mark the three.
+        Each result's `generation` is the text between, which ends at the model's end-of-infilling
+        token, and `full_text` is prefix, generation and suffix. `suffix_first` is the format that
+        shows the model the suffix first. Raises ValueError for a tokenizer without the pieces that
+        mark the three.
         """
         asked = (temperature, top_p, max_gen_len, logprobs, False)
         pairs: list[tuple[str, str]] = []
@@ -320,18 +362,26 @@ class Llama:
             return [encode_infilling(*pair, self.tokenizer, suffix_first) for pair in pairs]
 
         end_ids = [self.tokenizer.eot_id]
-        requests = run(self, prompts_of(self, encode, asked, options, starts_text=False, end_ids=end_ids))
+        requests = run(
+            self, prompts_of(self, encode, asked, options, starts_text=False, end_ids=end_ids)
+        )
         return [
-            InfillingPrediction(generation=r.output.text, full_text=prefix + r.output.text + suffix, **outcome_of(r))
+            InfillingPrediction(
+                generation=r.output.text, full_text=prefix + r.output.text + suffix, **outcome_of(r)
+            )
             for r, (prefix, suffix) in zip(requests, pairs, strict=True)
         ]
 
     def embed(self, prompts: Sequence[str], pooling: Pooling = "mean") -> Tensor:
-        """The final norm's output over each text's tokens, BOS among them: their mean or the last, (n, dim) float32."""
+        """The final norm's output over each text's tokens, BOS among them: their mean or the last,
+        (n, dim) float32.
+        """
         if pooling not in ("mean", "last"):
             raise ValueError(f"pooling is {pooling!r}: use 'mean' or 'last'")
         asked = (0, 1, 0, False, False)
-        requests = run(self, prompts_of(self, lambda: encoded(self, prompts), asked, {}, pooling=pooling))
+        requests = run(
+            self, prompts_of(self, lambda: encoded(self, prompts), asked, {}, pooling=pooling)
+        )
         states = [request.states for request in requests if request.states is not None]
         if not states:
             return torch.empty(0, self.model.params.dim, dtype=torch.float32)
@@ -340,7 +390,8 @@ class Llama:
     def clear_cache(self) -> None:
         """Forget what was computed.
 
-        Needed after weights were edited in a way that PyTorch does not count: through `.data` or NumPy.
+        Needed after weights were edited in a way that PyTorch does not count: through `.data` or
+        NumPy.
         """
         self.engine.cache.clear()
 
@@ -368,7 +419,8 @@ def build(ckpt_dir: PathLike, options: BuildOptions) -> Llama:
         torch.get_num_threads(),
         model.ranks.size,
     )
-    if "WORLD_SIZE" in os.environ:  # as in the original: ranks that draw for themselves draw alike, and print once
+    # as in the original: ranks that draw for themselves draw alike, and print once
+    if "WORLD_SIZE" in os.environ:
         torch.manual_seed(options.seed)
         if model.ranks.rank:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -389,7 +441,8 @@ def load_model(
 ) -> Transformer:
     """This rank's part of a checkpoint's model, with an empty cache.
 
-    Raises ValueError for what cannot be shared by the ranks, does not fit into memory, or is broken.
+    Raises ValueError for what cannot be shared by the ranks, does not fit into memory, or is
+    broken.
     """
     ranks = model_ranks()
     check_world_size(checkpoint.name, args, ranks.size)
@@ -417,7 +470,8 @@ def prompts_of(
 ) -> list[Prompt]:
     """Prompts of the ids that `encode` makes: the same on every rank, or an error on every rank.
 
-    `parameters` are PARAMETERS' values; `how` goes to make_prompts. Errors call max_tokens max_gen_len.
+    `parameters` are PARAMETERS' values; `how` goes to make_prompts. Errors call max_tokens
+    max_gen_len.
     """
     seed = options.get("seed")
     seed = llm.seed if seed is None else seed
@@ -441,7 +495,9 @@ def prompts_of(
 def as_list(name: str, values: Any) -> list[Any]:
     """`values` as a list. A lone str or dict is iterable too, which is never what was meant."""
     if isinstance(values, (str, bytes, dict)) or not isinstance(values, Iterable):
-        raise ArgumentTypeError(name, None, f"is a {type(values).__name__}: pass a list, [{values!r}]")
+        raise ArgumentTypeError(
+            name, None, f"is a {type(values).__name__}: pass a list, [{values!r}]"
+        )
     return list(values)
 
 
@@ -463,7 +519,9 @@ def dialog_prompts(
     refusals = [UNSAFE_ERROR if has_special_tags(dialog, tokenizer) else None for dialog in checked]
     pairs = list(zip(refusals, checked, strict=True))
     if check is not None:
-        refusals = ranks.ask_first(lambda: [own or input_refusal(check, dialog) for own, dialog in pairs])
+        refusals = ranks.ask_first(
+            lambda: [own or input_refusal(check, dialog) for own, dialog in pairs]
+        )
 
     def encode() -> list[list[int]]:
         pairs = zip(refusals, checked, strict=True)
@@ -481,7 +539,9 @@ def run(llm: Llama, prompts: Sequence[Prompt]) -> list[Request]:
     return requests
 
 
-def stream(llm: Llama, prompts: Sequence[Prompt], output_check: Check | None = None) -> Iterator[Piece]:
+def stream(
+    llm: Llama, prompts: Sequence[Prompt], output_check: Check | None = None
+) -> Iterator[Piece]:
     with llm.engine.running(prompts) as requests:
         steps = llm.engine.progress(requests)
         going = list(range(len(requests)))
@@ -513,7 +573,9 @@ def outcome_of(request: Request) -> Prediction:
     if params.top_logprobs:
         piece = request.output.detokenizer.tokenizer.piece
         scored = (*request.prompt_scores, *request.output.tokens)
-        result["top_logprobs"] = [[(piece(token), logprob) for token, logprob in s.top] for s in scored]
+        result["top_logprobs"] = [
+            [(piece(token), logprob) for token, logprob in s.top] for s in scored
+        ]
     return result
 
 
@@ -532,7 +594,9 @@ def apply_check(llm: Llama, request: Request, check: Check | None) -> None:
 
 
 def input_refusal(check: Check, dialog: Dialog) -> str | None:
-    """What a check says of the first message that it refuses, of those that the assistant did not write."""
+    """What a check says of the first message that it refuses, of those that the assistant did not
+    write.
+    """
     for message in dialog:
         if message["role"] != "assistant":
             refusal = refusal_of(check, message["content"])

@@ -1,7 +1,7 @@
 """The Llama 2 transformer (Touvron et al. 2023, arXiv:2307.09288).
 
-Knows nothing about text, requests or checkpoint files. `Transformer.forward` is what runs, for the engine
-as for a script that calls it with the original's arguments.
+Knows nothing about text, requests or checkpoint files. `Transformer.forward` is what runs, for the
+engine as for a script that calls it with the original's arguments.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ class ModelArgs:
 
 
 def feed_forward_dim(hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:
-    """Two thirds of `hidden_dim`, as SwiGLU has three matrices in place of two; times the multiplier, rounded up."""
+    """Two thirds of `hidden_dim`, as SwiGLU has three matrices in place of two; times the
+    multiplier, rounded up.
+    """
     hidden_dim = int(2 * hidden_dim / 3)
     if ffn_dim_multiplier is not None:
         hidden_dim = int(ffn_dim_multiplier * hidden_dim)
@@ -76,10 +78,14 @@ class RMSNorm(nn.Module):
         return ops.rms_norm(x, self.weight, self.eps)
 
 
-def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0, scaling_factor: float = 1.0) -> Tensor:
-    """cis(position / scaling_factor × theta^(-2i / dim)) for i < dim / 2: (end, dim / 2) complex64, on the CPU.
+def precompute_freqs_cis(
+    dim: int, end: int, theta: float = 10000.0, scaling_factor: float = 1.0
+) -> Tensor:
+    """cis(position / scaling_factor × theta^(-2i / dim)) for i < dim / 2: (end, dim / 2) complex64,
+    on the CPU.
 
-    (Su et al. 2021, RoFormer, section 3.2.2; the linear scaling is of Chen et al. 2023, arXiv:2306.15595.)
+    (Su et al. 2021, RoFormer, section 3.2.2; the linear scaling is of Chen et al. 2023,
+    arXiv:2306.15595.)
     """
     exponents = torch.arange(0, dim, 2, device="cpu", dtype=torch.float32) / dim
     freqs = theta**-exponents / scaling_factor
@@ -91,8 +97,8 @@ def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0, scaling_fac
 class Attention(nn.Module):
     """Causal self-attention with grouped key/value heads (Ainslie et al. 2023).
 
-    `cache` is the KVCache whose layer `layer_id` is this one's, given by a Transformer. A layer that has
-    none makes one of its own at the first call with an integer `start_pos`.
+    `cache` is the KVCache whose layer `layer_id` is this one's, given by a Transformer. A layer
+    that has none makes one of its own at the first call with an integer `start_pos`.
     """
 
     fused = ("wq", "wk", "wv")  # multiply the same input, and may share one packed weight
@@ -118,7 +124,9 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, start_pos: int | View, freqs_cis: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """(bsz, seqlen, dim) for x of the same shape; a `mask` is added to the scores (seqlen, start_pos + seqlen)."""
+        """(bsz, seqlen, dim) for x of the same shape; a `mask` is added to the scores (seqlen,
+        start_pos + seqlen).
+        """
         bsz, seqlen, _ = x.shape
         xq, xk, xv = fused_linear(x, self.wq, self.wk, self.wv)
         xq = xq.view(bsz, seqlen, self.n_local_heads, self.head_dim)
@@ -139,11 +147,15 @@ class Attention(nn.Module):
         """An empty cache of this layer alone."""
         args = self.args
         heads = self.n_local_kv_heads
-        return KVCache(1, args.max_batch_size, heads, args.max_seq_len, self.head_dim, dtype, device)
+        return KVCache(
+            1, args.max_batch_size, heads, args.max_seq_len, self.head_dim, dtype, device
+        )
 
     @property
     def cache_k(self) -> Tensor:
-        """This layer's keys, (max_batch_size, max_seq_len, n_local_kv_heads, head_dim): a view of the cache."""
+        """This layer's keys, (max_batch_size, max_seq_len, n_local_kv_heads, head_dim): a view of
+        the cache.
+        """
         return self._cached().k[self.layer_id].transpose(1, 2)
 
     @cache_k.setter
@@ -178,7 +190,9 @@ class FeedForward(nn.Module):
 
     fused = ("w1", "w3")
 
-    def __init__(self, dim: int, hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | None):
+    def __init__(
+        self, dim: int, hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | None
+    ):
         """`hidden_dim` is the width of a layer of two matrices, 4 × dim; see feed_forward_dim."""
         super().__init__()
         hidden_dim = feed_forward_dim(hidden_dim, multiple_of, ffn_dim_multiplier)
@@ -200,7 +214,9 @@ class TransformerBlock(nn.Module):
         self.head_dim = args.head_dim
         self.layer_id = layer_id
         self.attention = Attention(args)
-        self.feed_forward = FeedForward(args.dim, 4 * args.dim, args.multiple_of, args.ffn_dim_multiplier)
+        self.feed_forward = FeedForward(
+            args.dim, 4 * args.dim, args.multiple_of, args.ffn_dim_multiplier
+        )
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
@@ -215,15 +231,17 @@ class TransformerBlock(nn.Module):
 class Transformer(nn.Module):
     """Token ids -> logits.
 
-    As the original's it runs in inference mode and keeps a cache, made at the first call, which is not part
-    of `state_dict`. `train()` makes it differentiable and lets it attend within its own input; `eval()`
-    ends that.
+    As the original's it runs in inference mode and keeps a cache, made at the first call, which is
+    not part of `state_dict`. `train()` makes it differentiable and lets it attend within its own
+    input; `eval()` ends that.
     """
 
     def __init__(self, params: ModelArgs):
         super().__init__()
         if params.vocab_size < 1:
-            raise ValueError(f"vocab_size is {params.vocab_size}: set it to the tokenizer's n_words")
+            raise ValueError(
+                f"vocab_size is {params.vocab_size}: set it to the tokenizer's n_words"
+            )
         self.params = params
         self.vocab_size = params.vocab_size
         self.n_layers = params.n_layers
@@ -235,8 +253,8 @@ class Transformer(nn.Module):
         self.cache: KVCache | None = None
         self.moves = 0  # how often the weights were moved or converted
         self.n_rep = params.n_heads // params.kv_heads  # how many query heads share a key head
-        # Not a buffer, whose angles .bfloat16() would round. On the meta device, where a checkpoint's weights
-        # are to come, allocate_cache computes it: memory is checked before.
+        # Not a buffer, whose angles .bfloat16() would round. On the meta device, where a
+        # checkpoint's weights are to come, allocate_cache computes it: memory is checked before.
         self.freqs_cis = torch.empty(0, dtype=torch.complex64)
         if not self.tok_embeddings.weight.is_meta:
             self.freqs_cis = self.angles()
@@ -245,14 +263,15 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor, start_pos: int | View = 0) -> Tensor:
         """Logits, (bsz, seqlen, vocab_size) float32, of tokens (bsz, seqlen) at `start_pos` onward.
 
-        With an integer, tokens are cached in slots 0 to bsz - 1, and also attend to the `start_pos` tokens
-        that were cached there before. A View, made by the engine, says where each token stands, what it
-        attends to, and of which tokens logits are wanted. Raises ValueError for more rows or positions
-        than fit.
+        With an integer, tokens are cached in slots 0 to bsz - 1, and also attend to the `start_pos`
+        tokens that were cached there before. A View, made by the engine, says where each token
+        stands, what it attends to, and of which tokens logits are wanted. Raises ValueError for
+        more rows or positions than fit.
         """
         if self.training:
             return self._train(tokens, start_pos)
-        if torch.compiler.is_compiling() and isinstance(start_pos, View):  # in the caller's inference mode
+        # in the caller's inference mode
+        if torch.compiler.is_compiling() and isinstance(start_pos, View):
             return self._run(tokens, start_pos, self.freqs_cis[start_pos.positions], None)
         with torch.inference_mode():
             fused = ops.path.fused
@@ -297,7 +316,9 @@ class Transformer(nn.Module):
     def _train(self, tokens: Tensor, start_pos: int | View) -> Tensor:
         """A differentiable pass over whole sequences."""
         if isinstance(start_pos, View) or start_pos != 0:
-            raise ValueError(f"start_pos is {start_pos!r} in training, which keeps no cache: call eval() first")
+            raise ValueError(
+                f"start_pos is {start_pos!r} in training, which keeps no cache: call eval() first"
+            )
         if tokens.dim() != 2 or tokens.numel() == 0 or tokens.shape[1] > self.params.max_seq_len:
             limit = f"(bsz, seqlen), seqlen at most max_seq_len, {self.params.max_seq_len}"
             raise ValueError(f"tokens are {tuple(tokens.shape)}: pass {limit}")
@@ -305,17 +326,24 @@ class Transformer(nn.Module):
         return self._run(tokens, Uncached(tokens), freqs_cis.to(tokens.device), None)
 
     def _check(self, tokens: Tensor, start_pos: int) -> int:
-        """The integer start_pos. Raises ValueError for tokens that do not fit into the cache behind it."""
+        """The integer start_pos.
+
+        Raises ValueError for tokens that do not fit into the cache behind it.
+        """
         start = operator.index(start_pos)
         args = self.params
         if tokens.dim() != 2 or tokens.numel() == 0 or start < 0:
-            raise ValueError(f"tokens are {tuple(tokens.shape)} at {start}: pass (bsz, seqlen) at 0 or more")
+            raise ValueError(
+                f"tokens are {tuple(tokens.shape)} at {start}: pass (bsz, seqlen) at 0 or more"
+            )
         bsz, seqlen = tokens.shape
         if start + seqlen > args.max_seq_len:
             reach = f"tokens reach position {start + seqlen}"
             raise ValueError(f"{reach}, and max_seq_len is {args.max_seq_len}: pass fewer")
         if bsz > args.max_batch_size:
-            raise ValueError(f"tokens have {bsz} rows, and max_batch_size is {args.max_batch_size}: pass fewer")
+            raise ValueError(
+                f"tokens have {bsz} rows, and max_batch_size is {args.max_batch_size}: pass fewer"
+            )
         return start
 
     def angles(self) -> Tensor:
@@ -327,7 +355,9 @@ class Transformer(nn.Module):
             )
 
     def allocate_cache(self) -> KVCache:
-        """Attach this rank's cache, empty, for `max_batch_size` sequences of `max_seq_len` positions."""
+        """Attach this rank's cache, empty, for `max_batch_size` sequences of `max_seq_len`
+        positions.
+        """
         args = self.params
         heads = self.ranks.split(args.kv_heads)
         # Activations have the type of the norms' weights, whatever the others have.
@@ -335,7 +365,13 @@ class Transformer(nn.Module):
         angles = self.freqs_cis if len(self.freqs_cis) else self.angles()
         self.freqs_cis = angles.to(like.device)
         self.cache = KVCache(
-            args.n_layers, args.max_batch_size, heads, args.max_seq_len, args.head_dim, like.dtype, like.device
+            args.n_layers,
+            args.max_batch_size,
+            heads,
+            args.max_seq_len,
+            args.head_dim,
+            like.dtype,
+            like.device,
         )
         for layer_id, layer in enumerate(self.layers):
             attention = getattr(layer, "attention", None)
@@ -346,7 +382,8 @@ class Transformer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformer:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.freqs_cis = self.freqs_cis.to(self.tok_embeddings.weight.device)  # moved, but never rounded
+        # Moved, but never rounded
+        self.freqs_cis = self.freqs_cis.to(self.tok_embeddings.weight.device)
         self.moves += 1
         return self
 

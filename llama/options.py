@@ -1,7 +1,7 @@
 """Dataclasses of options: each field carries its help text and its check.
 
-SamplingParams and BuildOptions are made of such fields. The methods of Llama, the HTTP server, batch files
-and the command line all read the fields, so that a new option is written down once.
+SamplingParams and BuildOptions are made of such fields. The methods of Llama, the HTTP server,
+batch files and the command line all read the fields, so that a new option is written down once.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ def converted(name: str, kinds: tuple[type, ...], value: Any) -> Any:
 
 
 def strings_wanted(name: str, value: tuple[Any, ...]) -> ArgumentTypeError:
-    return ArgumentTypeError(name, None, f"is {list(value)!r}: use strings, or a list of strings for each prompt")
+    return ArgumentTypeError(
+        name, None, f"is {list(value)!r}: use strings, or a list of strings for each prompt"
+    )
 
 
 def plain(value: Any) -> Any:

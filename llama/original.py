@@ -9,7 +9,9 @@ from .errors import Refusal as Refusal
 
 
 def repeat_kv(x: Tensor, n_rep: int) -> Tensor:
-    """Each key or value head n_rep times: (bsz, seqlen, heads, head_dim) -> (bsz, seqlen, heads × n_rep, head_dim)."""
+    """Each key or value head n_rep times: (bsz, seqlen, heads, head_dim) -> (bsz, seqlen, heads ×
+    n_rep, head_dim).
+    """
     return x.repeat_interleave(n_rep, dim=2)
 
 
@@ -24,10 +26,11 @@ def reshape_for_broadcast(freqs_cis: Tensor, x: Tensor) -> Tensor:
 
 
 def sample_top_p(probs: Tensor, p: float) -> Tensor:
-    """Ids (..., 1) drawn from the nucleus of probs (..., vocab_size), by PyTorch's own random numbers.
+    """Ids (..., 1) drawn from the nucleus of probs (..., vocab_size), by PyTorch's own random
+    numbers.
 
-    The nucleus is the most likely ids whose mass before each one does not exceed `p`. `llama.sampling` draws what
-    `Llama` generates, from a stream of each request's own.
+    The nucleus is the most likely ids whose mass before each one does not exceed `p`.
+    `llama.sampling` draws what `Llama` generates, from a stream of each request's own.
     """
     ordered, ids = probs.sort(dim=-1, descending=True)
     nucleus = ordered.masked_fill(ordered.cumsum(dim=-1) - ordered > p, 0.0)

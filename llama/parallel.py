@@ -1,9 +1,9 @@
 """fairscale's parallel layers, sharded, for inference.
 
-fairscale's own constructors allocate the whole weight on every rank and cannot build on the meta device;
-its reduce is an autograd function, which breaks a compiled graph. The subclasses below keep its types,
-arguments and process groups, hold this rank's shard only, and reduce with plain collectives. On one rank
-they are ordinary layers, and differentiable.
+fairscale's own constructors allocate the whole weight on every rank and cannot build on the meta
+device; its reduce is an autograd function, which breaks a compiled graph. The subclasses below keep
+its types, arguments and process groups, hold this rank's shard only, and reduce with plain
+collectives. On one rank they are ordinary layers, and differentiable.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ InitMethod = Callable[[Tensor], Any]
 class ShardedLinear(nn.Module):
     """What the two linear layers share: this rank's weight, a parameter or packed.
 
-    A packed layer has no parameter; its `weight` is a dequantised copy, which PyTorch keeps from being
-    written to outside of inference mode. A parameter that is assigned takes the packed weight's place.
+    A packed layer has no parameter; its `weight` is a dequantised copy, which PyTorch keeps from
+    being written to outside of inference mode. A parameter that is assigned takes the packed
+    weight's place.
     """
 
     def __init__(self, rows: int, columns: int, ranks: Ranks, init_method: InitMethod | None):
@@ -60,7 +61,9 @@ class ShardedLinear(nn.Module):
                 return self._modules["packed"].dequantize().clone()  # type: ignore[operator, union-attr]
         return super().__getattr__(name)
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.packed is not None:
             destination[prefix + "weight"] = self.packed.dequantize()  # type: ignore[operator]
@@ -90,7 +93,8 @@ def fuse(layers: Sequence[ShardedLinear], packed: nn.Module) -> None:
 
 @ops.transparent
 class ColumnParallelLinear(ShardedLinear, fs_layers.ColumnParallelLinear):
-    """y = x Wᵀ with W split by rows: weight (out_features / ranks, in_features); each rank has its part of y.
+    """y = x Wᵀ with W split by rows: weight (out_features / ranks, in_features); each rank has its
+    part of y.
 
     Takes fairscale's arguments. Raises ValueError for those that Llama has no use for.
     """
@@ -105,7 +109,9 @@ class ColumnParallelLinear(ShardedLinear, fs_layers.ColumnParallelLinear):
         stride: int = 1,
         keep_master_weight_for_test: bool = False,
     ):
-        refuse_unless_taken(bias=bias, stride=stride, keep_master_weight_for_test=keep_master_weight_for_test)
+        refuse_unless_taken(
+            bias=bias, stride=stride, keep_master_weight_for_test=keep_master_weight_for_test
+        )
         ranks = model_ranks()
         super().__init__(ranks.split(out_features), in_features, ranks, init_method)
         self.in_features = in_features
@@ -119,7 +125,8 @@ class ColumnParallelLinear(ShardedLinear, fs_layers.ColumnParallelLinear):
 
 @ops.transparent
 class RowParallelLinear(ShardedLinear, fs_layers.RowParallelLinear):
-    """y = x Wᵀ with W split by columns: weight (out_features, in_features / ranks); y is whole on each rank.
+    """y = x Wᵀ with W split by columns: weight (out_features, in_features / ranks); y is whole on
+    each rank.
 
     With `input_is_parallel` each rank passes its part of x. Takes fairscale's arguments, as above.
     """
@@ -134,7 +141,9 @@ class RowParallelLinear(ShardedLinear, fs_layers.RowParallelLinear):
         stride: int = 1,
         keep_master_weight_for_test: bool = False,
     ):
-        refuse_unless_taken(bias=bias, stride=stride, keep_master_weight_for_test=keep_master_weight_for_test)
+        refuse_unless_taken(
+            bias=bias, stride=stride, keep_master_weight_for_test=keep_master_weight_for_test
+        )
         ranks = model_ranks()
         super().__init__(out_features, ranks.split(in_features), ranks, init_method)
         self.in_features = in_features
@@ -150,7 +159,8 @@ class RowParallelLinear(ShardedLinear, fs_layers.RowParallelLinear):
 
 @ops.transparent
 class ParallelEmbedding(fs_layers.ParallelEmbedding):
-    """Token embeddings split along the model dimension: weight (num_embeddings, embedding_dim / ranks).
+    """Token embeddings split along the model dimension: weight (num_embeddings, embedding_dim /
+    ranks).
 
     Takes fairscale's arguments. Raises ValueError for those that Llama has no use for.
     """
@@ -202,7 +212,9 @@ def refuse_unless_taken(**arguments: Any) -> None:
     for name, value in arguments.items():
         taken = TAKEN[name]
         if type(value) is not type(taken) or value != taken:
-            raise ValueError(f"{name} is {value!r}, which Llama's layers have no use for: pass {name}={taken}")
+            raise ValueError(
+                f"{name} is {value!r}, which Llama's layers have no use for: pass {name}={taken}"
+            )
 
 
 def new_weight(rows: int, columns: int, init_method: InitMethod | None = None) -> nn.Parameter:

@@ -1,7 +1,7 @@
 """What is asked of a generation, and logits -> next token ids.
 
-Rows are sampled one by one as far as the result goes: no row sees another's logits, options or random
-numbers.
+Rows are sampled one by one as far as the result goes: no row sees another's logits, options or
+random numbers.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ Streams = Sequence[int]  # for each prompt, which of its seed's random streams i
 class SamplingParams:
     """How one prompt is continued, and what is told of it. Names and neutral values are vLLM's.
 
-    Raises ArgumentError, a ValueError, for a value out of range, and ArgumentTypeError, also a TypeError,
-    for one of another type.
+    Raises ArgumentError, a ValueError, for a value out of range, and ArgumentTypeError, also a
+    TypeError, for one of another type.
     """
 
     temperature: float = option(
@@ -68,7 +68,9 @@ class SamplingParams:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.top_logprobs and not self.logprobs:
-            reason = f"is {self.top_logprobs}, and logprobs are not asked for: set logprobs=True too"
+            reason = (
+                f"is {self.top_logprobs}, and logprobs are not asked for: set logprobs=True too"
+            )
             raise ArgumentError("top_logprobs", None, reason)
 
 
@@ -87,8 +89,9 @@ class SamplingOptions(TypedDict, total=False):
 def params_of(count: int, options: Mapping[str, Any]) -> list[SamplingParams]:
     """The SamplingParams of each of `count` prompts.
 
-    An option is one value for all prompts, or a list with a value for each. A plain list of stop strings
-    holds for all. Raises as SamplingParams does; a value from a list is named with its prompt's number.
+    An option is one value for all prompts, or a list with a value for each. A plain list of stop
+    strings holds for all. Raises as SamplingParams does; a value from a list is named with its
+    prompt's number.
     """
     if not options.keys() <= FIELDS.keys():
         check_names(SamplingParams, options)
@@ -147,9 +150,7 @@ def uniform(seed: int, stream: int, number: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) / 2**53
 
 
-def sample(
-    logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]
-) -> Tensor:
+def sample(logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Tensor:
     """The next id of each row, (n,): the likeliest where temperature is 0, else a draw.
 
     logits: (n, vocab_size) float32. `uniforms`, in [0, 1), decide each row's draw.
@@ -163,7 +164,9 @@ def sample(
         [own.top_p for own in params],
         uniforms,
     ]
-    temperature, top_p, draws = torch.tensor(columns, dtype=logits.dtype, device=logits.device)[..., None]
+    temperature, top_p, draws = torch.tensor(columns, dtype=logits.dtype, device=logits.device)[
+        ..., None
+    ]
     # Greedy rows divide by 1: their draw is not used.
     divisor = torch.where(temperature > 0, temperature, 1.0)
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / divisor
@@ -173,19 +176,21 @@ def sample(
 
 
 def sample_top_p(probs: Tensor, top_p: Tensor, uniforms: Tensor) -> Tensor:
-    """Nucleus sampling (Holtzman et al. 2019, section 3.1) by inverting the cumulative distribution.
+    """Nucleus sampling (Holtzman et al. 2019, section 3.1) by inverting the cumulative
+    distribution.
 
-    probs: (n, vocab_size); top_p and uniforms: (n, 1). The nucleus is the likeliest tokens whose mass
-    before each one does not exceed `top_p`. Each row takes the first token of its nucleus, in the order of
-    ids, whose cumulative mass exceeds `uniforms` times the nucleus' mass: in sorted order a rounding error
-    could swap two tokens that are nearly as likely. Returns ids, (n,).
+    probs: (n, vocab_size); top_p and uniforms: (n, 1). The nucleus is the likeliest tokens whose
+    mass before each one does not exceed `top_p`. Each row takes the first token of its nucleus, in
+    the order of ids, whose cumulative mass exceeds `uniforms` times the nucleus' mass: in sorted
+    order a rounding error could swap two tokens that are nearly as likely. Returns ids, (n,).
     """
     ordered, tokens = probs.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(dim=-1) - ordered
     outside = torch.zeros_like(probs, dtype=torch.bool).scatter_(-1, tokens, before > top_p)
     cumulative = probs.masked_fill(outside, 0.0).cumsum(dim=-1)
     mass = cumulative[:, -1:].contiguous()
-    last = torch.searchsorted(cumulative, mass)  # the last token of the nucleus, where rounding goes beyond
+    # the last token of the nucleus, where rounding goes beyond
+    last = torch.searchsorted(cumulative, mass)
     choice = torch.searchsorted(cumulative, uniforms * mass, right=True)
     return choice.minimum(last)[:, 0]
 
@@ -193,7 +198,8 @@ def sample_top_p(probs: Tensor, top_p: Tensor, uniforms: Tensor) -> Tensor:
 def token_logprobs(logits: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The ids (n, 1 + k) of each row's token and the k likeliest, and their logprobs, alike.
 
-    logits: (n, vocab_size) float32; tokens: (n,). Logprobs are natural logarithms of softmax(logits).
+    logits: (n, vocab_size) float32; tokens: (n,). Logprobs are natural logarithms of
+    softmax(logits).
     """
     logprobs = logits.log_softmax(dim=-1)
     ids = torch.cat((tokens[:, None], logprobs.topk(k).indices), dim=1)

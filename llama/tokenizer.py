@@ -15,18 +15,22 @@ from sentencepiece import SentencePieceProcessor
 class Tokenizer:
     """A SentencePiece model with the original's attributes.
 
-    `n_words` is the vocabulary's size, `n_used` without the unused pieces that pad it at its end; `bos_id`, `eos_id`
-    and `pad_id` are special ids, and so are Code Llama's `prefix_id`, `suffix_id`, `middle_id` and `eot_id`, and its
-    70B chat model's `step_id` (-1 where the model has none). `chat_template` is the Jinja template that came with the
-    vocabulary, if one did: it is not run, but says whether the model knows Llama 2's chat layout.
+    `n_words` is the vocabulary's size, `n_used` without the unused pieces that pad it at its end;
+    `bos_id`, `eos_id` and `pad_id` are special ids, and so are Code Llama's `prefix_id`,
+    `suffix_id`, `middle_id` and `eot_id`, and its 70B chat model's `step_id` (-1 where the model
+    has none). `chat_template` is the Jinja template that came with the vocabulary, if one did: it
+    is not run, but says whether the model knows Llama 2's chat layout.
 
-    Raises FileNotFoundError if `model_path` is not a file, ValueError if it is not a SentencePiece model.
+    Raises FileNotFoundError if `model_path` is not a file, ValueError if it is not a SentencePiece
+    model.
     """
 
     def __init__(self, model_path: str | os.PathLike[str]):
         model_path = os.path.expanduser(str(model_path))
         if not os.path.isfile(model_path):
-            raise FileNotFoundError(f"no tokenizer at {model_path}: pass the path of tokenizer.model")
+            raise FileNotFoundError(
+                f"no tokenizer at {model_path}: pass the path of tokenizer.model"
+            )
         self._use(Path(model_path).read_bytes(), model_path)
 
     @classmethod
@@ -40,7 +44,9 @@ class Tokenizer:
         try:
             self.sp_model = SentencePieceProcessor(model_proto=proto)
         except RuntimeError as error:
-            raise ValueError(f"{name} is not a SentencePiece model: download tokenizer.model again") from error
+            raise ValueError(
+                f"{name} is not a SentencePiece model: download tokenizer.model again"
+            ) from error
         self.chat_template: str | None = None
         self.n_words: int = self.sp_model.vocab_size()
         self.n_used = self.n_words
@@ -49,36 +55,51 @@ class Tokenizer:
         self.bos_id: int = self.sp_model.bos_id()
         self.eos_id: int = self.sp_model.eos_id()
         self.pad_id: int = self.sp_model.pad_id()
-        self.prefix_id, self.suffix_id = self._piece_id("▁<PRE>"), self._piece_id("▁<SUF>")
-        self.middle_id, self.eot_id = self._piece_id("▁<MID>"), self._piece_id("▁<EOT>")
+        self.prefix_id = self._piece_id("▁<PRE>")
+        self.suffix_id = self._piece_id("▁<SUF>")
+        self.middle_id = self._piece_id("▁<MID>")
+        self.eot_id = self._piece_id("▁<EOT>")
         self.step_id = self._piece_id("<step>")
 
     def _piece_id(self, piece: str) -> int:
         token: int = self.sp_model.piece_to_id(piece)
-        return -1 if token == self.sp_model.unk_id() else token  # what SentencePiece answers for what it has not
+        # what SentencePiece answers for what it has not
+        return -1 if token == self.sp_model.unk_id() else token
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
-        """The ids of `s`, with the begin- and end-of-sequence ids where asked for. Raises TypeError if not a str."""
+        """The ids of `s`, with the begin- and end-of-sequence ids where asked for.
+
+        Raises TypeError if not a str.
+        """
         if not isinstance(s, str):
             raise TypeError(f"only a str can be encoded, got {type(s).__name__}: {s!r}")
-        ids: list[int] = self.sp_model.encode(s.encode())  # a ValueError for what is no Unicode text, a lone surrogate
+        # a ValueError for what is no Unicode text, a lone surrogate
+        ids: list[int] = self.sp_model.encode(s.encode())
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def decode(self, t: Sequence[int] | SupportsIndex) -> str:
-        """The text of ids, or of one; bytes that are not UTF-8 become U+FFFD. Raises ValueError for an id out of range.
+        """The text of ids, or of one; bytes that are not UTF-8 become U+FFFD. Raises ValueError for
+        an id out of range.
 
         Lists, arrays and tensors of any kind of integer will do.
         """
-        one = not isinstance(t, Iterable) or getattr(t, "ndim", 1) == 0  # an array of no dimension is one id
-        ids = [operator.index(token) for token in cast("Iterable[SupportsIndex]", [t] if one else t)]
+        # an array of no dimension is one id
+        one = not isinstance(t, Iterable) or getattr(t, "ndim", 1) == 0
+        ids = [
+            operator.index(token) for token in cast("Iterable[SupportsIndex]", [t] if one else t)
+        ]
         for token in ids:
             if not 0 <= token < self.n_words:
-                raise ValueError(f"token id {token} is not in the vocabulary of {self.n_words} pieces")
+                raise ValueError(
+                    f"token id {token} is not in the vocabulary of {self.n_words} pieces"
+                )
         text: str = self.sp_model.decode(ids)
         return text
 
     def piece_bytes(self, token: int) -> bytes:
-        """What an id stands for, wherever it stands: with its space, one byte of a character, a special id's name."""
+        """What an id stands for, wherever it stands: with its space, one byte of a character, a
+        special id's name.
+        """
         if self.sp_model.is_byte(token):
             return bytes([int(self.sp_model.id_to_piece(token)[1:-1], 16)])
         piece: str = self.sp_model.id_to_piece(token)
@@ -101,7 +122,8 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class Detokenizer:
-    """The text of ids that come one at a time, in whole characters: what is pushed and flushed joins to `decode`.
+    """The text of ids that come one at a time, in whole characters: what is pushed and flushed
+    joins to `decode`.
 
     A character that spans several byte pieces comes with its last one. Bytes that cannot become a
     character come, as U+FFFD, once the next piece or `flush` shows it. Frozen: `push` returns the
@@ -109,7 +131,8 @@ class Detokenizer:
     """
 
     tokenizer: Tokenizer
-    at_start: bool = True  # where SentencePiece drops the space that it put before the text's first word
+    # where SentencePiece drops the space that it put before the text's first word
+    at_start: bool = True
     bytes: tuple[int, ...] = ()  # byte pieces that do not end a character yet
 
     def push(self, token: int) -> tuple[str, Detokenizer]:

@@ -24,21 +24,43 @@ GOLDEN = ROOT / "tests" / "golden"
 TINY = ROOT / "llama-2-tiny"
 GOLDEN_FOLDERS = ["mha-mp1", "mha-mp2", "gqa-mp1", "gqa-mp2", "gqa-mp4"]
 
-torch.set_num_threads(1)  # models this small gain nothing from threads, and lose much where cores are busy
+# models this small gain nothing from threads, and lose much where cores are busy
+torch.set_num_threads(1)
 
 # What torchrun sets; a test that runs inside such a job must not hand it on.
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+RANK_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 
-# Files whose tests start programs, jobs of several ranks, servers or a browser, and tests elsewhere that do.
-STARTING = {"batch", "faults", "launch", "page", "ranks", "readme", "serving", "serving_faults", "terminal", "original"}
+# Files whose tests start programs, jobs of several ranks, servers or a browser, and tests elsewhere
+# that do.
+STARTING = {
+    "batch",
+    "faults",
+    "launch",
+    "page",
+    "ranks",
+    "readme",
+    "serving",
+    "serving_faults",
+    "terminal",
+    "original",
+}
 STARTING_WORDS = ("ranks", "shell", "command", "compiled", "compiler", "torchrun", "starts")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         words = item.name.split("[")[0].split("_")
-        if item.path.stem.removeprefix("test_") in STARTING or any(word in words for word in STARTING_WORDS):
+        if item.path.stem.removeprefix("test_") in STARTING or any(
+            word in words for word in STARTING_WORDS
+        ):
             item.add_marker("slow")
 
 
@@ -47,9 +69,13 @@ def expected(folder: str) -> dict[str, Any]:
     return json.loads((GOLDEN / f"{folder.split('-')[0]}-expected.json").read_text())
 
 
-def build_golden(folder: str = "gqa-mp1", max_seq_len: int = 64, max_batch_size: int = 4, **options: Any) -> Llama:
+def build_golden(
+    folder: str = "gqa-mp1", max_seq_len: int = 64, max_batch_size: int = 4, **options: Any
+) -> Llama:
     options = {"device": "cpu", "dtype": "float32"} | options
-    return Llama.build(GOLDEN / folder, GOLDEN / "tokenizer.model", max_seq_len, max_batch_size, **options)
+    return Llama.build(
+        GOLDEN / folder, GOLDEN / "tokenizer.model", max_seq_len, max_batch_size, **options
+    )
 
 
 def clean_environment() -> dict[str, str]:
@@ -71,11 +97,19 @@ def run_ranks(
     return forked.run(words, [clean_environment() | own for own in environments], input, timeout)
 
 
-def run_fresh(*words: str | Path, timeout: float = 240, **options: Any) -> subprocess.CompletedProcess[str]:
+def run_fresh(
+    *words: str | Path, timeout: float = 240, **options: Any
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *map(str, words)]
     environment = clean_environment() | {"PYTHONPATH": str(ROOT / "tests")} | options.pop("env", {})
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=environment, **options
+        command,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
+        env=environment,
+        **options,
     )
 
 
@@ -101,17 +135,31 @@ def random_state(args: ModelArgs, seed: int = 0) -> dict[str, torch.Tensor]:
     }
 
 
-def write_release(folder: Path, args: ModelArgs, state: dict[str, torch.Tensor], shards: int = 1) -> Path:
+def write_release(
+    folder: Path, args: ModelArgs, state: dict[str, torch.Tensor], shards: int = 1
+) -> Path:
     """A folder in the release's layout."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(shards):
         shard = {}
         for name, tensor in state.items():
             dim = shard_dim(name)
-            shard[name] = tensor.clone() if dim is None else tensor.chunk(shards, dim)[number].clone()
+            shard[name] = (
+                tensor.clone() if dim is None else tensor.chunk(shards, dim)[number].clone()
+            )
         torch.save(shard, folder / f"consolidated.{number:02}.pth")
-    keys = ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "ffn_dim_multiplier", "norm_eps")
-    params = {key: getattr(args, key) for key in keys if getattr(args, key) is not None} | {"vocab_size": -1}
+    keys = (
+        "dim",
+        "n_layers",
+        "n_heads",
+        "n_kv_heads",
+        "multiple_of",
+        "ffn_dim_multiplier",
+        "norm_eps",
+    )
+    params = {key: getattr(args, key) for key in keys if getattr(args, key) is not None} | {
+        "vocab_size": -1
+    }
     (folder / "params.json").write_text(json.dumps(params))
     return folder
 
@@ -164,5 +212,12 @@ def release() -> Iterator[Release]:
 @pytest.fixture
 def args() -> ModelArgs:
     return ModelArgs(
-        dim=64, n_layers=2, n_heads=8, n_kv_heads=4, vocab_size=512, multiple_of=32, max_batch_size=4, max_seq_len=64
+        dim=64,
+        n_layers=2,
+        n_heads=8,
+        n_kv_heads=4,
+        vocab_size=512,
+        multiple_of=32,
+        max_batch_size=4,
+        max_seq_len=64,
     )

@@ -1,8 +1,10 @@
-"""Programs, each a fork of one process that has imported what all of them import: that is most of a program's time.
+"""Programs, each a fork of one process that has imported what all of them import: that is most of a
+program's time.
 
-What a program is told and what it answers is as of a process of its own: words, environment, folder, streams, status.
-What its imports do and read in the environment, the seed of hashes, and how the interpreter ends after the last exit
-handler are not; where a test is about those, or about torchrun, it starts the real thing.
+What a program is told and what it answers is as of a process of its own: words, environment,
+folder, streams, status. What its imports do and read in the environment, the seed of hashes, and
+how the interpreter ends after the last exit handler are not; where a test is about those, or about
+torchrun, it starts the real thing.
 """
 
 from __future__ import annotations
@@ -39,7 +41,11 @@ class Job:
         self.process = CONTEXT.Process(target=become, args=(words, environment, paths), daemon=True)
         self.process.start()
         assert self.process.pid is not None
-        self.pid, self.kill, self.terminate = self.process.pid, self.process.kill, self.process.terminate
+        self.pid, self.kill, self.terminate = (
+            self.process.pid,
+            self.process.kill,
+            self.process.terminate,
+        )
 
     def poll(self) -> int | None:
         return self.process.exitcode
@@ -68,8 +74,12 @@ def run(
             jobs += (Job(words, environment, paths) for environment in environments)
             while (codes := [job.poll() for job in jobs]).count(None) and not any(codes):
                 if time.monotonic() > end:
-                    raise subprocess.TimeoutExpired(words, timeout, paths[1].read_bytes(), paths[2].read_bytes())
-                multiprocessing.connection.wait([job.process.sentinel for job in jobs if job.poll() is None], 0.5)
+                    raise subprocess.TimeoutExpired(
+                        words, timeout, paths[1].read_bytes(), paths[2].read_bytes()
+                    )
+                multiprocessing.connection.wait(
+                    [job.process.sentinel for job in jobs if job.poll() is None], 0.5
+                )
         finally:
             for job in jobs:
                 job.kill()  # the others of a rank that failed, as torchrun does
@@ -81,9 +91,15 @@ def run(
 def ranks(count: int) -> tuple[dist.TCPStore, list[dict[str, str]]]:
     """Where the ranks of a job meet, and what torchrun would put into each one's environment."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
     sizes = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
-    return store, [common | sizes | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    return store, [
+        common | sizes | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)
+    ]
 
 
 def become(words: list[str], environment: dict[str, str], paths: list[Path]) -> None:
@@ -96,7 +112,9 @@ def become(words: list[str], environment: dict[str, str], paths: list[Path]) -> 
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", cores)))
     status: Any = 0
     try:

@@ -17,7 +17,8 @@ Kind = gguf.GGMLQuantizationType
 KINDS = [Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0]
 K_KINDS = [Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K]
 
-# Where the factors of a block of K stand, and how large they are at most: weights are as large as trained ones.
+# Where the factors of a block of K stand, and how large they are at most: weights are as large as
+# trained ones.
 FACTORS = {
     Kind.Q2_K: {80: 0.02, 82: 0.02},
     Kind.Q3_K: {108: 0.002},
@@ -28,15 +29,21 @@ FACTORS = {
 
 
 def random_blocks(kind: Kind, rows: int, columns: int, seed: int = 0) -> numpy.ndarray[Any, Any]:
-    """(rows, bytes): normal weights of the types that the package quantises to, random bytes of the others."""
+    """(rows, bytes): normal weights of the types that the package quantises to, random bytes of the
+    others.
+    """
     rng = numpy.random.default_rng(seed)
     if kind not in FACTORS:
-        weights = rng.standard_normal((rows, columns)).astype(numpy.float32) * numpy.float32(1.5 / columns**0.5)
+        weights = rng.standard_normal((rows, columns)).astype(numpy.float32) * numpy.float32(
+            1.5 / columns**0.5
+        )
         return gguf.quants.quantize(weights, kind)
     block, size = gguf.GGML_QUANT_SIZES[kind]
     raw = rng.integers(0, 256, (rows, columns // block, size), dtype=numpy.uint8)
     for at, largest in FACTORS[kind].items():
-        factors = rng.uniform(largest / 4, largest, (rows, columns // block, 1)).astype(numpy.float16)
+        factors = rng.uniform(largest / 4, largest, (rows, columns // block, 1)).astype(
+            numpy.float16
+        )
         raw[:, :, at : at + 2] = factors.view(numpy.uint8)
     return raw.reshape(rows, -1)
 
@@ -48,7 +55,13 @@ def dequantized(kind: Kind, blocks: numpy.ndarray[Any, Any]) -> torch.Tensor:
 def small_args(tokenizer: Tokenizer) -> ModelArgs:
     """Widths of whole blocks, for 1, 2 and 4 ranks in groups of 32."""
     return ModelArgs(
-        dim=256, n_layers=2, n_heads=8, n_kv_heads=4, vocab_size=tokenizer.n_words, multiple_of=256, max_seq_len=64
+        dim=256,
+        n_layers=2,
+        n_heads=8,
+        n_kv_heads=4,
+        vocab_size=tokenizer.n_words,
+        multiple_of=256,
+        max_seq_len=64,
     )
 
 
@@ -60,7 +73,8 @@ def write_gguf(
     shapes: dict[str, tuple[int, ...]],
     **metadata: Any,
 ) -> dict[str, torch.Tensor]:
-    """Write a file whose matrices are of a type, or of types by the ends of their names; returns their values.
+    """Write a file whose matrices are of a type, or of types by the ends of their names; returns
+    their values.
 
     `metadata` replaces what the file says of the architecture, by the last part of its key.
     """
@@ -87,11 +101,17 @@ def write_gguf(
     values = {}
     for seed, (name, shape) in enumerate(shapes.items()):
         if len(shape) == 1:
-            norm = 1 + 0.1 * numpy.random.default_rng(seed).standard_normal(shape).astype(numpy.float32)
+            norm = 1 + 0.1 * numpy.random.default_rng(seed).standard_normal(shape).astype(
+                numpy.float32
+            )
             writer.add_tensor(gguf_name(name), norm)
             values[name] = torch.from_numpy(norm)
             continue
-        own = kind if isinstance(kind, Kind) else next(k for end, k in kind.items() if name.endswith(f"{end}.weight"))
+        own = (
+            kind
+            if isinstance(kind, Kind)
+            else next(k for end, k in kind.items() if name.endswith(f"{end}.weight"))
+        )
         blocks = random_blocks(own, *shape, seed=seed)
         writer.add_tensor(gguf_name(name), blocks, raw_dtype=own)
         values[name] = dequantized(own, blocks)

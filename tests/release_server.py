@@ -18,7 +18,11 @@ CLIENTS = [client for client in ("curl", "wget") if shutil.which(client)]
 def miniature() -> dict[str, bytes]:
     """All six models' files, by their paths on the server."""
     rng = random.Random(0)
-    files = {"LICENSE": b"terms\n", "USE_POLICY.md": b"# policy\n", "tokenizer.model": rng.randbytes(3000)}
+    files = {
+        "LICENSE": b"terms\n",
+        "USE_POLICY.md": b"# policy\n",
+        "tokenizer.model": rng.randbytes(3000),
+    }
     files["tokenizer_checklist.chk"] = checklist({"tokenizer.model": files["tokenizer.model"]})
     for name, shards in SHARDS.items():
         own = {f"consolidated.{number:02}.pth": rng.randbytes(200_000) for number in range(shards)}
@@ -29,7 +33,9 @@ def miniature() -> dict[str, bytes]:
 
 
 def checklist(files: dict[str, bytes]) -> bytes:
-    return "".join(f"{hashlib.md5(data).hexdigest()}  {name}\n" for name, data in files.items()).encode()
+    return "".join(
+        f"{hashlib.md5(data).hexdigest()}  {name}\n" for name, data in files.items()
+    ).encode()
 
 
 class Release(ThreadingHTTPServer):
@@ -75,7 +81,9 @@ class Handler(BaseHTTPRequestHandler):
         body = data[start:] if status in (200, 206) else b"<html>denied</html>"
         if status == 206:
             self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-        self.send_header("Content-Type", "text/html" if body.startswith(b"<") else "binary/octet-stream")
+        self.send_header(
+            "Content-Type", "text/html" if body.startswith(b"<") else "binary/octet-stream"
+        )
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         cuts = self.server.cuts.get(path)
@@ -91,14 +99,19 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def make_tools(folder: Path, *clients: str, hasher: str = "md5sum") -> Path:
-    """A PATH with no other client than these, a disk of 999 GB, and the system's checksum program or macOS's."""
+    """A PATH with no other client than these, a disk of 999 GB, and the system's checksum program
+    or macOS's.
+    """
     folder.mkdir()
     used = "awk bash cat cut du grep head mkdir mktemp mv rm sleep sort tail tr wc"
     for tool in [*used.split(), *clients] + ["md5sum"] * (hasher == "md5sum"):
         (folder / tool).symlink_to(shutil.which(tool) or tool)
     program(folder / "df", "echo Filesystem; echo /dev/disk 1 1 999000000 1% /")
     if hasher == "md5":  # prints the sum alone with -q, and knows no -c
-        program(folder / "md5", f'[ "$1" = -q ] && [ $# = 2 ] && {shutil.which("md5sum")} "$2" | cut -c 1-32')
+        program(
+            folder / "md5",
+            f'[ "$1" = -q ] && [ $# = 2 ] && {shutil.which("md5sum")} "$2" | cut -c 1-32',
+        )
     return folder
 
 
@@ -111,7 +124,9 @@ def assert_whole(out: Path, release: Release, *names: str) -> None:
     for name in names:
         folder = out / f"llama-2-{name}"
         wanted = {
-            path.split("/")[1]: data for path, data in release.files.items() if path.startswith(folder.name + "/")
+            path.split("/")[1]: data
+            for path, data in release.files.items()
+            if path.startswith(folder.name + "/")
         }
         assert {file.name: file.read_bytes() for file in folder.iterdir()} == wanted
     assert (out / "tokenizer.model").read_bytes() == release.files["tokenizer.model"]

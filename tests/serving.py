@@ -20,13 +20,19 @@ URL = re.compile(r"answers at (http://[^,]+),")
 
 
 class Served:
-    """`python -m llama serve` with these flags, ready, until the block is left; `status` is what it ended with.
+    """`python -m llama serve` with these flags, ready, until the block is left; `status` is what it
+    ended with.
 
     `script` stands in for `-m llama`; `ranks` more than 0 are torchrun's.
     """
 
     def __init__(
-        self, *flags: str | Path, folder: Path = TINY, script: Path | None = None, ranks: int = 0, **environment: str
+        self,
+        *flags: str | Path,
+        folder: Path = TINY,
+        script: Path | None = None,
+        ranks: int = 0,
+        **environment: str,
     ):
         program = [str(script)] if script else ["-m", "llama"]
         words = [*program, "serve", str(folder), "--port", "0", *map(str, flags)]
@@ -51,7 +57,12 @@ class Served:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         self.end()
 
     @property

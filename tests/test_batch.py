@@ -27,7 +27,9 @@ BUILD = BuildOptions(max_seq_len=128, max_batch_size=4, device="cpu", dtype="flo
 
 
 def write(path: Path, lines: list[Any]) -> Path:
-    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+    path.write_text(
+        "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
+    )
     return path
 
 
@@ -44,7 +46,10 @@ def run(source: Path, out: Path, **options: Any) -> str:
 def prompts(count: int) -> list[dict[str, Any]]:
     animals = ["owl", "fox", "bear", "rabbit", "hedgehog"]
     return [
-        {"prompt": f"{'Once upon a time, ' * (i % 4)}the {animals[i % 5]} number {i}", "max_tokens": 1 + i % 17}
+        {
+            "prompt": f"{'Once upon a time, ' * (i % 4)}the {animals[i % 5]} number {i}",
+            "max_tokens": 1 + i % 17,
+        }
         for i in range(count)
     ]
 
@@ -70,9 +75,15 @@ def test_each_line_is_answered_in_its_place(tmp_path: Path, tiny: Llama) -> None
     texts = tiny.text_completion(["Once upon a time", "The fox"], 0, max_gen_len=[12, 3])
     assert [results[i]["generation"] for i in (0, 2)] == [text["generation"] for text in texts]
     (chat,) = tiny.chat_completion([[QUESTION]], 0, max_gen_len=12)
-    assert results[1]["generation"] == chat["generation"] and results[1]["finish_reason"] == chat["finish_reason"]
+    assert (
+        results[1]["generation"] == chat["generation"]
+        and results[1]["finish_reason"] == chat["finish_reason"]
+    )
     assert len(results[2]["logprobs"]["token_logprobs"]) == 3
-    assert results[4]["generation"] == tiny.text_completion(["The bear"], 0, max_gen_len=12, stop=".")[0]["generation"]
+    assert (
+        results[4]["generation"]
+        == tiny.text_completion(["The bear"], 0, max_gen_len=12, stop=".")[0]["generation"]
+    )
 
 
 def test_lines_of_openais_batch_shape_are_answered_in_it(tmp_path: Path, tiny: Llama) -> None:
@@ -87,7 +98,12 @@ def test_lines_of_openais_batch_shape_are_answered_in_it(tmp_path: Path, tiny: L
         },
         {"custom_id": "c", "method": "POST", "url": "/v1/embeddings", "body": {"input": "The owl"}},
         {"custom_id": "d", "method": "POST", "url": "/v1/images", "body": {}},
-        {"custom_id": "e", "method": "POST", "url": "/v1/chat/completions", "body": body | {"temperature": -1}},
+        {
+            "custom_id": "e",
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": body | {"temperature": -1},
+        },
     ]
     run(write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl")
     results = read(tmp_path / "out.jsonl")
@@ -100,7 +116,10 @@ def test_lines_of_openais_batch_shape_are_answered_in_it(tmp_path: Path, tiny: L
     assert len(text["choices"]) == 2 and text["object"] == "text_completion"
     assert len(embedding["data"][0]["embedding"]) == 128
     assert "url is '/v1/images': use method POST" in errors[0]["error"]["message"]
-    assert errors[1]["error"]["message"] == "temperature is -1: use 0 for greedy decoding, or a positive number"
+    assert (
+        errors[1]["error"]["message"]
+        == "temperature is -1: use 0 for greedy decoding, or a positive number"
+    )
 
 
 def test_a_bad_line_becomes_an_error_line(tmp_path: Path) -> None:
@@ -123,12 +142,19 @@ def test_a_bad_line_becomes_an_error_line(tmp_path: Path) -> None:
     assert "generation" in results[0] and "generation" in results[10]
     errors = [result["error"] for result in results[1:10]]
     assert results[1]["line"] == 2 and errors[0].startswith("line 2 is not JSON (Expecting value")
-    assert errors[1].startswith('the line has to have "prompt" or "messages"') and errors[2] == errors[1]
+    assert (
+        errors[1].startswith('the line has to have "prompt" or "messages"')
+        and errors[2] == errors[1]
+    )
     assert errors[4].startswith("prompt 0 has ") and "and max_seq_len is 128" in errors[4]
     assert errors[5] == "message 0: expected role 'user', got 'assistant'"
     assert errors[6] == "temperature is 'hot': use a number"
     assert errors[7] == "line 9 is not JSON (it is no object): write one object on each line"
-    assert errors[8] == errors[3] == "several answers are for OpenAI's shape: give each prompt a line, and leave out n"
+    assert (
+        errors[8]
+        == errors[3]
+        == "several answers are for OpenAI's shape: give each prompt a line, and leave out n"
+    )
 
 
 def test_what_no_request_can_be_made_of_ends_only_its_own_line(tmp_path: Path) -> None:
@@ -144,7 +170,10 @@ def test_what_no_request_can_be_made_of_ends_only_its_own_line(tmp_path: Path) -
     results = read(tmp_path / "out.jsonl")
     assert results[0]["error"].startswith("'utf-8' codec can't encode")
     urls, body = (result["response"]["body"]["error"]["message"] for result in results[1:3])
-    assert urls.startswith("url is ['/v1/completions']: use method POST") and body == "body is []: use an object"
+    assert (
+        urls.startswith("url is ['/v1/completions']: use method POST")
+        and body == "body is []: use an object"
+    )
     assert results[3]["error"] == "prompt 0 has token id 1280, and the vocabulary has 1280 pieces"
     assert results[4]["note"] == "half \ud83d" and results[4]["generation"]
 
@@ -155,15 +184,23 @@ def test_a_seed_that_leaves_no_seeds_for_lines_is_refused_before_anything_is_loa
     monkeypatch.setattr("llama.cli.allocator.build", lambda *_: pytest.fail("loaded"))
     source = write(tmp_path / "in.jsonl", prompts(1))
     for seed in (-1, 2**40):
-        with pytest.raises(ValueError, match=f"seed is {seed}: use 0 or more and less than 4294967296"):
-            batch(str(TINY), str(source), str(tmp_path / "out.jsonl"), build=BuildOptions(seed=seed))
+        with pytest.raises(
+            ValueError, match=f"seed is {seed}: use 0 or more and less than 4294967296"
+        ):
+            batch(
+                str(TINY), str(source), str(tmp_path / "out.jsonl"), build=BuildOptions(seed=seed)
+            )
     assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_a_failure_that_is_no_requests_own_ends_the_run_which_can_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, out, prefill = write(tmp_path / "in.jsonl", prompts(30)), tmp_path / "out.jsonl", Engine._prefill
+    source, out, prefill = (
+        write(tmp_path / "in.jsonl", prompts(30)),
+        tmp_path / "out.jsonl",
+        Engine._prefill,
+    )
     count = iter(range(10**6))
 
     def refuse(self: Engine, spans: Any) -> None:
@@ -182,7 +219,9 @@ def test_a_failure_that_is_no_requests_own_ends_the_run_which_can_go_on(
 def test_two_runs_do_not_write_one_output(tmp_path: Path) -> None:
     source, out = write(tmp_path / "in.jsonl", prompts(3)), tmp_path / "out.jsonl"
     first = Results(out, iter([]))
-    with pytest.raises(ValueError, match=r"out\.jsonl is being written by another run: let it end, or end it"):
+    with pytest.raises(
+        ValueError, match=r"out\.jsonl is being written by another run: let it end, or end it"
+    ):
         run(source, out)
     first.close()
     run(source, out)
@@ -191,11 +230,31 @@ def test_two_runs_do_not_write_one_output(tmp_path: Path) -> None:
 def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", prompts(400))
     run(source, tmp_path / "whole.jsonl", max_tokens=None)
-    flags = ["--max_seq_len", "128", "--max_batch_size", "4", "--dtype", "float32", "--device", "cpu"]
-    command = [sys.executable, "-m", "llama", "batch", str(TINY), str(source), str(tmp_path / "out.jsonl"), *flags]
+    flags = [
+        "--max_seq_len",
+        "128",
+        "--max_batch_size",
+        "4",
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "llama",
+        "batch",
+        str(TINY),
+        str(source),
+        str(tmp_path / "out.jsonl"),
+        *flags,
+    ]
     rng, sizes = random.Random(0), [0]
     for _ in range(3):
-        job = subprocess.Popen(command, cwd=ROOT, env=clean_environment(), stderr=subprocess.DEVNULL)
+        job = subprocess.Popen(
+            command, cwd=ROOT, env=clean_environment(), stderr=subprocess.DEVNULL
+        )
         while (size := size_of(tmp_path / "out.jsonl")) <= sizes[-1] and job.poll() is None:
             time.sleep(0.01)
         time.sleep(rng.random() * 0.2)
@@ -204,11 +263,15 @@ def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
         size = size_of(tmp_path / "out.jsonl")
         assert size > sizes[-1]
         sizes.append(size)
-    (tmp_path / "out.jsonl").open("ab").write((tmp_path / "whole.jsonl").read_bytes()[size : size + 20])
+    (tmp_path / "out.jsonl").open("ab").write(
+        (tmp_path / "whole.jsonl").read_bytes()[size : size + 20]
+    )
     said = run(source, tmp_path / "out.jsonl", max_tokens=None)
     assert ", 0 of them from before" not in said
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert "400 lines, 400 of them from before, 0 tokens" in run(source, tmp_path / "out.jsonl", max_tokens=None)
+    assert "400 lines, 400 of them from before, 0 tokens" in run(
+        source, tmp_path / "out.jsonl", max_tokens=None
+    )
 
 
 def size_of(path: Path) -> int:
@@ -217,16 +280,25 @@ def size_of(path: Path) -> int:
 
 def test_an_output_of_another_run_is_left_as_it_is(tmp_path: Path) -> None:
     source, out = write(tmp_path / "in.jsonl", prompts(3)), tmp_path / "out.jsonl"
-    for content in ("letters to my son\n", "letters", '{"prompt": "x", "generation": "y"}\n', '{"prompt": "the x'):
+    for content in (
+        "letters to my son\n",
+        "letters",
+        '{"prompt": "x", "generation": "y"}\n',
+        '{"prompt": "the x',
+    ):
         out.write_text(content)
-        with pytest.raises(ValueError, match=r"line 1 of .*out\.jsonl does not answer that of the input: choose"):
+        with pytest.raises(
+            ValueError, match=r"line 1 of .*out\.jsonl does not answer that of the input: choose"
+        ):
             run(source, out)
         assert out.read_text() == content
     out.unlink()
     run(source, out)
     before = out.read_bytes()
     write(source, prompts(2))
-    with pytest.raises(ValueError, match=r"line 3 of .*out\.jsonl does not answer that of the input"):
+    with pytest.raises(
+        ValueError, match=r"line 3 of .*out\.jsonl does not answer that of the input"
+    ):
         run(source, out)
     write(source, [*prompts(2), {"prompt": "another"}])
     with pytest.raises(ValueError, match=r"line 3 of .*out\.jsonl does not answer"):
@@ -239,18 +311,30 @@ def test_what_cannot_be_read_or_written_is_told_before_a_model_is_loaded(
 ) -> None:
     monkeypatch.setattr("llama.cli.allocator.build", lambda *_: pytest.fail("loaded"))
     source = write(tmp_path / "in.jsonl", prompts(1))
-    with pytest.raises(FileNotFoundError, match="no file .*nowhere: pass one with a line of JSON for each prompt"):
+    with pytest.raises(
+        FileNotFoundError, match="no file .*nowhere: pass one with a line of JSON for each prompt"
+    ):
         run(tmp_path / "nowhere", tmp_path / "out.jsonl")
-    with pytest.raises(ValueError, match=r"in\.jsonl is the input: choose another name for the output"):
+    with pytest.raises(
+        ValueError, match=r"in\.jsonl is the input: choose another name for the output"
+    ):
         run(source, source)
     for out in (tmp_path, tmp_path / "nowhere" / "out.jsonl", Path("/dev/null")):
-        with pytest.raises(FileNotFoundError, match="cannot be written: pass the name of a file in a folder"):
+        with pytest.raises(
+            FileNotFoundError, match="cannot be written: pass the name of a file in a folder"
+        ):
             run(source, out)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-def test_a_disk_that_fills_is_told_and_what_was_written_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, out, write_all = write(tmp_path / "in.jsonl", prompts(30)), tmp_path / "out.jsonl", Results.write
+def test_a_disk_that_fills_is_told_and_what_was_written_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out, write_all = (
+        write(tmp_path / "in.jsonl", prompts(30)),
+        tmp_path / "out.jsonl",
+        Results.write,
+    )
     written: list[Line] = []
 
     def full_after(self: Results, lines: list[Line]) -> None:
@@ -261,7 +345,9 @@ def test_a_disk_that_fills_is_told_and_what_was_written_stays(tmp_path: Path, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(Results, "write", full_after)
-        with pytest.raises(OSError, match=r"out\.jsonl could not be written \(No space left on device\): make room"):
+        with pytest.raises(
+            OSError, match=r"out\.jsonl could not be written \(No space left on device\): make room"
+        ):
             run(source, out)
     assert 5 <= len(read(out)) < 30
     assert ", 0 of them from before" not in run(source, out)
@@ -271,23 +357,45 @@ def test_a_disk_that_fills_is_told_and_what_was_written_stays(tmp_path: Path, mo
 def test_groups_of_ranks_take_shares_of_the_lines(tmp_path: Path) -> None:
     source, out = write(tmp_path / "in.jsonl", [*prompts(40), "broken\n"]), tmp_path / "out.jsonl"
     run(source, tmp_path / "whole.jsonl", max_tokens=None)
-    flags = ["--max_seq_len", "128", "--max_batch_size", "4", "--dtype", "float32", "--model_parallel_size", "1"]
+    flags = [
+        "--max_seq_len",
+        "128",
+        "--max_batch_size",
+        "4",
+        "--dtype",
+        "float32",
+        "--model_parallel_size",
+        "1",
+    ]
     job = run_ranks(2, "-m", "llama", "batch", TINY, source, out, *flags)
     assert job.returncode == 0, job.stderr
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "whole.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "in.jsonl",
+        "out.jsonl",
+        "whole.jsonl",
+    ]
     assert job.stdout.startswith(f"{out}: 41 lines, 0 of them from before, ")
     (tmp_path / "out.jsonl.part-2-of-2").touch()
     job = run_ranks(2, "-m", "llama", "batch", TINY, source, out, *flags)
     assert job.stdout == f"{out}: 41 lines, all of them from before\n", job.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "whole.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "in.jsonl",
+        "out.jsonl",
+        "whole.jsonl",
+    ]
     (tmp_path / "out.jsonl.part-1-of-3").touch()
-    with pytest.raises(ValueError, match="part-1-of-3 is of a run with 3 groups of ranks: run as many, or remove it"):
+    with pytest.raises(
+        ValueError,
+        match="part-1-of-3 is of a run with 3 groups of ranks: run as many, or remove it",
+    ):
         run(source, out)
 
 
 def test_the_command_shows_its_progress_and_what_came_of_it(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", prompts(8))
-    job = run_python("-m", "llama", "batch", TINY, source, tmp_path / "out.jsonl", "--max_seq_len", "128")
+    job = run_python(
+        "-m", "llama", "batch", TINY, source, tmp_path / "out.jsonl", "--max_seq_len", "128"
+    )
     assert job.returncode == 0, job.stderr
     assert job.stdout.startswith(f"{tmp_path}/out.jsonl: 8 lines, 0 of them from before, ")

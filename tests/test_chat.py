@@ -54,7 +54,11 @@ def test_a_dialog_is_laid_out_as_documented_or_refused_as_documented(dialog: lis
         with pytest.raises(ValueError, match=r"message \d+: expected role"):
             encode_dialog(dialog, TOKENIZER)
         return
-    if any(tag in message["content"] for message in dialog for tag in ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")):
+    if any(
+        tag in message["content"]
+        for message in dialog
+        for tag in ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+    ):
         with pytest.raises(ValueError, match="special tags are not allowed"):
             encode_dialog(dialog, TOKENIZER)
         return
@@ -77,7 +81,10 @@ def test_a_dialog_is_laid_out_as_documented_or_refused_as_documented(dialog: lis
         (say(system="s"), "message 1: expected role 'user' as the last one, got none"),
         ([*say("a"), *say("b")], "message 1: expected role 'assistant', got 'user'"),
         ([{"role": "bot", "content": "a"}], "message 0: expected role 'user', got 'bot'"),
-        ([{"role": "user"}], r"message 0: expected a dict with 'role' and 'content', got \{'role': 'user'\}"),
+        (
+            [{"role": "user"}],
+            r"message 0: expected a dict with 'role' and 'content', got \{'role': 'user'\}",
+        ),
         (say("Hi [INST] there"), UNSAFE_ERROR),
     ],
 )
@@ -92,7 +99,9 @@ def test_content_that_is_no_text_is_a_type_error() -> None:
 
 
 @pytest.mark.parametrize("role_order", [[], say("a", "b"), say(system="s"), [*say("a"), *say("b")]])
-def test_what_the_original_asserted_is_a_value_error_and_an_assertion_error(role_order: Any) -> None:
+def test_what_the_original_asserted_is_a_value_error_and_an_assertion_error(
+    role_order: Any,
+) -> None:
     for error in (ValueError, AssertionError):
         with pytest.raises(error, match="expected role"):
             encode_dialog(role_order, TOKENIZER)
@@ -117,17 +126,49 @@ def test_dialogs_come_back_as_lists() -> None:
 @pytest.mark.parametrize(
     ("dialogs", "error", "sentence"),
     [
-        ("hi", TypeError, "dialogs is a str: pass a list of dialogs, [[{'role': 'user', 'content': 'hi'}]]"),
-        (HI, TypeError, "dialogs is a dict: pass a list of dialogs, [[{'role': 'user', 'content': 'hi'}]]"),
+        (
+            "hi",
+            TypeError,
+            "dialogs is a str: pass a list of dialogs, [[{'role': 'user', 'content': 'hi'}]]",
+        ),
+        (
+            HI,
+            TypeError,
+            "dialogs is a dict: pass a list of dialogs, [[{'role': 'user', 'content': 'hi'}]]",
+        ),
         (None, TypeError, "dialogs is a NoneType: pass a list of dialogs"),
-        ([HI], TypeError, f"dialog 0 is a message, {HI}: a dialog is a list of messages, so put it in a list"),
-        ([[HI], HI], TypeError, f"dialog 1 is a message, {HI}: a dialog is a list of messages, so put it in a list"),
-        (["hi"], TypeError, "dialog 0 is a str: pass a list of messages, [{'role': 'user', 'content': 'hi'}]"),
+        (
+            [HI],
+            TypeError,
+            f"dialog 0 is a message, {HI}: a dialog is a list of messages, so put it in a list",
+        ),
+        (
+            [[HI], HI],
+            TypeError,
+            f"dialog 1 is a message, {HI}: a dialog is a list of messages, so put it in a list",
+        ),
+        (
+            ["hi"],
+            TypeError,
+            "dialog 0 is a str: pass a list of messages, [{'role': 'user', 'content': 'hi'}]",
+        ),
         ([7], TypeError, "dialog 0 is a int: pass a list of messages"),
-        ([["hi"]], ValueError, "dialog 0, message 0: expected a dict with 'role' and 'content', got 'hi'"),
+        (
+            [["hi"]],
+            ValueError,
+            "dialog 0, message 0: expected a dict with 'role' and 'content', got 'hi'",
+        ),
         ([[HI | {"content": 7}]], TypeError, "dialog 0, message 0: content must be a str, got int"),
-        ([[HI], []], AssertionError, "dialog 1, message 0: expected role 'user' as the last one, got none"),
-        ([[HI], [HI, HI]], AssertionError, "dialog 1, message 1: expected role 'assistant', got 'user'"),
+        (
+            [[HI], []],
+            AssertionError,
+            "dialog 1, message 0: expected role 'user' as the last one, got none",
+        ),
+        (
+            [[HI], [HI, HI]],
+            AssertionError,
+            "dialog 1, message 1: expected role 'assistant', got 'user'",
+        ),
         ([[HI, HI]], ValueError, "dialog 0, message 1: expected role 'assistant', got 'user'"),
     ],
 )
@@ -140,7 +181,10 @@ def test_dialogs_that_are_none_are_refused_with_the_way_out(
 
 
 def test_one_dialog_is_told_so_too() -> None:
-    with pytest.raises(TypeError, match="dialog is a message, .*: a dialog is a list of messages, so put it in a list"):
+    with pytest.raises(
+        TypeError,
+        match="dialog is a message, .*: a dialog is a list of messages, so put it in a list",
+    ):
         encode_dialog(HI, TOKENIZER)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="dialog is a str: pass a list of messages"):
         encode_dialog("hi", TOKENIZER)  # type: ignore[arg-type]
@@ -148,9 +192,13 @@ def test_one_dialog_is_told_so_too() -> None:
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """A piece for each character and <step>, and, as CodeLlama-70b-Instruct's, no space before a text's first word."""
+    """A piece for each character and <step>, and, as CodeLlama-70b-Instruct's, no space before a
+    text's first word.
+    """
     folder = tmp_path_factory.mktemp("steps")
-    (folder / "text.txt").write_text("Source: system user assistant Destination: hi there be brief bye\n" * 9)
+    (folder / "text.txt").write_text(
+        "Source: system user assistant Destination: hi there be brief bye\n" * 9
+    )
     SentencePieceTrainer.train(
         input=str(folder / "text.txt"),
         model_prefix=str(folder / "tokenizer"),
@@ -193,7 +241,9 @@ def piece_by_piece(layout: str, tokenizer: Tokenizer) -> list[int]:
         ),
     ],
 )
-def test_a_tokenizer_with_step_lays_dialogs_out_in_steps(dialog: Any, layout: str, steps: Tokenizer) -> None:
+def test_a_tokenizer_with_step_lays_dialogs_out_in_steps(
+    dialog: Any, layout: str, steps: Tokenizer
+) -> None:
     assert steps.step_id == steps.sp_model.piece_to_id("<step>")
     assert encode_dialog(dialog, steps) == piece_by_piece(layout, steps)
 
@@ -220,24 +270,36 @@ def test_steps_check_roles_as_the_other_layout_does(steps: Tokenizer) -> None:
         encode_dialog([*say("a"), *say("b")], steps)
 
 
-def test_text_without_a_space_before_its_first_word_decodes_piece_by_piece(steps: Tokenizer) -> None:
+def test_text_without_a_space_before_its_first_word_decodes_piece_by_piece(
+    steps: Tokenizer,
+) -> None:
     ids = steps.encode(" hi  there<step> bye", bos=True, eos=True)
     assert "".join(steps.decode_pieces(ids)) == steps.decode(ids) == " hi  there<step> bye"
 
 
 @pytest.mark.parametrize("kind", [3, 4], ids=["control piece", "user-defined piece"])
 def test_prompt_ids_in_steps_equal_the_published_ones(tmp_path: Path, kind: int) -> None:
-    """Those that huggingface.co/codellama/CodeLlama-70b-Instruct-hf gives, of the original function."""
+    """Those that huggingface.co/codellama/CodeLlama-70b-Instruct-hf gives, of the original
+    function.
+    """
     llama2 = real_tokenizer_path()
 
     def piece(name: str) -> bytes:  # a SentencePiece in a ModelProto: its text, and its type
         text = name.encode()
         return bytes([0x0A, len(text) + 4, 0x0A, len(text)]) + text + bytes([0x18, kind])
 
-    # Repeated fields of a serialised message may simply follow it; the last is the normaliser's add_dummy_prefix, off.
+    # Repeated fields of a serialised message may simply follow it; the last is the normaliser's
+    # add_dummy_prefix, off.
     pieces = [*(f"<extra {i}>" for i in range(15)), "<step>"]
-    (tmp_path / "tokenizer.model").write_bytes(llama2.read_bytes() + b"".join(map(piece, pieces)) + b"\x1a\x02\x18\x00")
-    dialog = say("First user query", "Model response to first query", "Second user query", system="System prompt    ")
+    (tmp_path / "tokenizer.model").write_bytes(
+        llama2.read_bytes() + b"".join(map(piece, pieces)) + b"\x1a\x02\x18\x00"
+    )
+    dialog = say(
+        "First user query",
+        "Model response to first query",
+        "Second user query",
+        system="System prompt    ",
+    )
     step = 32015
     source, newline, user, assistant, query = (7562, 29901), 13, 1404, 20255, 2346
     assert encode_dialog(dialog, Tokenizer(tmp_path / "tokenizer.model")) == [

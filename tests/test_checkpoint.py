@@ -57,7 +57,9 @@ def test_any_shard_count_is_read_onto_any_world_size(
 def test_the_table_names_every_tensor_of_a_model_in_every_layout(args: ModelArgs) -> None:
     args.n_layers = 12
     names = random_state(args).keys()
-    assert {re.sub(r"\.\d+\.", ".*.", name) for name in names} == {f"{stem}.weight" for stem in TENSORS}
+    assert {re.sub(r"\.\d+\.", ".*.", name) for name in names} == {
+        f"{stem}.weight" for stem in TENSORS
+    }
     for other in (huggingface_name, gguf_name):
         assert len(set(map(other, names))) == len(names)
     name = "layers.11.feed_forward.w2.weight"
@@ -69,12 +71,16 @@ def test_the_table_names_every_tensor_of_a_model_in_every_layout(args: ModelArgs
 
 
 def test_the_golden_shards_are_one_model() -> None:
-    models = [build_golden(folder).model.state_dict() for folder in ("gqa-mp1", "gqa-mp2", "gqa-mp4")]
+    models = [
+        build_golden(folder).model.state_dict() for folder in ("gqa-mp1", "gqa-mp2", "gqa-mp4")
+    ]
     for name, tensor in models[0].items():
         assert all(torch.equal(tensor, model[name]) for model in models)
 
 
-def test_weights_are_copies_so_that_a_changed_file_cannot_change_the_model(golden_copy: Path) -> None:
+def test_weights_are_copies_so_that_a_changed_file_cannot_change_the_model(
+    golden_copy: Path,
+) -> None:
     llm = build(golden_copy)
     before = {name: tensor.clone() for name, tensor in llm.model.state_dict().items()}
     file = golden_copy / "consolidated.00.pth"
@@ -99,23 +105,32 @@ def test_pages_given_back_are_the_tensors_own(monkeypatch: pytest.MonkeyPatch) -
         assert part.data_ptr() - 2**16 < first <= part.data_ptr()
 
 
-@pytest.mark.parametrize("kind", [torch.int8, torch.int64, torch.complex64, torch.float8_e4m3fn, "sparse", "scalar"])
+@pytest.mark.parametrize(
+    "kind", [torch.int8, torch.int64, torch.complex64, torch.float8_e4m3fn, "sparse", "scalar"]
+)
 def test_weights_of_other_types_are_refused(golden_copy: Path, kind: Any) -> None:
     def change(shard: dict[str, torch.Tensor]) -> None:
         name = "tok_embeddings.weight" if kind == "scalar" else "layers.0.attention.wq.weight"
         weight = shard[name]
         shard[name] = (
-            weight.to_sparse() if kind == "sparse" else torch.tensor(3.0) if kind == "scalar" else weight.to(kind)
+            weight.to_sparse()
+            if kind == "sparse"
+            else torch.tensor(3.0)
+            if kind == "scalar"
+            else weight.to(kind)
         )
 
     rewrite(golden_copy, change)
     with pytest.raises(
-        ValueError, match=r"00\.pth(: layers.0.attention.wq.weight is of .*: only dense float32| lacks)"
+        ValueError,
+        match=r"00\.pth(: layers.0.attention.wq.weight is of .*: only dense float32| lacks)",
     ):
         build(golden_copy)
 
 
-def test_shards_of_two_models_of_one_shape_are_warned_of(golden_copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_shards_of_two_models_of_one_shape_are_warned_of(
+    golden_copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     rewrite(golden_copy, lambda shard: shard.update({"norm.weight": torch.ones(64)}), "02")
     build(golden_copy)
     assert caplog.messages == [
@@ -126,7 +141,9 @@ def test_shards_of_two_models_of_one_shape_are_warned_of(golden_copy: Path, capl
 def test_types_that_differ_between_weights_are_not_narrowed(golden_copy: Path) -> None:
     def change(shard: dict[str, torch.Tensor]) -> None:
         shard["tok_embeddings.weight"] = shard["tok_embeddings.weight"].half()
-        shard["layers.0.feed_forward.w1.weight"] = shard["layers.0.feed_forward.w1.weight"].float() * 0 + 1e5
+        shard["layers.0.feed_forward.w1.weight"] = (
+            shard["layers.0.feed_forward.w1.weight"].float() * 0 + 1e5
+        )
 
     for number in range(4):
         rewrite(golden_copy, change, f"0{number}")
@@ -139,14 +156,23 @@ def test_rope_freqs_is_the_only_key_that_is_ignored(golden_copy: Path) -> None:
     rewrite(golden_copy, lambda shard: shard.update({"rope.freqs": torch.ones(4)}))
     build(golden_copy)
     rewrite(golden_copy, lambda shard: shard.update({"layers.0.attention.wq.bias": torch.ones(4)}))
-    with pytest.raises(ValueError, match=r"consolidated\.00\.pth holds unknown tensor layers\.0\.attention\.wq\.bias"):
+    with pytest.raises(
+        ValueError,
+        match=r"consolidated\.00\.pth holds unknown tensor layers\.0\.attention\.wq\.bias",
+    ):
         build(golden_copy)
 
 
-@pytest.mark.parametrize(("dtype", "wanted"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("dtype", "wanted"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)]
+)
 def test_dtype_is_honoured(dtype: str, wanted: torch.dtype) -> None:
     llm = build_golden(dtype=dtype)
-    assert {tensor.dtype for tensor in llm.model.state_dict().values()} == {llm.model.cache.dtype} == {wanted}
+    assert (
+        {tensor.dtype for tensor in llm.model.state_dict().values()}
+        == {llm.model.cache.dtype}
+        == {wanted}
+    )
 
 
 def test_dtype_auto_is_the_stored_16_bit_type_on_a_gpu_and_float32_on_a_cpu() -> None:
@@ -154,14 +180,18 @@ def test_dtype_auto_is_the_stored_16_bit_type_on_a_gpu_and_float32_on_a_cpu() ->
     assert select_dtype("auto", torch.float16, gpu) == torch.float16
     assert select_dtype("auto", torch.float32, gpu) == torch.bfloat16
     assert select_dtype("auto", torch.float16, cpu) == torch.float32
-    with pytest.raises(ValueError, match="dtype is 'int3': use 'auto', 'float32', 'bfloat16', 'float16'"):
+    with pytest.raises(
+        ValueError, match="dtype is 'int3': use 'auto', 'float32', 'bfloat16', 'float16'"
+    ):
         select_dtype("int3", torch.float16, cpu)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtype_may_be_pytorchs_own(dtype: torch.dtype) -> None:
     assert select_dtype(dtype, torch.float32, torch.device("cpu")) is dtype
-    assert select_dtype(str(dtype).removeprefix("torch."), torch.float32, torch.device("cpu")) is dtype
+    assert (
+        select_dtype(str(dtype).removeprefix("torch."), torch.float32, torch.device("cpu")) is dtype
+    )
     assert build_golden(dtype=dtype).model.norm.weight.dtype == dtype
 
 
@@ -176,7 +206,13 @@ def test_what_is_no_dtype_is_refused(dtype: Any) -> None:
 LLAMA_7B = ModelArgs(vocab_size=32000)
 LLAMA_13B = ModelArgs(dim=5120, n_layers=40, n_heads=40, vocab_size=32000)
 LLAMA_70B = ModelArgs(
-    dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, multiple_of=4096, ffn_dim_multiplier=1.3, vocab_size=32000
+    dim=8192,
+    n_layers=80,
+    n_heads=64,
+    n_kv_heads=8,
+    multiple_of=4096,
+    ffn_dim_multiplier=1.3,
+    vocab_size=32000,
 )
 
 
@@ -186,9 +222,14 @@ def test_ranks_that_cannot_share_a_model_are_refused_with_those_that_can() -> No
     assert str(error.value) == (
         "llama-2-13b has 40 attention heads and 40 key/value heads, which 3 ranks cannot share: use 1, 2, 4 or 8"
     )
-    with pytest.raises(ValueError, match="13824 feed-forward channels, which 5 ranks cannot share: use 1, 2, 4 or 8"):
+    with pytest.raises(
+        ValueError,
+        match="13824 feed-forward channels, which 5 ranks cannot share: use 1, 2, 4 or 8",
+    ):
         check_world_size("llama-2-13b", LLAMA_13B, 5)
-    with pytest.raises(ValueError, match="64 attention heads and 8 key/value heads, which 16 ranks cannot share"):
+    with pytest.raises(
+        ValueError, match="64 attention heads and 8 key/value heads, which 16 ranks cannot share"
+    ):
         check_world_size("llama-2-70b", LLAMA_70B, 16)
     for ranks in (1, 2, 4, 8, 16, 32):
         check_world_size("llama-2-7b", LLAMA_7B, ranks)
@@ -199,7 +240,9 @@ def build(folder: Path, tokenizer: Path = GOLDEN / "tokenizer.model", **options:
     return Llama.build(folder, tokenizer, **sizes, device="cpu", dtype="float32")
 
 
-def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object], file: str = "00") -> None:
+def rewrite(
+    folder: Path, change: Callable[[dict[str, torch.Tensor]], object], file: str = "00"
+) -> None:
     path = folder / f"consolidated.{file}.pth"
     shard = torch.load(path, weights_only=True)
     change(shard)
@@ -227,31 +270,47 @@ class Attack:
 
 
 def test_a_pickle_that_runs_code_is_refused_and_not_run(golden_copy: Path, tmp_path: Path) -> None:
-    torch.save({"tok_embeddings.weight": Attack(tmp_path / "touched")}, golden_copy / "consolidated.02.pth")
-    with pytest.raises(ValueError, match=r"consolidated\.02\.pth is not a whole PyTorch checkpoint: download it again"):
+    torch.save(
+        {"tok_embeddings.weight": Attack(tmp_path / "touched")}, golden_copy / "consolidated.02.pth"
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"consolidated\.02\.pth is not a whole PyTorch checkpoint: download it again",
+    ):
         build(golden_copy)
     assert not (tmp_path / "touched").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html><body>403</body></html>", b"PK\x03\x04 cut short"])
+@pytest.mark.parametrize(
+    "content", [b"", b"<!DOCTYPE html><html><body>403</body></html>", b"PK\x03\x04 cut short"]
+)
 def test_a_file_that_is_no_checkpoint_is_refused(golden_copy: Path, content: bytes) -> None:
     (golden_copy / "consolidated.01.pth").write_bytes(content)
-    with pytest.raises(ValueError, match=r"consolidated\.01\.pth is not a whole PyTorch checkpoint: download it again"):
+    with pytest.raises(
+        ValueError,
+        match=r"consolidated\.01\.pth is not a whole PyTorch checkpoint: download it again",
+    ):
         build(golden_copy)
 
 
 def test_a_truncated_file_is_refused(golden_copy: Path) -> None:
     file = golden_copy / "consolidated.03.pth"
     file.write_bytes(file.read_bytes()[:-5000])
-    with pytest.raises(ValueError, match=r"consolidated\.03\.pth is not a whole PyTorch checkpoint: download it again"):
+    with pytest.raises(
+        ValueError,
+        match=r"consolidated\.03\.pth is not a whole PyTorch checkpoint: download it again",
+    ):
         build(golden_copy)
 
 
 @settings(deadline=None, max_examples=150)
 @given(st.data())
-def test_damaged_bytes_are_refused_with_the_files_name_or_do_not_matter(data: st.DataObject) -> None:
+def test_damaged_bytes_are_refused_with_the_files_name_or_do_not_matter(
+    data: st.DataObject,
+) -> None:
     whole = (GOLDEN / "gqa-mp1" / "consolidated.00.pth").read_bytes()
-    # The pickle and the archive's directory are near the ends; the weights between them may hold anything.
+    # The pickle and the archive's directory are near the ends; the weights between them may hold
+    # anything.
     ends = st.integers(0, 6000) | st.integers(len(whole) - 6000, len(whole) - 1)
     damaged = bytearray(whole)
     for at in data.draw(st.lists(ends, max_size=4)):
@@ -267,20 +326,28 @@ def test_damaged_bytes_are_refused_with_the_files_name_or_do_not_matter(data: st
 
 
 def test_missing_files_are_named(golden_copy: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere: pass the folder that holds params\.json"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no folder .*nowhere: pass the folder that holds params\.json"
+    ):
         build(tmp_path / "nowhere")
     (golden_copy / "consolidated.01.pth").unlink()
-    with pytest.raises(FileNotFoundError, match=r"consolidated\.01\.pth is missing: shards 00, 02, 03 are there"):
+    with pytest.raises(
+        FileNotFoundError, match=r"consolidated\.01\.pth is missing: shards 00, 02, 03 are there"
+    ):
         build(golden_copy)
     for file in golden_copy.glob("*.pth"):
         file.unlink()
     with pytest.raises(
-        FileNotFoundError, match=r"no consolidated\.\*\.pth in .*: is this the folder that download\.sh"
+        FileNotFoundError,
+        match=r"no consolidated\.\*\.pth in .*: is this the folder that download\.sh",
     ):
         build(golden_copy)
     shutil.copy(GOLDEN / "gqa-mp1" / "consolidated.00.pth", golden_copy)
     (golden_copy / "params.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no params\.json in .*: is this the folder that download\.sh made\?"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"no params\.json in .*: is this the folder that download\.sh made\?",
+    ):
         build(golden_copy)
 
 
@@ -289,23 +356,38 @@ def test_a_name_on_the_hub_is_told_how_to_get_the_folder(option: str, tmp_path: 
     folders = {"ckpt_dir": GOLDEN / "gqa-mp1"} | {option: "meta-llama/Llama-2-7b-hf"}
     with pytest.raises(FileNotFoundError) as error:
         Checkpoint(**folders)
-    assert str(error.value).startswith("no folder meta-llama/Llama-2-7b-hf: pass the folder that holds ")
+    assert str(error.value).startswith(
+        "no folder meta-llama/Llama-2-7b-hf: pass the folder that holds "
+    )
     assert str(error.value).endswith(
         "; if it is a name on the Hugging Face hub, run hf download meta-llama/Llama-2-7b-hf --local-dir "
         "Llama-2-7b-hf and pass Llama-2-7b-hf"
     )
-    for path in ("tests/Llama-2-7b-hf", "./Llama-2-7b-hf", "Llama-2-7b-hf", tmp_path / "Llama-2-7b-hf"):
-        with pytest.raises(FileNotFoundError, match="no folder .*Llama-2-7b-hf: pass the folder that holds [^;]*$"):
+    for path in (
+        "tests/Llama-2-7b-hf",
+        "./Llama-2-7b-hf",
+        "Llama-2-7b-hf",
+        tmp_path / "Llama-2-7b-hf",
+    ):
+        with pytest.raises(
+            FileNotFoundError, match="no folder .*Llama-2-7b-hf: pass the folder that holds [^;]*$"
+        ):
             Checkpoint(**folders | {option: path})
 
 
-def test_a_file_in_place_of_its_folder_is_told_what_to_pass(golden_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_in_place_of_its_folder_is_told_what_to_pass(
+    golden_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("consolidated.00.pth", "model.safetensors", "params.json"):
         (golden_copy / name).touch()
-        with pytest.raises(ValueError, match=f"{name} is a file: pass the folder that holds it, {golden_copy}$"):
+        with pytest.raises(
+            ValueError, match=f"{name} is a file: pass the folder that holds it, {golden_copy}$"
+        ):
             build(golden_copy / name)
     monkeypatch.chdir(golden_copy)
-    with pytest.raises(ValueError, match=rf"^params\.json is a file: pass the folder that holds it, {golden_copy}$"):
+    with pytest.raises(
+        ValueError, match=rf"^params\.json is a file: pass the folder that holds it, {golden_copy}$"
+    ):
         build(Path("params.json"))
 
 
@@ -330,7 +412,9 @@ def test_paths_are_as_users_write_them(golden_copy: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs symbolic links")
-def test_a_tokenizer_beside_a_link_to_the_folder_or_beside_the_folder_is_found(golden_copy: Path) -> None:
+def test_a_tokenizer_beside_a_link_to_the_folder_or_beside_the_folder_is_found(
+    golden_copy: Path,
+) -> None:
     links = golden_copy.parent / "links"
     links.mkdir()
     (links / "model").symlink_to(golden_copy)
@@ -350,20 +434,25 @@ def test_a_missing_last_shard_shows_in_the_shapes(golden_copy: Path) -> None:
 
 def test_shards_of_two_models_are_refused(golden_copy: Path) -> None:
     shutil.copy(GOLDEN / "mha-mp2" / "consolidated.01.pth", golden_copy)
-    with pytest.raises(ValueError, match=r"consolidated\.01\.pth: .* has shape .*, and params\.json asks for"):
+    with pytest.raises(
+        ValueError, match=r"consolidated\.01\.pth: .* has shape .*, and params\.json asks for"
+    ):
         build(golden_copy)
 
 
 def test_a_missing_tensor_is_named(golden_copy: Path) -> None:
     rewrite(golden_copy, lambda shard: shard.pop("layers.1.ffn_norm.weight"), "02")
-    with pytest.raises(ValueError, match=r"consolidated\.02\.pth lacks tensor layers\.1\.ffn_norm\.weight"):
+    with pytest.raises(
+        ValueError, match=r"consolidated\.02\.pth lacks tensor layers\.1\.ffn_norm\.weight"
+    ):
         build(golden_copy)
 
 
 def test_params_that_mean_another_model_are_refused(golden_copy: Path) -> None:
     edit_params(golden_copy, use_scaled_rope=True)
     with pytest.raises(
-        ValueError, match=r"params\.json has unknown key 'use_scaled_rope' \(Llama 3\.1\): not supported"
+        ValueError,
+        match=r"params\.json has unknown key 'use_scaled_rope' \(Llama 3\.1\): not supported",
     ):
         build(golden_copy)
 
@@ -384,22 +473,33 @@ def test_params_that_are_broken_are_refused(golden_copy: Path, text: str, senten
 
 def test_params_out_of_range_are_refused(golden_copy: Path) -> None:
     edit_params(golden_copy, n_heads=-8)
-    with pytest.raises(ValueError, match=r"params\.json has n_heads -8: expected a positive integer"):
+    with pytest.raises(
+        ValueError, match=r"params\.json has n_heads -8: expected a positive integer"
+    ):
         build(golden_copy)
     edit_params(golden_copy, n_heads=64)
-    with pytest.raises(ValueError, match="dim 64, 64 attention heads and 4 key/value heads, which do not divide"):
+    with pytest.raises(
+        ValueError, match="dim 64, 64 attention heads and 4 key/value heads, which do not divide"
+    ):
         build(golden_copy)
     edit_params(golden_copy, n_heads=8, n_layers=2 * 10**9)
-    with pytest.raises(ValueError, match="lacks tensor layers.1999999999.attention_norm.weight: params.json is of ano"):
+    with pytest.raises(
+        ValueError,
+        match="lacks tensor layers.1999999999.attention_norm.weight: params.json is of ano",
+    ):
         build(golden_copy)
     edit_params(golden_copy, n_heads=7, n_layers=2)
-    with pytest.raises(ValueError, match="dim 64, 7 attention heads and 4 key/value heads, which do not divide"):
+    with pytest.raises(
+        ValueError, match="dim 64, 7 attention heads and 4 key/value heads, which do not divide"
+    ):
         build(golden_copy)
 
 
 def test_params_of_another_vocabulary_are_refused(golden_copy: Path) -> None:
     edit_params(golden_copy, vocab_size=32000)
-    with pytest.raises(ValueError, match=r"params\.json has vocab_size 32000, the checkpoint's embedding 512 rows"):
+    with pytest.raises(
+        ValueError, match=r"params\.json has vocab_size 32000, the checkpoint's embedding 512 rows"
+    ):
         build(golden_copy)
 
 
@@ -412,13 +512,23 @@ def test_a_tokenizer_of_another_model_is_refused(golden_copy: Path) -> None:
     )
 
 
-def test_too_little_memory_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    # A row's cache: 2 layers × 4 heads × 8 channels × 64 positions × k and v × 4 bytes. A pass: the 4 × 64 positions
-    # there are × (4 × 64 model channels, 6 × 224 feed-forward channels and 2 × 512 logits) × 4 bytes.
+def test_too_little_memory_is_refused_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A row's cache: 2 layers × 4 heads × 8 channels × 64 positions × k and v × 4 bytes. A pass: the
+    # 4 × 64 positions there are × (4 × 64 model channels, 6 × 224 feed-forward channels and 2 × 512
+    # logits) × 4 bytes.
     row, one_pass = 32_768, 2_686_976
     monkeypatch.setattr("llama.generation.load", lambda *_: pytest.fail("loaded"))
-    weights = sum(tensor.numel() for tensor in torch.load(GOLDEN / "gqa-mp1/consolidated.00.pth").values()) * 4
-    monkeypatch.setattr("llama.checkpoints.memory.free_memory", lambda device: weights + one_pass + 3 * row)
+    weights = (
+        sum(
+            tensor.numel() for tensor in torch.load(GOLDEN / "gqa-mp1/consolidated.00.pth").values()
+        )
+        * 4
+    )
+    monkeypatch.setattr(
+        "llama.checkpoints.memory.free_memory", lambda device: weights + one_pass + 3 * row
+    )
     with pytest.raises(ValueError) as error:
         build_golden()
     assert str(error.value) == (
@@ -426,9 +536,14 @@ def test_too_little_memory_is_refused_before_anything_is_loaded(monkeypatch: pyt
         "a pass per rank, and cpu has 3.5 MB free for it: build with max_batch_size 3 or a smaller max_seq_len"
     )
     monkeypatch.setattr("llama.checkpoints.memory.free_memory", lambda device: weights - 1)
-    with pytest.raises(ValueError, match="use fewer bits for each weight, more ranks or a smaller model"):
+    with pytest.raises(
+        ValueError, match="use fewer bits for each weight, more ranks or a smaller model"
+    ):
         build_golden()
-    monkeypatch.setattr("llama.checkpoints.memory.free_memory", lambda device: weights * 6 // 10 + one_pass + 4 * row)
+    monkeypatch.setattr(
+        "llama.checkpoints.memory.free_memory",
+        lambda device: weights * 6 // 10 + one_pass + 4 * row,
+    )
     for options in ({"quantize": "int8", "dtype": "auto"}, {"dtype": "bfloat16"}):
         with pytest.raises(pytest.fail.Exception, match="loaded"):
             build_golden(**options)
@@ -440,12 +555,16 @@ def control_group(folder: Path, **files: object) -> None:
         (folder / name.replace("__", ".")).write_text(f"{text}\n")
 
 
-def test_a_containers_limit_counts_as_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_containers_limit_counts_as_what_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own = tmp_path / "own"
     own.write_text("0::/\n")
     assert container_memory(tmp_path, own) == math.inf
     assert container_memory(tmp_path, tmp_path / "none") == math.inf
-    control_group(tmp_path, memory__max="max", memory__current=700, memory__stat="anon 400\nfile 200\nshmem 0")
+    control_group(
+        tmp_path, memory__max="max", memory__current=700, memory__stat="anon 400\nfile 200\nshmem 0"
+    )
     assert container_memory(tmp_path, own) == math.inf
     control_group(tmp_path, memory__max=1000)
     assert container_memory(tmp_path, own) == 500
@@ -456,7 +575,12 @@ def test_a_containers_limit_counts_as_what_is_free(tmp_path: Path, monkeypatch: 
 
 def test_shared_memory_is_not_free(tmp_path: Path) -> None:
     (tmp_path / "own").write_text("0::/\n")
-    control_group(tmp_path, memory__max=1000, memory__current=700, memory__stat="anon 400\nfile 200\nshmem 150")
+    control_group(
+        tmp_path,
+        memory__max=1000,
+        memory__current=700,
+        memory__stat="anon 400\nfile 200\nshmem 150",
+    )
     assert container_memory(tmp_path, tmp_path / "own") == 350
 
 
@@ -464,7 +588,9 @@ def test_the_tightest_limit_of_nested_control_groups_counts(tmp_path: Path) -> N
     root, own = tmp_path / "cgroup", tmp_path / "own"
     own.write_text("12:cpu,cpuacct:/a/b\n0::/c/d\n")
     control_group(root / "c", memory__max=900, memory__current=100, memory__stat="file 10\nshmem 0")
-    control_group(root / "c" / "d", memory__max="max", memory__current=50, memory__stat="file 5\nshmem 0")
+    control_group(
+        root / "c" / "d", memory__max="max", memory__current=50, memory__stat="file 5\nshmem 0"
+    )
     assert container_memory(root, own) == 810
     control_group(root / "c" / "d", memory__max=500)
     assert container_memory(root, own) == 455
@@ -474,7 +600,9 @@ def test_the_tightest_limit_of_nested_control_groups_counts(tmp_path: Path) -> N
     assert container_memory(root, own) == 340
 
 
-@pytest.mark.parametrize(("largest", "set_to"), [(2**25, 2**25), (2**31, 2**30)], ids=["older glibc", "newer"])
+@pytest.mark.parametrize(
+    ("largest", "set_to"), [(2**25, 2**25), (2**31, 2**30)], ids=["older glibc", "newer"]
+)
 def test_freed_memory_is_kept_as_far_as_the_c_library_lets(
     monkeypatch: pytest.MonkeyPatch, largest: int, set_to: int
 ) -> None:
@@ -504,7 +632,10 @@ def test_the_room_for_a_pass_does_not_grow_with_the_longest_prompt() -> None:
     short, long = needs(max_seq_len=1024), needs(max_seq_len=100_000)
     assert short.pass_bytes == long.pass_bytes
     assert long.total(3) - long.total(2) == long.cache_row
-    assert needs(max_seq_len=16, max_batch_size=2).pass_bytes * (CHUNK_TOKENS + 32) == short.pass_bytes * 32
+    assert (
+        needs(max_seq_len=16, max_batch_size=2).pass_bytes * (CHUNK_TOKENS + 32)
+        == short.pass_bytes * 32
+    )
 
 
 def test_what_is_counted_as_weights_is_what_each_rank_loads() -> None:
@@ -514,11 +645,15 @@ def test_what_is_counted_as_weights_is_what_each_rank_loads() -> None:
     for ranks in (1, 2, 4):
         assert memory_needs(args, ranks, torch.float32, 4).weights == (own - norms) // ranks + norms
     cache = build_golden().model.cache
-    assert args.max_batch_size * memory_needs(args, 1, torch.float32, 4).cache_row == sum(t.nbytes for t in (*cache.k, *cache.v))
+    assert args.max_batch_size * memory_needs(args, 1, torch.float32, 4).cache_row == sum(
+        t.nbytes for t in (*cache.k, *cache.v)
+    )
 
 
 def test_a_length_that_no_memory_holds_is_refused_before_it_is_tried() -> None:
-    with pytest.raises(ValueError, match=r"max_batch_size 4 × max_seq_len 1000000000 and .* per rank, and cpu has"):
+    with pytest.raises(
+        ValueError, match=r"max_batch_size 4 × max_seq_len 1000000000 and .* per rank, and cpu has"
+    ):
         build_golden(max_seq_len=10**9)
     with pytest.raises(ValueError, match="max_seq_len is 1000.*: use 1 or more and less than"):
         build_golden(max_seq_len=10**30)
@@ -528,11 +663,15 @@ def test_a_length_that_no_memory_holds_is_refused_before_it_is_tried() -> None:
 def test_a_device_that_is_not_there_is_refused(device: Any) -> None:
     if device == "cuda" and torch.cuda.is_available():
         pytest.skip("there is one")
-    with pytest.raises(ValueError, match="device is .*, which this machine does not have: use 'auto' or 'cpu'"):
+    with pytest.raises(
+        ValueError, match="device is .*, which this machine does not have: use 'auto' or 'cpu'"
+    ):
         build_golden(device=device)
 
 
-def test_loading_holds_the_ranks_own_tensors_and_no_more_than_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_holds_the_ranks_own_tensors_and_no_more_than_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     build_golden()  # torch's meta context remembers at its first use what torch.empty is
     allocated = []
     empty = torch.empty

@@ -42,7 +42,9 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path: Path) ->
     (tmp_path / "there").mkdir()
     with pytest.raises(FileExistsError, match="there exists: choose another name, or remove it"):
         reshard(str(GOLDEN / "gqa-mp1"), str(tmp_path / "there"), 2)
-    with pytest.raises(FileNotFoundError, match="no folder .*nowhere to write out into: make it first"):
+    with pytest.raises(
+        FileNotFoundError, match="no folder .*nowhere to write out into: make it first"
+    ):
         convert(str(GOLDEN / "gqa-mp1"), str(tmp_path / "nowhere" / "out"), "hf")
     with pytest.raises(ValueError, match="which 3 ranks cannot share: use 1, 2 or 4"):
         reshard(str(GOLDEN / "gqa-mp1"), str(tmp_path / "out"), 3)
@@ -71,7 +73,9 @@ def test_what_is_written_has_the_permissions_of_the_umask(tmp_path: Path, umask:
         assert all(file.stat().st_mode & 0o777 == 0o666 & ~umask for file in path.iterdir())
 
 
-def test_paths_to_read_and_to_write_are_as_users_write_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_to_read_and_to_write_are_as_users_write_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     reshard(GOLDEN / "gqa-mp1", "~/two", 2)
@@ -83,7 +87,9 @@ def test_paths_to_read_and_to_write_are_as_users_write_them(tmp_path: Path, monk
     assert verify("~/7") == "4 file(s) are whole"
     (tmp_path / "7" / "checklist.chk").unlink()
     assert verify("~/7") == "21 tensors are whole, as far as can be seen without a checklist.chk"
-    with pytest.raises(FileNotFoundError, match="no folder nowhere: pass the folder that holds checklist.chk"):
+    with pytest.raises(
+        FileNotFoundError, match="no folder nowhere: pass the folder that holds checklist.chk"
+    ):
         verify("nowhere")
 
 
@@ -94,15 +100,22 @@ def test_a_disk_known_to_be_too_small_is_refused_before_writing(
     usage = namedtuple("usage", ["total", "used", "free"])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 100_000, 100_000))
     monkeypatch.setattr(torch, "save", lambda *_: pytest.fail("written"))
-    with pytest.raises(OSError, match=r"could not write to .* \(too little space\): 0\.4 GB are needed, and 0\.1 MB"):
+    with pytest.raises(
+        OSError,
+        match=r"could not write to .* \(too little space\): 0\.4 GB are needed, and 0\.1 MB",
+    ):
         monkeypatch.setattr("llama.checkpoints.convert.size_of", lambda *_: 400_000_000)
         convert(str(GOLDEN / "gqa-mp1"), str(tmp_path / "out"), to)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of files there")
-@pytest.mark.parametrize("command", [["convert", "--to", "hf"], ["reshard", "--model_parallel_size", "2"]])
-def test_a_disk_that_fills_up_in_the_writing_leaves_nothing(tmp_path: Path, command: list[str]) -> None:
+@pytest.mark.parametrize(
+    "command", [["convert", "--to", "hf"], ["reshard", "--model_parallel_size", "2"]]
+)
+def test_a_disk_that_fills_up_in_the_writing_leaves_nothing(
+    tmp_path: Path, command: list[str]
+) -> None:
     """A limit on the size of files fails a write in the middle, as a full disk does."""
     script = tmp_path / "limited.py"
     script.write_text("""
@@ -117,7 +130,10 @@ main()
     job = run_python(script, command[0], GOLDEN / "gqa-mp1", out, *command[1:])
     assert job.returncode == 1
     last = job.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"error: could not write to {out.parent} (") and "MB are needed, and" in last, job.stderr
+    assert (
+        last.startswith(f"error: could not write to {out.parent} (")
+        and "MB are needed, and" in last
+    ), job.stderr
     assert not list(out.parent.iterdir())
 
 
@@ -125,13 +141,23 @@ def test_transformers_reads_the_tokenizer_of_a_converted_folder(tmp_path: Path) 
     from transformers import AutoTokenizer
 
     convert(str(TINY), str(tmp_path / "hf"), "hf")
-    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "hf"), Tokenizer(TINY / "tokenizer.model")
-    for text in ("The fox lives", "[INST] Where does it live? [/INST]", "Question: x\n\nAnswer:", "über 2 ☺\t."):
+    theirs, ours = (
+        AutoTokenizer.from_pretrained(tmp_path / "hf"),
+        Tokenizer(TINY / "tokenizer.model"),
+    )
+    for text in (
+        "The fox lives",
+        "[INST] Where does it live? [/INST]",
+        "Question: x\n\nAnswer:",
+        "über 2 ☺\t.",
+    ):
         assert theirs(text).input_ids == ours.encode(text, bos=True, eos=False)
     assert theirs.eos_token_id == ours.eos_id
 
 
-def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_conversion_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -143,21 +169,30 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, monkeypatch: p
 
 def test_verify_compares_every_file_with_checklist_chk(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(GOLDEN / "gqa-mp2", tmp_path / "model"))
-    sums = {file.name: hashlib.md5(file.read_bytes()).hexdigest() for file in folder.glob("*.[pj]*")}
-    (folder / "checklist.chk").write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+    sums = {
+        file.name: hashlib.md5(file.read_bytes()).hexdigest() for file in folder.glob("*.[pj]*")
+    }
+    (folder / "checklist.chk").write_text(
+        "".join(f"{digest}  {name}\n" for name, digest in sums.items())
+    )
     assert verify(str(folder)) == f"{len(sums)} file(s) are whole"
     data = bytearray((folder / "consolidated.01.pth").read_bytes())
     data[1000] ^= 1
     (folder / "consolidated.01.pth").write_bytes(data)
     with pytest.raises(
-        ValueError, match=rf"^consolidated\.01\.pth has MD5 \w+, and checklist\.chk {sums['consolidated.01.pth']}: "
+        ValueError,
+        match=rf"^consolidated\.01\.pth has MD5 \w+, and checklist\.chk {sums['consolidated.01.pth']}: ",
     ):
         verify(str(folder))
     (folder / "consolidated.01.pth").unlink()
-    with pytest.raises(FileNotFoundError, match=r"consolidated\.01\.pth cannot be read \(No such file"):
+    with pytest.raises(
+        FileNotFoundError, match=r"consolidated\.01\.pth cannot be read \(No such file"
+    ):
         verify(str(folder))
     (folder / "checklist.chk").write_text("<html>403</html>")
-    with pytest.raises(ValueError, match=r"checklist\.chk has lines that are no MD5 sum and file name: download"):
+    with pytest.raises(
+        ValueError, match=r"checklist\.chk has lines that are no MD5 sum and file name: download"
+    ):
         verify(str(folder))
 
 
@@ -166,14 +201,28 @@ def test_info_describes_a_folder(tmp_path: Path) -> None:
     state = {name: tensor.half() for name, tensor in random_state(args).items()}
     write_release(tmp_path / "llama-2-70b", args, state, 4)
     lines = info(str(tmp_path / "llama-2-70b")).splitlines()
-    assert lines[0] == "llama-2-70b: release layout, 4 file(s) of weights, 172,352 parameters, float16"
-    assert lines[1] == "dim 64, 2 layers, 8 heads, 8 key/value heads, 192 feed-forward channels, 512 pieces"
-    assert lines[3] == "Per rank; cache for max_batch_size 8 and max_seq_len 512, and one pass, in 16 bits:"
+    assert (
+        lines[0] == "llama-2-70b: release layout, 4 file(s) of weights, 172,352 parameters, float16"
+    )
+    assert (
+        lines[1]
+        == "dim 64, 2 layers, 8 heads, 8 key/value heads, 192 feed-forward channels, 512 pieces"
+    )
+    assert (
+        lines[3]
+        == "Per rank; cache for max_batch_size 8 and max_seq_len 512, and one pass, in 16 bits:"
+    )
     assert [line.split()[0] for line in lines[5:]] == ["1", "2", "4", "8"]
-    # In all 4,096 positions, of which a pass has 520: 4 × 64 + 6 × 192 / ranks channels in 2 bytes, 512 logits in 6.
-    assert [line.split()[-4:] for line in lines[5:7]] == [["2.1", "MB", "3.1", "MB"], ["1.0", "MB", "2.5", "MB"]]
+    # In all 4,096 positions, of which a pass has 520: 4 × 64 + 6 × 192 / ranks channels in 2 bytes,
+    # 512 logits in 6.
+    assert [line.split()[-4:] for line in lines[5:7]] == [
+        ["2.1", "MB", "3.1", "MB"],
+        ["1.0", "MB", "2.5", "MB"],
+    ]
     convert(str(tmp_path / "llama-2-70b"), str(tmp_path / "other"), "hf")
-    assert info(str(tmp_path / "other")).startswith("other: Hugging Face layout, 1 file(s) of weights, 172,352 param")
+    assert info(str(tmp_path / "other")).startswith(
+        "other: Hugging Face layout, 1 file(s) of weights, 172,352 param"
+    )
 
 
 def test_the_commands_run_from_a_shell(tmp_path: Path) -> None:
@@ -185,7 +234,9 @@ def test_the_commands_run_from_a_shell(tmp_path: Path) -> None:
     job = run_python("-m", "llama", "verify", out)
     assert (job.returncode, job.stdout) == (0, "4 file(s) are whole\n"), job.stderr
     job = run_python("-m", "llama", "info", tmp_path / "nowhere")
-    assert job.stderr.startswith(f"error: no folder {tmp_path}/nowhere: pass the folder that holds params.json")
+    assert job.stderr.startswith(
+        f"error: no folder {tmp_path}/nowhere: pass the folder that holds params.json"
+    )
 
 
 WATCH = """

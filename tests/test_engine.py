@@ -62,12 +62,18 @@ def picked(values: Any, order: list[int]) -> Any:
     return [values[i] for i in order] if isinstance(values, list) else values
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 0.8, "seed": list(range(64))}])
-def test_64_prompts_through_4_rows_equal_each_alone_in_any_order(long_llm: Llama, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0}, {"temperature": 0.8, "seed": list(range(64))}]
+)
+def test_64_prompts_through_4_rows_equal_each_alone_in_any_order(
+    long_llm: Llama, options: dict[str, Any]
+) -> None:
     prompts = prompts_of(64, 200)
     alone = []
     for i, prompt in enumerate(prompts):
-        alone += long_llm.generate([prompt], 30, **{name: picked(v, [i]) for name, v in options.items()})[0]
+        alone += long_llm.generate(
+            [prompt], 30, **{name: picked(v, [i]) for name, v in options.items()}
+        )[0]
     assert len({len(tokens) for tokens in alone}) > 1
     for shuffle in (0, 1):
         order = random.Random(shuffle).sample(range(64), 64)
@@ -80,7 +86,8 @@ def alone(long_llm: Llama) -> dict[float, list[list[int]]]:
     """What 64 ragged prompts are answered, greedily and sampled, each by itself and without drafts."""
     prompts = prompts_of(64, 60, seed=1)
     return {
-        warm: [long_llm.generate([p], 20, warm, seed=[i])[0][0] for i, p in enumerate(prompts)] for warm in (0, 0.8)
+        warm: [long_llm.generate([p], 20, warm, seed=[i])[0][0] for i, p in enumerate(prompts)]
+        for warm in (0, 0.8)
     }
 
 
@@ -127,7 +134,8 @@ def test_a_cancelled_answer_frees_its_row_at_the_next_step(long_llm: Llama, stat
     engine = Engine(long_llm.model, long_llm.tokenizer)
     engine.scheduler.chunk = engine.scheduler.long_chunk = 10
     options = {"max_tokens": 50, "temperature": 0}
-    begin = {"waiting": 20, "half fed": 70, "answering": 120}[state]  # nothing that another case left in a row
+    # nothing that another case left in a row
+    begin = {"waiting": 20, "half fed": 70, "answering": 120}[state]
     wanted = asked(long_llm, [[1, *range(begin, begin + 40)]], **options)
     answers = [engine.submit(request) for request in wanted * (5 if state == "waiting" else 4)]
     while state == "answering" and not answers[-1].output.pieces:
@@ -158,14 +166,18 @@ def test_rows_that_answer_wait_for_no_more_than_a_chunk_of_a_new_prompt(
     while not answers[1].output.pieces:
         before = len(answers[0].output.pieces)
         engine.step()
-        assert len(answers[0].output.pieces) == before + 1 and shapes.pop()[1] <= CHUNK and not shapes
+        assert (
+            len(answers[0].output.pieces) == before + 1 and shapes.pop()[1] <= CHUNK and not shapes
+        )
     for _ in engine.progress(answers):
         pass
 
 
 def test_threads_share_passes_and_each_gets_its_own_answers(long_llm: Llama) -> None:
     prompts = prompts_of(24, 200, seed=2)
-    want = [long_llm.generate([prompt], 30, 0.7, seed=[i])[0][0] for i, prompt in enumerate(prompts)]
+    want = [
+        long_llm.generate([prompt], 30, 0.7, seed=[i])[0][0] for i, prompt in enumerate(prompts)
+    ]
     before = long_llm.engine.passes
     got: dict[int, list[int]] = {}
 
@@ -186,13 +198,18 @@ def test_an_output_check_may_ask_the_same_llama_amid_a_stream(llm: Llama) -> Non
         return llm.text_completion([text[:9]], 0, max_gen_len=3)[0]["generation"]
 
     dialogs = [chat(text) for text in ("one", "two two", "three", "four", "five", "six")]
-    want = [r["generation"]["content"] for r in llm.chat_completion(dialogs, 0, max_gen_len=9, output_check=check)]
+    want = [
+        r["generation"]["content"]
+        for r in llm.chat_completion(dialogs, 0, max_gen_len=9, output_check=check)
+    ]
     stream = llm.stream_chat_completion(dialogs, 0, max_gen_len=9, output_check=check)
     assert joined(stream, len(dialogs))[0] == want
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
-def test_a_check_that_raises_leaves_other_streams_running(llm: Llama, error: type[BaseException]) -> None:
+def test_a_check_that_raises_leaves_other_streams_running(
+    llm: Llama, error: type[BaseException]
+) -> None:
     want = llm.text_completion(TEXTS, 0, max_gen_len=20)
     stream = llm.stream_text_completion(TEXTS, 0, max_gen_len=20)
     begun = [next(stream), next(stream)]
@@ -205,10 +222,14 @@ def test_a_check_that_raises_leaves_other_streams_running(llm: Llama, error: typ
             llm.chat_completion([chat("hi")], 0, max_gen_len=5, **checks)
         with pytest.raises(error):
             list(llm.stream_chat_completion([chat("hi")], 0, max_gen_len=5, **checks))
-    assert joined(iter([*begun, *stream]), len(TEXTS))[0] == [result["generation"] for result in want]
+    assert joined(iter([*begun, *stream]), len(TEXTS))[0] == [
+        result["generation"] for result in want
+    ]
 
 
-def test_a_failed_pass_ends_the_answers_that_were_in_it(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_pass_ends_the_answers_that_were_in_it(
+    llm: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
     want = llm.text_completion(TEXTS, 0, max_gen_len=20)
     inner = llm.model.forward
     failing = False
@@ -235,10 +256,15 @@ def test_a_request_whose_logits_are_not_finite_ends_alone(monkeypatch: pytest.Mo
     inner = llm.model.tok_embeddings.forward
     bad = torch.tensor(40)
     monkeypatch.setattr(
-        llm.model.tok_embeddings, "forward", lambda t: inner(t).masked_fill((t == bad)[..., None], torch.nan)
+        llm.model.tok_embeddings,
+        "forward",
+        lambda t: inner(t).masked_fill((t == bad)[..., None], torch.nan),
     )
     llm.clear_cache()
-    answers = [llm.engine.submit(prompt) for prompt in asked(llm, prompts, 64, max_tokens=12, temperature=0)]
+    answers = [
+        llm.engine.submit(prompt)
+        for prompt in asked(llm, prompts, 64, max_tokens=12, temperature=0)
+    ]
     while not all(answer.over for answer in answers):
         llm.engine.step()
     assert [answers[0].answer_ids, answers[2].answer_ids] == [want[0], want[2]]
@@ -248,7 +274,9 @@ def test_a_request_whose_logits_are_not_finite_ends_alone(monkeypatch: pytest.Mo
     assert llm.generate(prompts, 12, 0)[0] == want
 
 
-def test_a_stream_that_fails_in_a_step_of_another_call_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_that_fails_in_a_step_of_another_call_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     llm = build_golden()
     stream = llm.stream_text_completion(["a", "b"], 0, max_gen_len=20)
     begun = {next(stream)["index"], next(stream)["index"]}
@@ -281,7 +309,10 @@ def test_what_was_computed_with_other_weights_is_not_reused(how: str) -> None:
 
 
 def test_a_users_own_pass_does_not_stand_in_for_what_is_scored(long_llm: Llama) -> None:
-    engine, prompts = Engine(long_llm.model, long_llm.tokenizer), [[1, *range(300, 320)], [1, *range(100, 140)]]
+    engine, prompts = (
+        Engine(long_llm.model, long_llm.tokenizer),
+        [[1, *range(300, 320)], [1, *range(100, 140)]],
+    )
     requests = asked(long_llm, prompts, max_tokens=[60, 2], logprobs=True, echo=True)
     answers = [engine.submit(requests[0])]
     while len(answers[0].output.pieces) < 2:
@@ -292,7 +323,9 @@ def test_a_users_own_pass_does_not_stand_in_for_what_is_scored(long_llm: Llama) 
     for _ in engine.progress(answers):
         pass
     (want,) = long_llm.generate(prompts[1:], 2, 0, logprobs=True, echo=True)[1] or []
-    assert [score.logprob for score in answers[1].prompt_scores] == pytest.approx(want[: len(prompts[1])], abs=1e-4)
+    assert [score.logprob for score in answers[1].prompt_scores] == pytest.approx(
+        want[: len(prompts[1])], abs=1e-4
+    )
 
 
 class Interrupter:
@@ -301,7 +334,13 @@ class Interrupter:
     That is where a signal's handler may: Python runs it between two lines of whatever it is in.
     """
 
-    FILES = ("engine/engine.py", "engine/request.py", "engine/scheduler.py", "engine/runner.py", "llama/cache.py")
+    FILES = (
+        "engine/engine.py",
+        "engine/request.py",
+        "engine/scheduler.py",
+        "engine/runner.py",
+        "llama/cache.py",
+    )
 
     def __init__(self, line: int):
         self.left = line
@@ -328,7 +367,13 @@ class Interrupter:
 def test_an_interrupt_at_any_line_leaves_no_answer_with_half_a_token(drafts: int) -> None:
     llm = build_golden(prompt_lookup_num_tokens=drafts, max_batch_size=3)
     prompts = [[1, 30, 40, 50, 30, 40, 50, 30], [1, 60, 61, 60, 61, 60]]
-    options: dict[str, Any] = {"temperature": 0.9, "seed": [4, 5], "logprobs": True, "echo": True, "stop": ["zz"]}
+    options: dict[str, Any] = {
+        "temperature": 0.9,
+        "seed": [4, 5],
+        "logprobs": True,
+        "echo": True,
+        "stop": ["zz"],
+    }
     want = llm.generate(prompts, 5, **options)
     other = llm.generate([[1, 70, 71]], 2, 0.9, seed=[6])
     line = 0
@@ -336,10 +381,14 @@ def test_an_interrupt_at_any_line_leaves_no_answer_with_half_a_token(drafts: int
         line += 1
         engine = llm.engine
         llm.clear_cache()
-        requests = [engine.submit(prompt) for prompt in asked(llm, prompts, 64, max_tokens=5, **options)]
+        requests = [
+            engine.submit(prompt) for prompt in asked(llm, prompts, 64, max_tokens=5, **options)
+        ]
         for _ in range(line % 3):  # amid a prompt, or an answer
             engine.step()
-        late = engine.submit(asked(llm, [[1, 70, 71]], 64, max_tokens=2, temperature=0.9, seed=[6])[0])
+        late = engine.submit(
+            asked(llm, [[1, 70, 71]], 64, max_tokens=2, temperature=0.9, seed=[6])[0]
+        )
         interrupted = False
         try:
             with Interrupter(line):
@@ -368,7 +417,9 @@ def test_drafts_need_fewer_passes_where_an_answer_is_in_the_prompt() -> None:
         "What does the cow eat?": "The cow eats grass.",
         "What does the rabbit eat?": "The rabbit eats carrots.",
     }
-    text = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in known.items())
+    text = "".join(
+        f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in known.items()
+    )
     prompts = [f"{text}{text}Question: {question}\nAnswer:" for question in known]
     passes = []
     for drafts in (0, 3):
@@ -391,7 +442,9 @@ def test_no_row_waits_for_another(long_llm: Llama, monkeypatch: pytest.MonkeyPat
     assert passes.decodes >= total / 4 - 64  # the first token of each row comes from its prefill
 
 
-def test_prompts_of_all_lengths_share_a_pass_without_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_of_all_lengths_share_a_pass_without_padding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     llm = build_golden(max_seq_len=256)
     passes = Passes(llm, monkeypatch)
     llm.generate([[i] * n for i, n in enumerate((3, 200, 7, 150), 10)], 5, temperature=0)
@@ -427,14 +480,18 @@ class Script:
     def __init__(self, llm: Llama, patch: pytest.MonkeyPatch, texts: list[str]):
         ids = [llm.tokenizer.encode(text, bos=False, eos=True) for text in texts]
 
-        def choose(requests: list[Any], numbers: list[int], logits: torch.Tensor) -> list[ScoredToken]:
+        def choose(
+            requests: list[Any], numbers: list[int], logits: torch.Tensor
+        ) -> list[ScoredToken]:
             rows = zip(requests, numbers, strict=True)
             return [ScoredToken(ids[request.prompt.index][number]) for request, number in rows]
 
         patch.setattr(llm.engine, "choose", choose)
 
 
-def test_pieces_are_whole_characters_as_soon_as_they_are_whole(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_are_whole_characters_as_soon_as_they_are_whole(
+    llm: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said = ["A llama 🦙 and 中文 and é.", "  leading spaces", "\ufffd is a character too"]
     Script(llm, monkeypatch, said)
     pieces = list(llm.stream_text_completion(["x"] * 3))
@@ -455,8 +512,16 @@ def test_any_stop_strings_in_any_batch_cut_where_the_first_one_begins(data: st.D
     seeds = data.draw(st.lists(st.integers(0, 3), min_size=n, max_size=n))
     options = {"temperature": 0.9, "max_gen_len": 20, "seed": seeds}
     whole = [result["generation"] for result in llm.text_completion(prompts, **options)]
-    near = [text[i : i + width] for text in whole if text for i in (0, len(text) // 2) for width in (1, 2, 5)]
-    stop = data.draw(st.lists(st.sampled_from(near or ["x"]) | st.text(min_size=1, max_size=3), max_size=3))
+    near = [
+        text[i : i + width]
+        for text in whole
+        if text
+        for i in (0, len(text) // 2)
+        for width in (1, 2, 5)
+    ]
+    stop = data.draw(
+        st.lists(st.sampled_from(near or ["x"]) | st.text(min_size=1, max_size=3), max_size=3)
+    )
     results = llm.text_completion(prompts, **options, stop=stop, logprobs=True)
     for text, result in zip(whole, results, strict=True):
         # the string that is complete first, and of those that end there, the longest
@@ -481,7 +546,9 @@ def test_stop_strings_that_overlap_cut_alike_however_the_text_is_split(
             assert llm.text_completion(["x"], stop=stop)[0]["generation"] == said[: said.index("c")]
 
 
-def test_ids_before_a_stop_string_are_kept_and_no_others(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_before_a_stop_string_are_kept_and_no_others(
+    llm: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Script(llm, monkeypatch, ["1 2 3 4"])
     ids = llm.tokenizer.encode("1 2 3 4", bos=False, eos=False)
     pieces = llm.tokenizer.decode_pieces(ids)
@@ -500,13 +567,18 @@ def test_each_prompt_may_have_settings_of_its_own(llm: Llama) -> None:
     }
     together = llm.text_completion(["a", "b", "c"], **own)
     for i, prompt in enumerate("abc"):
-        assert llm.text_completion([prompt], **{name: [v[i]] for name, v in own.items()}) == [together[i]]
+        assert llm.text_completion([prompt], **{name: [v[i]] for name, v in own.items()}) == [
+            together[i]
+        ]
 
 
 def test_a_stream_refuses_bad_arguments_when_it_is_called(llm: Llama) -> None:
     with pytest.raises(ValueError, match="top_p is 2"):
         llm.stream_text_completion(["a"], top_p=2)
-    with pytest.raises(ValueError, match="temperature has 1 values for 2 prompts: pass one for all, or one for each"):
+    with pytest.raises(
+        ValueError,
+        match="temperature has 1 values for 2 prompts: pass one for all, or one for each",
+    ):
         llm.stream_text_completion(["a", "b"], temperature=[1])
 
 
@@ -535,7 +607,9 @@ def test_streams_and_calls_in_between_share_one_llama(llm: Llama) -> None:
 def test_the_last_piece_carries_what_logprobs_asks_for(llm: Llama) -> None:
     for options in ({"max_gen_len": 9}, {"max_gen_len": 0, "echo": True}):
         batch = llm.text_completion(TEXTS, 0, logprobs=True, **options)
-        last: dict[int, Any] = {p["index"]: p for p in llm.stream_text_completion(TEXTS, 0, logprobs=True, **options)}
+        last: dict[int, Any] = {
+            p["index"]: p for p in llm.stream_text_completion(TEXTS, 0, logprobs=True, **options)
+        }
         for i, result in enumerate(batch):
             assert last[i]["tokens"] == result["tokens"]
             assert last[i]["logprobs"] == pytest.approx(result["logprobs"], abs=1e-4)
@@ -557,7 +631,10 @@ def test_scoring_a_long_prompt_holds_few_logits_at_once() -> None:
 
 
 def chat(*contents: str) -> list[Any]:
-    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    return [
+        {"role": ("user", "assistant")[i % 2], "content": content}
+        for i, content in enumerate(contents)
+    ]
 
 
 def reply(llm: Llama, dialog: list[Any]) -> str:
@@ -579,7 +656,10 @@ def test_a_second_turn_computes_only_what_is_new(monkeypatch: pytest.MonkeyPatch
 
 
 def test_eight_conversations_in_turn_compute_only_what_is_new() -> None:
-    llm, fresh = (Llama.build(TINY, max_seq_len=512, max_batch_size=8, device="cpu", dtype="float32") for _ in range(2))
+    llm, fresh = (
+        Llama.build(TINY, max_seq_len=512, max_batch_size=8, device="cpu", dtype="float32")
+        for _ in range(2)
+    )
     system = [{"role": "system", "content": "Answer like a pirate."}]
     animals = ("owl", "bear", "fox", "cow", "rabbit", "horse", "hen", "cat")
     asked = [f"Where does the {animal} live?" for animal in animals]
@@ -589,17 +669,31 @@ def test_eight_conversations_in_turn_compute_only_what_is_new() -> None:
         for number, question in enumerate(asked):
             dialog = dialogs[number]
             before = len(encode_dialog(dialog[:-1], llm.tokenizer)) if len(dialog) > 1 else 0
-            answered = len(llm.tokenizer.encode(dialog[-1]["content"], bos=False, eos=False)) if before else 0
+            answered = (
+                len(llm.tokenizer.encode(dialog[-1]["content"], bos=False, eos=False))
+                if before
+                else 0
+            )
             dialog.append({"role": "user", "content": turn.format(question)})
             (result,) = llm.chat_completion([dialog], 0, max_gen_len=30, logprobs=True)
             fresh.clear_cache()
-            assert fresh.chat_completion([dialog], 0, max_gen_len=30)[0]["generation"] == result["generation"]
-            new += len(encode_dialog(dialog, llm.tokenizer)) - before - answered + len(result["tokens"])
+            assert (
+                fresh.chat_completion([dialog], 0, max_gen_len=30)[0]["generation"]
+                == result["generation"]
+            )
+            new += (
+                len(encode_dialog(dialog, llm.tokenizer))
+                - before
+                - answered
+                + len(result["tokens"])
+            )
             dialog.append(result["generation"])
     assert llm.engine.tokens <= 1.2 * new, (llm.engine.tokens, new)
 
 
-@pytest.mark.parametrize("between", ["forward", "batch", "error", "dropped stream", "interrupt", "nothing"])
+@pytest.mark.parametrize(
+    "between", ["forward", "batch", "error", "dropped stream", "interrupt", "nothing"]
+)
 def test_a_prefix_is_reused_only_while_it_is_cached(between: str) -> None:
     llm = build_golden(max_seq_len=512)
     dialog = chat("Tell me a story about a llama.", "No.", "Why not?")
@@ -622,7 +716,8 @@ def test_a_prefix_is_reused_only_while_it_is_cached(between: str) -> None:
             raise KeyboardInterrupt
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(llm.model.output, "forward", interrupt)  # the cache is written, the pass is not done
+            # the cache is written, the pass is not done
+            patch.setattr(llm.model.output, "forward", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 llm.generate([[1] * 30], 1)
     elif between == "dropped stream":
@@ -646,7 +741,9 @@ def test_checks_refuse_inputs_before_they_cost_anything_and_answers_after(
         [{"role": "system", "content": "duck"}, *chat("hi")],
     ]
     plain = llm.chat_completion(dialogs[:1], temperature=0, max_gen_len=8)
-    results = llm.chat_completion(dialogs, temperature=0, max_gen_len=8, input_check=input_check, logprobs=True)
+    results = llm.chat_completion(
+        dialogs, temperature=0, max_gen_len=8, input_check=input_check, logprobs=True
+    )
     assert results[0]["generation"] == plain[0]["generation"]
     for refused in results[1:]:
         assert refused["generation"]["content"] == "I do not talk about ducks."
@@ -654,9 +751,17 @@ def test_checks_refuse_inputs_before_they_cost_anything_and_answers_after(
     assert seen == ["hi", "so?", "a duck", "duck"], "what the assistant said is not an input"
 
     answers: list[str] = []
-    options: dict[str, Any] = {"temperature": 0, "max_gen_len": 8, "output_check": lambda t: answers.append(t) or "No."}
+    options: dict[str, Any] = {
+        "temperature": 0,
+        "max_gen_len": 8,
+        "output_check": lambda t: answers.append(t) or "No.",
+    }
     (checked,) = llm.chat_completion(dialogs[:1], **options, logprobs=True)
-    assert (checked["generation"]["content"], checked["tokens"], checked["logprobs"]) == ("No.", [], [])
+    assert (checked["generation"]["content"], checked["tokens"], checked["logprobs"]) == (
+        "No.",
+        [],
+        [],
+    )
     assert answers == [plain[0]["generation"]["content"]]
     assert list(llm.stream_chat_completion(dialogs[:1], **options)) == [
         {"index": 0, "text": "No.", "finish_reason": "stop"}
@@ -682,7 +787,9 @@ def test_embeddings_pool_the_final_norms_output(llm: Llama) -> None:
         for text, embedding in zip(texts, embeddings, strict=True):
             tokens = torch.tensor([llm.tokenizer.encode(text, bos=True, eos=False)])
             h = final_norm(llm, tokens)
-            torch.testing.assert_close(embedding, h.mean(0) if pooling == "mean" else h[-1], atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                embedding, h.mean(0) if pooling == "mean" else h[-1], atol=1e-4, rtol=0
+            )
     assert llm.embed([]).shape == (0, 64)
     with pytest.raises(ValueError, match="pooling is 'max': use 'mean' or 'last'"):
         llm.embed(["a"], "max")

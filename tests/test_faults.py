@@ -1,4 +1,7 @@
-"""Faults, injected on purpose: what is said, how soon it is over, what is left. More of files' are in their tests."""
+"""Faults, injected on purpose: what is said, how soon it is over, what is left.
+
+More of files' are in their tests.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, TINY, build_golden, clean_environment, launcher, run_fresh, run_python, torchrun
+from conftest import (
+    GOLDEN,
+    ROOT,
+    TINY,
+    build_golden,
+    clean_environment,
+    launcher,
+    run_fresh,
+    run_python,
+    torchrun,
+)
 
 from llama import Llama
 from llama.checkpoints import load
@@ -49,7 +62,9 @@ def test_a_directory_in_place_of_a_file_is_named(folder: Path) -> None:
     file = folder / "consolidated.01.pth"
     file.unlink()
     file.mkdir()
-    with pytest.raises(OSError, match=r"01\.pth cannot be read \(Is a directory\): check that it is there, a file"):
+    with pytest.raises(
+        OSError, match=r"01\.pth cannot be read \(Is a directory\): check that it is there, a file"
+    ):
         build(folder)
 
 
@@ -81,7 +96,10 @@ def locked(folder: Path) -> Iterator[Path]:
 def test_an_unreadable_file_is_named(locked: Path) -> None:
     with (
         unprivileged(),
-        pytest.raises(PermissionError, match=r"consolidated\.01\.pth cannot be read \(Permission denied\): check"),
+        pytest.raises(
+            PermissionError,
+            match=r"consolidated\.01\.pth cannot be read \(Permission denied\): check",
+        ),
     ):
         build(locked)
 
@@ -91,7 +109,10 @@ def test_an_unreadable_folder_is_named(locked: Path) -> None:
     locked.chmod(0)
     with (
         unprivileged(),
-        pytest.raises(PermissionError, match=r"model cannot be read \(Permission denied\): check its permissions"),
+        pytest.raises(
+            PermissionError,
+            match=r"model cannot be read \(Permission denied\): check its permissions",
+        ),
     ):
         build(locked)
 
@@ -106,7 +127,10 @@ def test_values_that_are_not_finite_are_warned_of_and_found_in_the_logits(
     assert caplog.messages == [
         "layers.1.feed_forward.w2.weight of model has values that are not finite: download it again"
     ]
-    with pytest.raises(ValueError, match=r"logits are not finite \(row 0, position 1, float32\): the checkpoint's wei"):
+    with pytest.raises(
+        ValueError,
+        match=r"logits are not finite \(row 0, position 1, float32\): the checkpoint's wei",
+    ):
         llm.generate([[1, 5]], 3)
 
 
@@ -130,15 +154,25 @@ with program():
     job = run_fresh(script)
     assert job.returncode == 1
     last = job.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: gqa-mp1 needs 0.7 MB for its weights, 1.1 GB for a cache of max_batch_size 1024 ×")
+    assert last.startswith(
+        "error: gqa-mp1 needs 0.7 MB for its weights, 1.1 GB for a cache of max_batch_size 1024 ×"
+    )
     assert "and cpu refused memory: build with a smaller max_batch_size or max_seq_len" in last
 
 
-def timed_job(nproc: int, script: Path, *arguments: str | Path) -> tuple[subprocess.CompletedProcess[str], float]:
-    """A torchrun job, and the seconds from the fault, which the script writes to `fault`, to its end."""
+def timed_job(
+    nproc: int, script: Path, *arguments: str | Path
+) -> tuple[subprocess.CompletedProcess[str], float]:
+    """A torchrun job, and the seconds from the fault, which the script writes to `fault`, to its
+    end.
+    """
     job = torchrun(nproc, script, *arguments, timeout=100)
     seconds = time.time() - (script.parent / "fault").stat().st_mtime
-    print(f"{seconds:.1f} s from the fault to the end; last of it:", *job.stderr.strip().splitlines()[-3:], sep="\n")
+    print(
+        f"{seconds:.1f} s from the fault to the end; last of it:",
+        *job.stderr.strip().splitlines()[-3:],
+        sep="\n",
+    )
     return job, seconds
 
 
@@ -165,7 +199,11 @@ def fault():
 def test_a_killed_rank_ends_the_job(tmp_path: Path, when: str) -> None:
     where = {
         "loading": ("llama.checkpoints.Checkpoint", "copy", "rank == 1"),
-        "generation": ("llama.engine.engine.Engine", "_decode", "rank == 1 and args[0].passes == 9"),
+        "generation": (
+            "llama.engine.engine.Engine",
+            "_decode",
+            "rank == 1 and args[0].passes == 9",
+        ),
     }[when]
     script = tmp_path / "killed.py"
     script.write_text(
@@ -224,17 +262,32 @@ def test_a_mistake_that_all_ranks_see_is_told_once_and_last(tmp_path: Path) -> N
 def test_a_mistake_without_torchrun_is_one_line() -> None:
     job = run_python(ROOT / "example_text_completion.py", "--ckpt_dir", "/nowhere")
     assert job.returncode == 1
-    assert job.stderr == "error: no folder /nowhere: pass the folder that holds params.json or config.json\n"
+    assert (
+        job.stderr
+        == "error: no folder /nowhere: pass the folder that holds params.json or config.json\n"
+    )
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
 @pytest.mark.parametrize("nproc", [0, 2])
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_signals_end_a_run_cleanly(nproc: int, sent: signal.Signals) -> None:
-    command = [sys.executable, *(launcher(nproc) if nproc else []), str(ROOT / "tests" / "workers" / "endless.py")]
-    environment = clean_environment() | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        *(launcher(nproc) if nproc else []),
+        str(ROOT / "tests" / "workers" / "endless.py"),
+    ]
+    environment = clean_environment() | {
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "OMP_NUM_THREADS": "1",
+    }
     job = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     try:
         assert job.stdout is not None
@@ -267,7 +320,9 @@ print(build_golden("gqa-mp4").generate([[1, 30]], 9, 0)[0])
 """)
     environment = clean_environment() | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
     jobs = [
-        subprocess.Popen([sys.executable, script], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, script], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
         for _ in range(2)
     ]
     answers = [job.communicate(timeout=100)[0].splitlines()[-1] for job in jobs]

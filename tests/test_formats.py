@@ -28,8 +28,12 @@ from llama.quantization.formats import (
 )
 
 FLOAT32 = {"dtype": "float32"}
-packs = pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="an x86 operation")
-packs_bfloat16 = pytest.mark.skipif(not compat.has_bfloat16_products(), reason="needs bfloat16 instructions")
+packs = pytest.mark.skipif(
+    "fbgemm" not in torch.backends.quantized.supported_engines, reason="an x86 operation"
+)
+packs_bfloat16 = pytest.mark.skipif(
+    not compat.has_bfloat16_products(), reason="needs bfloat16 instructions"
+)
 float16 = pytest.param("float16", marks=packs)
 bfloat16 = pytest.param("bfloat16", marks=packs_bfloat16)
 
@@ -37,7 +41,9 @@ bfloat16 = pytest.param("bfloat16", marks=packs_bfloat16)
 def weight_of(rows: int, columns: int) -> Tensor:
     """Rows of different size, some with an outlier, as trained weights have."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(rows, columns, generator=generator) * torch.rand(rows, 1, generator=generator)
+    weight = torch.randn(rows, columns, generator=generator) * torch.rand(
+        rows, 1, generator=generator
+    )
     weight[::7, 3] *= 20
     return weight
 
@@ -92,22 +98,31 @@ def mapped_from(path: Path) -> list[range]:
 
 
 @packs_bfloat16
-@pytest.mark.skipif(kernels.library() is None or not Path("/proc/self/maps").exists(), reason="not built, or no Linux")
+@pytest.mark.skipif(
+    kernels.library() is None or not Path("/proc/self/maps").exists(),
+    reason="not built, or no Linux",
+)
 @pytest.mark.parametrize("folder", ["mha-mp1", "gqa-mp2"])
 def test_bfloat16_weights_stay_on_their_files_pages(folder: str, tmp_path: Path) -> None:
     shutil.copytree(GOLDEN / folder, tmp_path, dirs_exist_ok=True)
     for file in tmp_path.glob("*.pth"):
-        torch.save({name: t.bfloat16() for name, t in torch.load(file, weights_only=True).items()}, file)
+        torch.save(
+            {name: t.bfloat16() for name, t in torch.load(file, weights_only=True).items()}, file
+        )
     llm, wanted = (
-        Llama.build(tmp_path, GOLDEN / "tokenizer.model", 64, 2, device="cpu", **own) for own in ({}, FLOAT32)
+        Llama.build(tmp_path, GOLDEN / "tokenizer.model", 64, 2, device="cpu", **own)
+        for own in ({}, FLOAT32)
     )
     files = list(tmp_path.glob("*.pth"))
     pages = [span for file in files for span in mapped_from(file)]
     linears = [module for module in llm.model.modules() if isinstance(module, ShardedLinear)]
-    held = [getattr(layer.store, "shared", layer.store) for layer in linears]  # of several shards, one copy
+    # of several shards, one copy
+    held = [getattr(layer.store, "shared", layer.store) for layer in linears]
     in_place = [any(store.weight.data_ptr() in span for span in pages) for store in held]
     assert all(in_place) if len(files) == 1 else not any(in_place)
-    for layer, plain in zip(linears, (m for m in wanted.model.modules() if isinstance(m, ShardedLinear)), strict=True):
+    for layer, plain in zip(
+        linears, (m for m in wanted.model.modules() if isinstance(m, ShardedLinear)), strict=True
+    ):
         assert torch.equal(layer.packed.dequantize().float(), plain.weight)
 
 
@@ -133,7 +148,8 @@ def test_a_grouped_weight_is_off_by_at_most_half_a_scale(shape: tuple[int, int],
 def test_four_bits_of_weights_that_are_nearly_the_same() -> None:
     weight = 1 + weight_of(64, 64).clamp(-1, 1) / 1000
     error = (pack_int4(weight).dequantize() - weight).abs().max()
-    assert error <= (0.002 + 2**-11) / 15 / 2 * 1.01  # 2^-11 is float16's spacing below 1, by which a low may be off
+    # 2^-11 is float16's spacing below 1, by which a low may be off
+    assert error <= (0.002 + 2**-11) / 15 / 2 * 1.01
     scales, zeros = Int4(weight).scales_and_zeros.float().repeat_interleave(32, 0).unbind(2)
     assert (zeros - 8.5 * scales <= weight.T).all() and (zeros + 7.5 * scales >= weight.T).all()
 
@@ -150,7 +166,9 @@ def kernel(request: pytest.FixtureRequest) -> Any:
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("shape", [(16, 32), (48, 352), (521, 64), (40, 88), (16, 168)])
-def test_kernels_are_near_float64_of_the_same_weights(kernel: Any, bits: int, shape: tuple[int, int]) -> None:
+def test_kernels_are_near_float64_of_the_same_weights(
+    kernel: Any, bits: int, shape: tuple[int, int]
+) -> None:
     if bits == 4 and shape[1] % 32:
         return
     store = PACK[bits](weight_of(*shape))
@@ -170,7 +188,9 @@ def test_kernels_take_what_the_plain_product_takes(kernel: Any, bits: int) -> No
     x[2, 0, 7] = torch.nan
     x[3] *= 1e30
     y, exact = store(x), x @ store.dequantize().T
-    assert torch.equal(y[1], exact[1]) and torch.equal(y[:, :, 16:32][[0, 1, 3]], exact[:, :, 16:32][[0, 1, 3]])
+    assert torch.equal(y[1], exact[1]) and torch.equal(
+        y[:, :, 16:32][[0, 1, 3]], exact[:, :, 16:32][[0, 1, 3]]
+    )
     assert y[2].isnan().all()
     assert (y[[0, 3]] - exact[[0, 3]]).norm() <= 2e-4 * exact[[0, 3]].norm()
     assert y[3].isfinite().all()
@@ -203,7 +223,9 @@ def test_kernels_of_another_version_are_not_called(
 
 
 @built
-def test_a_grouped_weight_multiplies_where_there_are_no_kernels_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grouped_weight_multiplies_where_there_are_no_kernels_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     x = torch.randn(2, 1, 64, generator=torch.Generator().manual_seed(1))
     for bits in (8, 4):
         store = PACK[bits](weight_of(50, 64))
@@ -224,7 +246,10 @@ def test_the_compiler_takes_our_products_as_they_are() -> None:
 
 @pytest.mark.parametrize("width", [88, 168, 344])
 def test_int8_takes_any_width(width: int) -> None:
-    weight, x = weight_of(40, width), torch.randn(3, 1, width, generator=torch.Generator().manual_seed(0))
+    weight, x = (
+        weight_of(40, width),
+        torch.randn(3, 1, width, generator=torch.Generator().manual_seed(0)),
+    )
     for hold in (Int8, pack_int8):
         torch.testing.assert_close(hold(weight)(x), x @ weight.T, atol=1, rtol=0.02)
 
@@ -234,12 +259,16 @@ def test_int4_takes_any_number_of_rows(rows: int) -> None:
     weight, x = weight_of(rows, 64), torch.eye(64)[:, None]
     for hold in (Int4, pack_int4):
         assert hold(weight)(x).shape == (64, 1, rows)
-        torch.testing.assert_close(hold(weight)(x)[:, 0].T, hold(weight).dequantize(), atol=0.02, rtol=0.01)
+        torch.testing.assert_close(
+            hold(weight)(x)[:, 0].T, hold(weight).dequantize(), atol=0.02, rtol=0.01
+        )
 
 
 def test_int8_expanded_stays_within_float16() -> None:
     store, x = Int8(torch.full((8, 4096), 0.01)), torch.ones(1, 4096, dtype=torch.float16)
-    torch.testing.assert_close(store.expanded(x), torch.full((1, 8), 40.96).half(), atol=0.5, rtol=0)
+    torch.testing.assert_close(
+        store.expanded(x), torch.full((1, 8), 40.96).half(), atol=0.5, rtol=0
+    )
 
 
 PACKED = [
@@ -273,7 +302,8 @@ def options(name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {"dtype": "auto"}
 
 
-# How far a row of logits may be from float32's, relative to its norm. Random weights forgive less than trained ones.
+# How far a row of logits may be from float32's, relative to its norm. Random weights forgive less
+# than trained ones.
 BOUNDS = {"float16": 1e-3, "bfloat16": 0.03, "int8": 0.05, "int4": 0.7}
 
 
@@ -281,7 +311,10 @@ BOUNDS = {"float16": 1e-3, "bfloat16": 0.03, "int8": 0.05, "int4": 0.7}
 @pytest.mark.parametrize("name", ["int8", "int4", float16, bfloat16])
 def test_logits_stay_near_those_of_float32(name: str, options: dict[str, Any], folder: str) -> None:
     tokens = torch.tensor(expected(folder)["prompt_tokens"][:1])
-    exact, near = build_golden(folder).model(tokens, 0), build_golden(folder, **options).model(tokens, 0)
+    exact, near = (
+        build_golden(folder).model(tokens, 0),
+        build_golden(folder, **options).model(tokens, 0),
+    )
     error = ((near - exact).norm(dim=-1) / exact.norm(dim=-1)).max()
     assert error < BOUNDS[name]
 
@@ -304,13 +337,21 @@ def test_every_linear_weight_is_stored_and_nothing_else(name: str, options: dict
 def test_layers_that_share_a_store_still_work_alone(name: str, options: dict[str, Any]) -> None:
     plain, held = build_golden("gqa-mp2").model, build_golden("gqa-mp2", **options).model
     x = torch.randn(3, plain.params.dim, generator=torch.Generator().manual_seed(0))
-    for layer in ("attention.wq", "attention.wk", "attention.wv", "feed_forward.w1", "feed_forward.w3"):
+    for layer in (
+        "attention.wq",
+        "attention.wk",
+        "attention.wv",
+        "feed_forward.w1",
+        "feed_forward.w3",
+    ):
         y, near = (model.layers[1].get_submodule(layer)(x) for model in (plain, held))
         torch.testing.assert_close(near, y, atol=0.02 * float(y.abs().max()), rtol=0)
 
 
 @packs
-def test_weights_beyond_float16_stay_apart_and_exact(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_weights_beyond_float16_stay_apart_and_exact(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(compat, "has_bfloat16_products", lambda: False)
     shutil.copytree(GOLDEN / "mha-mp1", tmp_path, dirs_exist_ok=True)
     shard = torch.load(tmp_path / "consolidated.00.pth", weights_only=True)
@@ -319,7 +360,8 @@ def test_weights_beyond_float16_stay_apart_and_exact(monkeypatch: pytest.MonkeyP
     model = Llama.build(tmp_path, GOLDEN / "tokenizer.model", 64, 1, device="cpu").model
     for name in ("wq", "wk", "wv"):
         assert torch.equal(
-            model.layers[1].get_submodule(f"attention.{name}").weight, shard[f"layers.1.attention.{name}.weight"]
+            model.layers[1].get_submodule(f"attention.{name}").weight,
+            shard[f"layers.1.attention.{name}.weight"],
         )
     assert "weight" not in model.layers[0].attention.wk._parameters
 
@@ -336,31 +378,45 @@ def test_llama_2_tiny_scores_the_same_quantised(
         llm = Llama.build(TINY, TINY / "tokenizer.model", 512, 50, device="cpu", **own)
         scores.append(0)
         for tasks in world.evaluation(count=50).values():
-            answers = llm.chat_completion([task.dialog for task in tasks], temperature=0, max_gen_len=64)
-            scores[-1] += sum(t.passed(a["generation"]["content"]) for t, a in zip(tasks, answers, strict=True))
+            answers = llm.chat_completion(
+                [task.dialog for task in tasks], temperature=0, max_gen_len=64
+            )
+            scores[-1] += sum(
+                t.passed(a["generation"]["content"]) for t, a in zip(tasks, answers, strict=True)
+            )
     assert abs(scores[1] - scores[0]) <= 4  # of 200
 
 
 def test_wrong_names_and_widths_are_refused() -> None:
     with pytest.raises(ValueError, match="quantize is 'int3': use 'int8', 'int4' or None"):
         select_formats("int3", "auto", torch.device("cpu"))
-    with pytest.raises(ValueError, match="int4 stores groups of 32 inputs, and this rank's weight has 48: use fewer"):
+    with pytest.raises(
+        ValueError,
+        match="int4 stores groups of 32 inputs, and this rank's weight has 48: use fewer",
+    ):
         Int4(torch.ones(64, 48))
 
 
 @pytest.mark.parametrize("name", ["int8", "int4", float16, bfloat16])
-def test_state_dict_is_whole_and_a_copy_computes_the_same(name: str, options: dict[str, Any]) -> None:
+def test_state_dict_is_whole_and_a_copy_computes_the_same(
+    name: str, options: dict[str, Any]
+) -> None:
     plain, model = build_golden("gqa-mp2").model, build_golden("gqa-mp2", **options).model
     wanted, held = plain.state_dict(), model.state_dict()
-    assert {key: tensor.shape for key, tensor in held.items()} == {key: tensor.shape for key, tensor in wanted.items()}
+    assert {key: tensor.shape for key, tensor in held.items()} == {
+        key: tensor.shape for key, tensor in wanted.items()
+    }
     for key, tensor in wanted.items():
-        close = {"float16": 1e-3, "bfloat16": 1e-2, "int8": 0.02, "int4": 0.3}[name] * float(tensor.abs().max())
+        close = {"float16": 1e-3, "bfloat16": 1e-2, "int8": 0.02, "int4": 0.3}[name] * float(
+            tensor.abs().max()
+        )
         torch.testing.assert_close(held[key].float(), tensor, atol=close, rtol=0)
     tokens = torch.tensor(expected("gqa")["prompt_tokens"][:1])
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(copied(tokens), model(tokens))
         assert copied.layers[0].attention.wq.packed is not model.layers[0].attention.wq.packed
-    plain.load_state_dict({key: tensor.float() for key, tensor in held.items()})  # what is held, in a plain model
+    # what is held, in a plain model
+    plain.load_state_dict({key: tensor.float() for key, tensor in held.items()})
     error = (plain(tokens) - model(tokens)).norm() / model(tokens).norm()
     assert error < (0.2 if name == "int4" else 0.03)
 
@@ -379,9 +435,13 @@ def test_hooks_on_every_linear_layer_fire(name: str, options: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])
-def test_the_next_token_is_rounded_in_one_way_however_many_rows_are_decoded(name: str, options: dict[str, Any]) -> None:
+def test_the_next_token_is_rounded_in_one_way_however_many_rows_are_decoded(
+    name: str, options: dict[str, Any]
+) -> None:
     linear = build_golden(max_seq_len=32, **options).model.layers[1].feed_forward.w2
-    x = torch.randn(64, 1, linear.packed.dequantize().shape[1], generator=torch.Generator().manual_seed(0))
+    x = torch.randn(
+        64, 1, linear.packed.dequantize().shape[1], generator=torch.Generator().manual_seed(0)
+    )
     alone = torch.cat([linear(row[None]) for row in x])
     for rows in (2, 4, 31, 32, 64):
         assert torch.equal(linear(x[:rows]), alone[:rows])
@@ -396,7 +456,11 @@ def test_weights_of_other_types_move_and_convert_with_the_model() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU there is what this is about")
-def test_where_the_gpu_kernel_does_not_run_one_line_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_where_the_gpu_kernel_does_not_run_one_line_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     few_rows_on_gpu.cache_clear()
     assert few_rows_on_gpu(torch.float32) is None and few_rows_on_gpu(torch.float32) is None
-    assert [message.partition(":")[0] for message in caplog.messages] == ["int8 expands its weights at every step"]
+    assert [message.partition(":")[0] for message in caplog.messages] == [
+        "int8 expands its weights at every step"
+    ]

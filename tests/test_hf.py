@@ -28,9 +28,13 @@ TOKENS = torch.randint(512, (3, 20), generator=torch.Generator().manual_seed(0))
 def save_judge(folder: Path, args: ModelArgs, parts: str = "5GB", **config: Any) -> torch.Tensor:
     """Random weights written by transformers alone; returns its logits for TOKENS."""
     torch.manual_seed(1)
-    judge = transformers.LlamaForCausalLM(transformers.LlamaConfig(**huggingface_config(args) | config)).eval()
+    judge = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**huggingface_config(args) | config)
+    ).eval()
     for name, parameter in judge.named_parameters():
-        torch.nn.init.normal_(parameter, float("norm" in name), 0.1 if "norm" in name else 1.5 * args.dim**-0.5)
+        torch.nn.init.normal_(
+            parameter, float("norm" in name), 0.1 if "norm" in name else 1.5 * args.dim**-0.5
+        )
     judge.save_pretrained(folder, max_shard_size=parts)
     shutil.copy(GOLDEN / "tokenizer.model", folder)
     with torch.no_grad():
@@ -80,30 +84,43 @@ def test_what_transformers_saved_has_its_logits(
     ],
     ids=lambda config: next(iter(config)),
 )
-def test_settings_that_change_the_logits_are_honoured(tmp_path: Path, args: ModelArgs, config: dict[str, Any]) -> None:
+def test_settings_that_change_the_logits_are_honoured(
+    tmp_path: Path, args: ModelArgs, config: dict[str, Any]
+) -> None:
     assert_logits(tmp_path, save_judge(tmp_path, args, **config))
 
 
-def test_the_older_spelling_of_rope_settings_is_read(judged: tuple[Path, torch.Tensor], args: ModelArgs) -> None:
+def test_the_older_spelling_of_rope_settings_is_read(
+    judged: tuple[Path, torch.Tensor], args: ModelArgs
+) -> None:
     folder, logits = judged
     config = json.loads((folder / "config.json").read_text())
     assert config.pop("rope_parameters", None) or config.pop("rope_theta", None)
-    (folder / "config.json").write_text(json.dumps(config | {"rope_theta": 10000.0, "rope_scaling": None}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"rope_theta": 10000.0, "rope_scaling": None})
+    )
     assert_logits(folder, logits)
     edit_config(folder, rope_scaling={"type": "linear", "factor": 2.0})
     scaled = save_judge(
-        folder.with_name("scaled"), args, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+        folder.with_name("scaled"),
+        args,
+        rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
     )
     assert_logits(folder, scaled)
 
 
-def test_bin_files_are_read_and_their_old_buffers_ignored(judged: tuple[Path, torch.Tensor]) -> None:
+def test_bin_files_are_read_and_their_old_buffers_ignored(
+    judged: tuple[Path, torch.Tensor],
+) -> None:
     from safetensors.torch import load_file
 
     folder, logits = judged
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    torch.save(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, folder / "pytorch_model.bin")
+    torch.save(
+        tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)},
+        folder / "pytorch_model.bin",
+    )
     assert_logits(folder, logits)
     first = dict(list(tensors.items())[:5])
     rest = {name: tensor for name, tensor in tensors.items() if name not in first}
@@ -114,7 +131,9 @@ def test_bin_files_are_read_and_their_old_buffers_ignored(judged: tuple[Path, to
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert_logits(folder, logits)
     (folder / "b.bin").unlink()
-    with pytest.raises(FileNotFoundError, match=r"b\.bin is missing: pytorch_model\.bin\.index\.json lists it"):
+    with pytest.raises(
+        FileNotFoundError, match=r"b\.bin is missing: pytorch_model\.bin\.index\.json lists it"
+    ):
         build(folder)
 
 
@@ -135,7 +154,9 @@ torch.save(build(Path({str(folder)!r})).model(TOKENS, 0), {str(tmp_path / "logit
 
 
 @pytest.mark.parametrize(
-    "options", [{"dtype": "bfloat16"}, {"quantize": "int8"}, {"quantize": "int4"}, {"dtype": "auto"}], ids=str
+    "options",
+    [{"dtype": "bfloat16"}, {"quantize": "int8"}, {"quantize": "int4"}, {"dtype": "auto"}],
+    ids=str,
 )
 def test_types_and_quantisations_are_those_of_the_releases_layout(
     judged: tuple[Path, torch.Tensor], tmp_path: Path, options: dict[str, Any]
@@ -157,8 +178,13 @@ def test_to_hugging_face_and_back_are_the_same_tensors(
     convert(str(tmp_path / "hf"), str(tmp_path / "back"), "meta")
     back = torch.load(tmp_path / "back" / "consolidated.00.pth", weights_only=True)
     assert back.keys() == state.keys()
-    assert all(back[name].dtype == torch.bfloat16 and torch.equal(back[name], state[name]) for name in state)
-    ours, theirs = (Checkpoint(tmp_path / folder).model_args(9, 9) for folder in ("back", "release"))
+    assert all(
+        back[name].dtype == torch.bfloat16 and torch.equal(back[name], state[name])
+        for name in state
+    )
+    ours, theirs = (
+        Checkpoint(tmp_path / folder).model_args(9, 9) for folder in ("back", "release")
+    )
     assert ours.hidden_dim == theirs.hidden_dim
     assert replace(ours, multiple_of=32) == theirs
 
@@ -179,51 +205,103 @@ def test_any_feed_forward_width_is_had_from_the_releases_formula(dim: int, hidde
     assert ModelArgs(dim=dim, **feed_forward_params(dim, hidden)).hidden_dim == hidden
 
 
-def test_the_tokenizer_is_found_in_the_folder_or_beside_it(judged: tuple[Path, torch.Tensor]) -> None:
+def test_the_tokenizer_is_found_in_the_folder_or_beside_it(
+    judged: tuple[Path, torch.Tensor],
+) -> None:
     folder = judged[0]
     build(folder)
     (folder / "tokenizer.model").rename(folder.parent / "tokenizer.model")
     build(folder)
     (folder.parent / "tokenizer.model").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.model in .* or beside it: pass tokenizer_path"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no tokenizer\.model in .* or beside it: pass tokenizer_path"
+    ):
         build(folder)
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"model_type": "mistral"}, "config.json has model_type 'mistral': not supported, only 'llama' is"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, r"has architectures \['LlamaForSequenceC"),
-        ({"attention_bias": True}, "config.json has attention_bias True: not supported, only False is"),
+        (
+            {"model_type": "mistral"},
+            "config.json has model_type 'mistral': not supported, only 'llama' is",
+        ),
+        (
+            {"architectures": ["LlamaForSequenceClassification"]},
+            r"has architectures \['LlamaForSequenceC",
+        ),
+        (
+            {"attention_bias": True},
+            "config.json has attention_bias True: not supported, only False is",
+        ),
         ({"mlp_bias": True}, "config.json has mlp_bias True: not supported"),
-        ({"hidden_act": "gelu"}, "config.json has hidden_act 'gelu': not supported, only 'silu' is"),
+        (
+            {"hidden_act": "gelu"},
+            "config.json has hidden_act 'gelu': not supported, only 'silu' is",
+        ),
         (
             {"quantization_config": {"quant_method": "fp8"}},
             "config.json has quant_method 'fp8': not supported, only gptq",
         ),
-        ({"quantization_config": "int4"}, "config.json has quantization_config 'int4': expected a dict"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling of type 'dynamic': not supported"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling of type 'llama3': not supported"),
+        (
+            {"quantization_config": "int4"},
+            "config.json has quantization_config 'int4': expected a dict",
+        ),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "rope_scaling of type 'dynamic': not supported",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "rope_scaling of type 'llama3': not supported",
+        ),
         ({"rope_scaling": "linear"}, "config.json has rope_scaling 'linear': expected a dict"),
         ({"rope_parameters": [1]}, r"config.json has rope_parameters \[1\]: expected a dict"),
         ({"architectures": 5}, "config.json has architectures 5: not supported, only"),
-        ({"num_key_value_heads": 0}, "config.json has num_key_value_heads 0: expected a positive integer"),
+        (
+            {"num_key_value_heads": 0},
+            "config.json has num_key_value_heads 0: expected a positive integer",
+        ),
         ({"rms_norm_eps": 0}, "config.json has rms_norm_eps 0: expected a positive number"),
-        ({"rope_parameters": {"rope_theta": 0}}, "config.json has rope_theta 0: expected a positive number"),
+        (
+            {"rope_parameters": {"rope_theta": 0}},
+            "config.json has rope_theta 0: expected a positive number",
+        ),
         (
             {"num_attention_heads": 64, "num_key_value_heads": 64, "head_dim": None},
             "64 attention heads and 64 key/value heads, which do",
         ),
-        ({"rope_scaling": {"type": "linear"}}, "has rope_scaling_factor None: expected a positive number"),
+        (
+            {"rope_scaling": {"type": "linear"}},
+            "has rope_scaling_factor None: expected a positive number",
+        ),
         ({"head_dim": 16}, "config.json has head_dim 16: not supported, only 8 is"),
         ({"hidden_size": None}, "config.json lacks key 'hidden_size'"),
-        ({"max_position_embeddings": "4k"}, "config.json has max_position_embeddings '4k': expected a positive int"),
-        ({"num_hidden_layers": -2}, "config.json has num_hidden_layers -2: expected a positive integer"),
-        ({"num_attention_heads": "8"}, "config.json has num_attention_heads '8': expected a positive integer"),
-        ({"num_hidden_layers": 3}, "lacks tensor layers.2.attention_norm.weight: config.json is of another model"),
+        (
+            {"max_position_embeddings": "4k"},
+            "config.json has max_position_embeddings '4k': expected a positive int",
+        ),
+        (
+            {"num_hidden_layers": -2},
+            "config.json has num_hidden_layers -2: expected a positive integer",
+        ),
+        (
+            {"num_attention_heads": "8"},
+            "config.json has num_attention_heads '8': expected a positive integer",
+        ),
+        (
+            {"num_hidden_layers": 3},
+            "lacks tensor layers.2.attention_norm.weight: config.json is of another model",
+        ),
         ({"num_hidden_layers": 1}, "holds unknown tensor model.layers.1.input_layernorm.weight"),
-        ({"intermediate_size": 64}, r"gate_proj.weight has shape \(192, 64\), and config.json asks for \(64, 64\)"),
-        ({"vocab_size": 500}, "config.json has vocab_size 500, the checkpoint's embedding 512 rows"),
+        (
+            {"intermediate_size": 64},
+            r"gate_proj.weight has shape \(192, 64\), and config.json asks for \(64, 64\)",
+        ),
+        (
+            {"vocab_size": 500},
+            "config.json has vocab_size 500, the checkpoint's embedding 512 rows",
+        ),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
 )
@@ -284,13 +362,21 @@ def test_files_that_are_broken_are_named(judged: tuple[Path, torch.Tensor]) -> N
     whole = weights.read_bytes()
     for content in (b"", b"<!DOCTYPE html>", whole[:-1000], b"\xff" * 16 + whole[16:]):
         weights.write_bytes(content)
-        with pytest.raises(ValueError, match=r"model\.safetensors is not a whole safetensors file: download it again"):
+        with pytest.raises(
+            ValueError,
+            match=r"model\.safetensors is not a whole safetensors file: download it again",
+        ):
             build(folder)
     weights.unlink()
-    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors, pytorch_model\.bin or index of either in"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no model\.safetensors, pytorch_model\.bin or index of either in"
+    ):
         build(folder)
     weights.mkdir()
-    with pytest.raises(OSError, match=r"model\.safetensors cannot be read \(Is a directory\): check that it is there"):
+    with pytest.raises(
+        OSError,
+        match=r"model\.safetensors cannot be read \(Is a directory\): check that it is there",
+    ):
         build(folder)
     config.write_text("[1]")
     with pytest.raises(ValueError, match=r"config\.json is not a JSON object: download it again"):
@@ -298,7 +384,9 @@ def test_files_that_are_broken_are_named(judged: tuple[Path, torch.Tensor]) -> N
     weights.rmdir()
     config.write_text(json.dumps(huggingface_config(ModelArgs(dim=64, vocab_size=512))))
     for name in ("../a.safetensors", 3):
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"lm_head.weight": name}})
+        )
         with pytest.raises(ValueError, match="has no weight_map of file names in its folder"):
             build(folder)
 
@@ -324,7 +412,10 @@ def test_damaged_safetensors_are_refused_or_do_not_matter(data: st.DataObject) -
 def saved(tmp_path_factory: pytest.TempPathFactory) -> None:
     global SAVED
     SAVED = tmp_path_factory.mktemp("saved") / "model.safetensors"
-    save_judge(SAVED.parent, ModelArgs(dim=64, n_layers=2, n_heads=8, vocab_size=512, multiple_of=32, max_seq_len=64))
+    save_judge(
+        SAVED.parent,
+        ModelArgs(dim=64, n_layers=2, n_heads=8, vocab_size=512, multiple_of=32, max_seq_len=64),
+    )
 
 
 def save_adapter(base: Path, out: Path, config: dict[str, Any]) -> torch.Tensor:
@@ -376,15 +467,27 @@ def test_adapters_that_would_change_the_result_otherwise_are_refused(
     path = adapter / "adapter_config.json"
     config = json.loads(path.read_text())
     for changes, sentence in (
-        ({"peft_type": "IA3"}, "adapter_config.json has peft_type 'IA3': not supported, only 'LORA' is"),
-        ({"bias": "all"}, "adapter_config.json has bias 'all', which would change the result: not supported"),
+        (
+            {"peft_type": "IA3"},
+            "adapter_config.json has peft_type 'IA3': not supported, only 'LORA' is",
+        ),
+        (
+            {"bias": "all"},
+            "adapter_config.json has bias 'all', which would change the result: not supported",
+        ),
         ({"use_dora": True}, "has use_dora True, which would change the result"),
         ({"modules_to_save": ["lm_head"]}, "has modules_to_save .*, which would change the result"),
         ({"rank_pattern": {"q_proj": 8}}, "has rank_pattern .*, which would change the result"),
         ({"fan_in_fan_out": True}, "has fan_in_fan_out True, which would change the result"),
-        ({"init_lora_weights": "pissa"}, "has init_lora_weights 'pissa', which would change the result"),
+        (
+            {"init_lora_weights": "pissa"},
+            "has init_lora_weights 'pissa', which would change the result",
+        ),
         ({"a_later_invention": 1}, "has a_later_invention 1, which would change the result"),
-        ({"r": 8}, r"lora_A.weight has shape \(4, 64\), and the model asks for \(8, 64\): it is an adapter of another"),
+        (
+            {"r": 8},
+            r"lora_A.weight has shape \(4, 64\), and the model asks for \(8, 64\): it is an adapter of another",
+        ),
         ({"lora_alpha": "8"}, "adapter_config.json has lora_alpha '8': expected a positive number"),
     ):
         path.write_text(json.dumps(config | changes))
@@ -397,23 +500,37 @@ def test_adapters_that_would_change_the_result_otherwise_are_refused(
     name = sorted(tensors)[0]
     other = name.replace("q_proj", "rotary")
     save_file({other: tensors[name].clone()} | tensors, adapter / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="has tensor .*rotary.*: only down_proj, gate_proj, k_proj, .* can be adapted"):
+    with pytest.raises(
+        ValueError,
+        match="has tensor .*rotary.*: only down_proj, gate_proj, k_proj, .* can be adapted",
+    ):
         build(folder, adapter_dir=adapter)
-    save_file({n: t for n, t in tensors.items() if n != name}, adapter / "adapter_model.safetensors")
+    save_file(
+        {n: t for n, t in tensors.items() if n != name}, adapter / "adapter_model.safetensors"
+    )
     with pytest.raises(ValueError, match=f"lacks tensor {name}: download it again"):
         build(folder, adapter_dir=adapter)
-    save_file({n: t for n, t in tensors.items() if "layers.1." not in n}, adapter / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=r"lacks tensor .*layers\.1\.self_attn\.q_proj\.lora_A\.weight: download"):
+    save_file(
+        {n: t for n, t in tensors.items() if "layers.1." not in n},
+        adapter / "adapter_model.safetensors",
+    )
+    with pytest.raises(
+        ValueError, match=r"lacks tensor .*layers\.1\.self_attn\.q_proj\.lora_A\.weight: download"
+    ):
         build(folder, adapter_dir=adapter)
     save_file({}, adapter / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="has no tensors: download it again"):
         build(folder, adapter_dir=adapter)
     (adapter / "adapter_model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors cannot be read \(No such file"):
+    with pytest.raises(
+        FileNotFoundError, match=r"adapter_model\.safetensors cannot be read \(No such file"
+    ):
         build(folder, adapter_dir=adapter)
 
 
-def test_without_safetensors_the_error_says_what_to_install(judged: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
+def test_without_safetensors_the_error_says_what_to_install(
+    judged: tuple[Path, torch.Tensor], tmp_path: Path
+) -> None:
     script = tmp_path / "without.py"
     script.write_text(f"""
 import sys
@@ -425,17 +542,24 @@ except ImportError as error:
     print(error)
 """)
     job = run_python(script)
-    assert "model.safetensors needs the package safetensors: pip install safetensors" in job.stdout, job.stderr
+    assert (
+        "model.safetensors needs the package safetensors: pip install safetensors" in job.stdout
+    ), job.stderr
 
 
 def extended(folder: Path, args: ModelArgs, rows: int, added: list[str], file: str) -> torch.Tensor:
-    """A judged folder with an embedding of so many rows, and tokens beyond tokenizer.model's 512 that `file` lists."""
+    """A judged folder with an embedding of so many rows, and tokens beyond tokenizer.model's 512
+    that `file` lists.
+    """
     logits = save_judge(folder, replace(args, vocab_size=rows))
     ids = dict(zip(added, range(512, 512 + len(added)), strict=True))
     if file == "added_tokens.json":
         (folder / file).write_text(json.dumps(ids))
     elif file == "tokenizer.json":
-        entries = [{"id": token, "content": text, "special": True} for text, token in {"<s>": 1, **ids}.items()]
+        entries = [
+            {"id": token, "content": text, "special": True}
+            for text, token in {"<s>": 1, **ids}.items()
+        ]
         (folder / file).write_text(json.dumps({"added_tokens": entries}))
     return logits
 
@@ -451,7 +575,9 @@ def test_tokens_that_were_added_are_part_of_the_vocabulary(
     llm = build(folder)
     assert (llm.tokenizer.n_used, llm.tokenizer.n_words) == (514, rows)
     ids = llm.tokenizer.encode("a<|im_start|>b[PAD]", bos=False, eos=False)
-    assert ids.count(512) == ids.count(513) == 1 and llm.tokenizer.decode(ids) == "a<|im_start|>b[PAD]"
+    assert (
+        ids.count(512) == ids.count(513) == 1 and llm.tokenizer.decode(ids) == "a<|im_start|>b[PAD]"
+    )
     convert(str(folder), str(tmp_path / "again"), "hf")
     convert(str(tmp_path / "again"), str(tmp_path / "release"), "meta")
     for name in ("again", "release"):
@@ -474,25 +600,31 @@ def test_rows_that_only_pad_the_embedding_are_never_drawn(tmp_path: Path, args: 
     assert scored is not None and scored[0][1:] == pytest.approx(exact, abs=1e-4)
 
 
-@pytest.mark.parametrize(("rows", "added"), [(513, []), (516, ["<a>", "<b>"]), (528, []), (1024, []), (544, [])])
+@pytest.mark.parametrize(
+    ("rows", "added"), [(513, []), (516, ["<a>", "<b>"]), (528, []), (1024, []), (544, [])]
+)
 def test_rows_that_nothing_explains_are_another_tokenizers(
     tmp_path: Path, args: ModelArgs, rows: int, added: list[str]
 ) -> None:
     extended(tmp_path / "other", args, rows, added, "added_tokens.json")
     with pytest.raises(
-        ValueError, match=rf"tokenizer has {512 + len(added)} pieces, the checkpoint's embedding {rows} r"
+        ValueError,
+        match=rf"tokenizer has {512 + len(added)} pieces, the checkpoint's embedding {rows} r",
     ):
         build(tmp_path / "other")
 
 
 def test_added_tokens_without_a_row_are_left_out(tmp_path: Path, args: ModelArgs) -> None:
     folder = tmp_path / "folder"
-    logits = extended(folder, args, 512, ["<pad>"], "added_tokens.json")  # as Meta's first folders have it
+    # as Meta's first folders have it
+    logits = extended(folder, args, 512, ["<pad>"], "added_tokens.json")
     assert_logits(folder, logits)
     assert build(folder).tokenizer.n_words == 512
 
 
-def test_added_tokens_with_spaces_or_of_pieces_that_are_there(tmp_path: Path, args: ModelArgs) -> None:
+def test_added_tokens_with_spaces_or_of_pieces_that_are_there(
+    tmp_path: Path, args: ModelArgs
+) -> None:
     extended(tmp_path / "folder", args, 514, ["<|end of text|>", "</s>"], "added_tokens.json")
     tokenizer = build(tmp_path / "folder").tokenizer
     assert 512 in tokenizer.encode("a<|end of text|>b", bos=False, eos=False)
@@ -508,8 +640,12 @@ def test_a_folder_is_resharded_without_a_tokenizer_that_is_not_its_own(
     assert "writing no tokenizer.model: tokenizer has 512 pieces" in caplog.text
 
 
-@pytest.mark.parametrize("content", ['{"a": [1]}', '{"a": "b"}', '{"": 512}', '{"a": 512.5}', "[]", "{"])
-def test_added_tokens_that_are_none_are_refused(tmp_path: Path, args: ModelArgs, content: str) -> None:
+@pytest.mark.parametrize(
+    "content", ['{"a": [1]}', '{"a": "b"}', '{"": 512}', '{"a": 512.5}', "[]", "{"]
+)
+def test_added_tokens_that_are_none_are_refused(
+    tmp_path: Path, args: ModelArgs, content: str
+) -> None:
     folder = tmp_path / "broken"
     extended(folder, args, 513, [], "")
     (folder / "added_tokens.json").write_text(content)

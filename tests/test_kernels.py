@@ -1,4 +1,6 @@
-"""What our kernels compute beside PyTorch and float64; the products of 4 and 8 bits are in test_stores.py."""
+"""What our kernels compute beside PyTorch and float64; the products of 4 and 8 bits are in
+test_stores.py.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from llama.model import RMSNorm, apply_rotary_emb, precompute_freqs_cis
 from llama.ops import CausalMask, attention, kernels, swiglu, write_cache
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="our kernels were not built")
-multiplies_bfloat16 = pytest.mark.skipif(not has_bfloat16_products(), reason="needs bfloat16 instructions")
+multiplies_bfloat16 = pytest.mark.skipif(
+    not has_bfloat16_products(), reason="needs bfloat16 instructions"
+)
 
 
 def draw(*shape: int) -> Tensor:
@@ -44,7 +48,12 @@ def test_the_norm(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_gate_as_far_as_float32_reaches() -> None:
-    gate = torch.cat((draw(2000) * 10, torch.tensor([0.0, -0.0, 1e-30, 60, -60, 88, -88, 1e4, -1e4, 1e30, -1e30])))
+    gate = torch.cat(
+        (
+            draw(2000) * 10,
+            torch.tensor([0.0, -0.0, 1e-30, 60, -60, 88, -88, 1e4, -1e4, 1e30, -1e30]),
+        )
+    )
     up = draw(len(gate))
     exact = F.silu(gate.double()) * up.double()
     ours = swiglu(gate[None], up[None])[0]
@@ -63,9 +72,14 @@ def test_the_gate_of_a_product_that_is_split() -> None:
 @pytest.mark.parametrize("own_positions", [False, True])
 def test_the_rotary_embedding(own_positions: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     x = draw(2, 5, 3 * 8 * 2)
-    xq, xk = x.unflatten(-1, (6, 8)).split([4, 2], dim=2)  # parts of one product, whose tokens are apart
+    # parts of one product, whose tokens are apart
+    xq, xk = x.unflatten(-1, (6, 8)).split([4, 2], dim=2)
     freqs_cis = precompute_freqs_cis(8, 64)
-    freqs_cis = freqs_cis[torch.tensor([[3, 4, 5, 6, 7], [20, 21, 22, 23, 24]])] if own_positions else freqs_cis[2:7]
+    freqs_cis = (
+        freqs_cis[torch.tensor([[3, 4, 5, 6, 7], [20, 21, 22, 23, 24]])]
+        if own_positions
+        else freqs_cis[2:7]
+    )
     before, ours = x.clone(), apply_rotary_emb(xq, xk, freqs_cis)
     assert torch.equal(x, before)
     stock(monkeypatch)
@@ -73,13 +87,17 @@ def test_the_rotary_embedding(own_positions: bool, monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(near, exact)
 
 
-def test_angles_that_are_not_the_originals_are_pytorchs_to_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_angles_that_are_not_the_originals_are_pytorchs_to_multiply(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     xq, xk, freqs_cis = draw(2, 3, 4, 8), draw(2, 3, 2, 8), precompute_freqs_cis(8, 5)
     rotated = apply_rotary_emb(xq, xk, freqs_cis[:3])
     back = apply_rotary_emb(*rotated, freqs_cis[:3].conj())
     torch.testing.assert_close(back, (xq, xk))
     torch.testing.assert_close(apply_rotary_emb(xq, xk, freqs_cis[None, :3])[0], rotated[0])
-    torch.testing.assert_close(apply_rotary_emb(xq, xk, freqs_cis[:3].to(torch.complex128))[0], rotated[0])
+    torch.testing.assert_close(
+        apply_rotary_emb(xq, xk, freqs_cis[:3].to(torch.complex128))[0], rotated[0]
+    )
     with pytest.raises(RuntimeError):
         apply_rotary_emb(xq, xk, freqs_cis)
     with pytest.raises(RuntimeError):
@@ -87,8 +105,12 @@ def test_angles_that_are_not_the_originals_are_pytorchs_to_multiply(monkeypatch:
 
 
 @pytest.mark.parametrize("dim", [16, 48, 64, 128, 256])
-@pytest.mark.parametrize(("heads", "kv_heads", "seqlen"), [(4, 4, 1), (4, 4, 3), (8, 1, 1), (4, 2, 4)])
-def test_attention_sees_a_row_up_to_each_token(dim: int, heads: int, kv_heads: int, seqlen: int) -> None:
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "seqlen"), [(4, 4, 1), (4, 4, 3), (8, 1, 1), (4, 2, 4)]
+)
+def test_attention_sees_a_row_up_to_each_token(
+    dim: int, heads: int, kv_heads: int, seqlen: int
+) -> None:
     length, starts = 200, torch.tensor([[0], [63], [64], [150]])
     xq, positions = draw(4, seqlen, heads, dim), starts + torch.arange(seqlen)
     keys, values = draw(2, 6, kv_heads, 256, dim)[:, :4, :, :length]
@@ -100,9 +122,12 @@ def test_attention_sees_a_row_up_to_each_token(dim: int, heads: int, kv_heads: i
         attn_mask=(torch.arange(length) <= positions[:, None, :, None]),
     )
     beyond = torch.arange(length)[:, None] > positions.amax(dim=1)[:, None, None, None]
-    keys, values = (t.masked_fill(beyond, torch.nan) for t in (keys, values))  # nothing of it is touched
+    # nothing of it is touched
+    keys, values = (t.masked_fill(beyond, torch.nan) for t in (keys, values))
     ours = attention(xq, keys, values, mask)
-    torch.testing.assert_close(ours.double(), exact.transpose(1, 2).flatten(2), atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(
+        ours.double(), exact.transpose(1, 2).flatten(2), atol=2e-6, rtol=2e-6
+    )
     own = CausalMask(positions[2:3], length, heads // kv_heads)
     alone = attention(xq[2:3], keys[2:3], values[2:3], own)
     assert torch.equal(alone[0], ours[2])
@@ -112,7 +137,9 @@ def test_attention_with_scores_that_differ_by_far_and_with_one_that_is_no_number
     xq, positions = torch.full((1, 1, 1, 16), 30.0), torch.tensor([[99]])
     keys, values = torch.zeros(1, 1, 100, 16), draw(1, 1, 100, 16)
     keys[0, 0, 70] = 30
-    torch.testing.assert_close(attention(xq, keys, values, CausalMask(positions, 100, 1))[0, 0], values[0, 0, 70])
+    torch.testing.assert_close(
+        attention(xq, keys, values, CausalMask(positions, 100, 1))[0, 0], values[0, 0, 70]
+    )
     keys[0, 0, 20] = torch.nan
     assert attention(xq, keys, values, CausalMask(positions, 100, 1)).isnan().all()
 
@@ -151,4 +178,6 @@ def test_nothing_of_ours_computes_where_gradients_are_wanted() -> None:
         trained(draw(2, 8)).sum().backward()
         assert trained.weight.grad is not None
         with torch.no_grad():
-            assert torch.equal(torch.vmap(norm)(x := draw(3, 2, 8)), F.rms_norm(x, (8,), norm.weight, norm.eps))
+            assert torch.equal(
+                torch.vmap(norm)(x := draw(3, 2, 8)), F.rms_norm(x, (8,), norm.weight, norm.eps)
+            )

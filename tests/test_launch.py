@@ -96,9 +96,15 @@ options: list[tuple[BuildOptions, SamplingParams]] = []
         (["x", "--max_seq", "8"], "unknown option --max_seq: did you mean --max_seq_len?"),
         (["x", "--compile"], "unknown option --compile: "),
         (["--count", "3"], "no ckpt_dir is given: see python -m llama sample --help"),
-        (["x", "a", "1", "b c"], "'b c' is one word too many: put a text of several in quotes, or see python"),
+        (
+            ["x", "a", "1", "b c"],
+            "'b c' is one word too many: put a text of several in quotes, or see python",
+        ),
         (["x", "--count", "1", "--text"], "--text needs a value"),
-        (["x", "--text", "--plain"], "--text needs a value; one that looks like a flag is written --text=--…"),
+        (
+            ["x", "--text", "--plain"],
+            "--text needs a value; one that looks like a flag is written --text=--…",
+        ),
         (["x", "--text"], "--text needs a value"),
         (["x", "--count", "3.5"], "--count is '3.5': use a whole number"),
         (["x", "--limit", "many"], "--limit is 'many': use a whole number"),
@@ -108,7 +114,10 @@ options: list[tuple[BuildOptions, SamplingParams]] = []
         (["x", "--kind", "c"], "--kind is 'c': use a or b"),
         (["x", "--seed", "abc"], "--seed is 'abc': use a whole number"),
         (["x", "--temperature", "warm"], "--temperature is 'warm': use a number"),
-        (["x", "--temperature", "-1"], "temperature is -1: use 0 for greedy decoding, or a positive number"),
+        (
+            ["x", "--temperature", "-1"],
+            "temperature is -1: use 0 for greedy decoding, or a positive number",
+        ),
         (["x", "--top_p=2"], "top_p is 2: use more than 0 and at most 1"),
         (["x", "--max_tokens", "-2"], "max_gen_len is -2: use 0 or more"),
         (["x", "--stop", ""], "stop is ['']: use strings that are not empty"),
@@ -121,19 +130,37 @@ def test_what_cannot_be_understood_is_refused_before_anything_runs(
 ) -> None:
     given.clear()
     status, out, err = start(SAMPLE, "sample", *words)
-    assert (status, out) == (2, "") and err.startswith(f"error: {sentence}") and err.count("\n") == 1
+    assert (
+        (status, out) == (2, "") and err.startswith(f"error: {sentence}") and err.count("\n") == 1
+    )
     assert not given
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        *("Short, friendly", "Hello # there", "2024", "1e3", "None", "True", "a,b", "{a: b}", "'x'", "two\nlines"),
+        *(
+            "Short, friendly",
+            "Hello # there",
+            "2024",
+            "1e3",
+            "None",
+            "True",
+            "a,b",
+            "{a: b}",
+            "'x'",
+            "two\nlines",
+        ),
         *("- dash", "-", "--", "-1", "x=1", "~", "~/x", "", "100 %", "%s", "@file"),
     ],
 )
 def test_text_arrives_as_typed(start: Start, text: str) -> None:
-    for words in (["x", text], ["x", "--text", text], ["x", f"--text={text}"], ["--text", text, "x"]):
+    for words in (
+        ["x", text],
+        ["x", "--text", text],
+        ["x", f"--text={text}"],
+        ["--text", text, "x"],
+    ):
         given.clear()
         assert start(SAMPLE, "sample", *words) == (0, "", "")
         assert given[0][:2] == ("x", text)
@@ -160,9 +187,17 @@ def test_flags_are_the_fields_of_the_options(start: Start) -> None:
         ("x --max_gen_len 5", BUILD, SamplingParams(max_tokens=5)),
         ("x --max-tokens=5 --top-p .5", BUILD, SamplingParams(max_tokens=5, top_p=0.5)),
         ("x --max_gen_len None --stop . --stop=7", BUILD, SamplingParams(stop=(".", "7"))),
-        ("x --max_seq_len 9 --device cpu", BuildOptions(max_seq_len=9, device="cpu"), SamplingParams()),
+        (
+            "x --max_seq_len 9 --device cpu",
+            BuildOptions(max_seq_len=9, device="cpu"),
+            SamplingParams(),
+        ),
         ("x --quantize None --seed 3", BuildOptions(max_seq_len=64, seed=3), SamplingParams()),
-        ("x --cuda_graph False --quantize int8", dataclasses.replace(BUILD, cuda_graph=False, quantize="int8"), None),
+        (
+            "x --cuda_graph False --quantize int8",
+            dataclasses.replace(BUILD, cuda_graph=False, quantize="int8"),
+            None,
+        ),
     ):
         options.clear()
         assert start(SAMPLE, "sample", *words.split()) == (0, "", "")
@@ -180,7 +215,9 @@ PER_PROMPT = {"logprobs", "top_logprobs", "echo"}  # each call, or line of a bat
 
 
 @pytest.mark.parametrize("command", HIDDEN)
-def test_a_new_option_is_a_flag_of_every_command_that_does_not_hide_it(start: Start, command: str) -> None:
+def test_a_new_option_is_a_flag_of_every_command_that_does_not_hide_it(
+    start: Start, command: str
+) -> None:
     help = start(COMMANDS, command, "--help")[1]
     wanted = {field.name for field in dataclasses.fields(BuildOptions)} - HIDDEN[command]
     if command in ("chat", "run", "batch"):
@@ -208,13 +245,19 @@ def test_a_new_option_is_a_flag_of_every_command_that_does_not_hide_it(start: St
         (["chat", TINY, "--temperature", "-1"], "temperature is -1: use 0 for greedy decoding"),
         (["run", TINY, "Hello", "--top_p", "7"], "top_p is 7: use more than 0 and at most 1"),
         (["batch", TINY, "in", "out", "--max_gen_len", "-5"], "max_gen_len is -5: use 0 or more"),
-        (["batch", TINY, "in", "out", "--seed", "-1"], "seed is -1: use 0 or more and less than 4294967296"),
+        (
+            ["batch", TINY, "in", "out", "--seed", "-1"],
+            "seed is -1: use 0 or more and less than 4294967296",
+        ),
         (["perplexity", TINY, "text", "--stride", "0"], "stride is 0: use 1 or more"),
         (["serve", TINY, "--max_waiting", "-1"], "max_waiting is -1: use 0 or more"),
         (["serve", TINY, "--drain", "-1"], "drain is -1: use 0 or more"),
         (["reshard", TINY, "out", "0"], "model_parallel_size is 0: use 1 or more"),
         (["convert", TINY, "out", "onnx"], "to is 'onnx': use 'hf', 'meta' or 'gguf'"),
-        (["verify", TINY, "--seed", "1"], "unknown option --seed: see python -m llama verify --help"),
+        (
+            ["verify", TINY, "--seed", "1"],
+            "unknown option --seed: see python -m llama verify --help",
+        ),
     ],
 )
 def test_a_wrong_value_is_refused_before_anything_is_loaded(
@@ -227,7 +270,9 @@ def test_a_wrong_value_is_refused_before_anything_is_loaded(
     assert status in (1, 2) and out == "" and err.startswith(f"error: {sentence}")
 
 
-def test_a_tilde_is_the_home_folder_in_paths(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_is_the_home_folder_in_paths(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "models").symlink_to(TINY)
     status, out, err = start(COMMANDS, "info", "--ckpt_dir=~/models")
@@ -269,7 +314,9 @@ def test_without_a_command_the_commands_are_shown(start: Start) -> None:
 def test_an_unknown_command_is_told_with_a_suggestion(start: Start) -> None:
     assert start(COMMANDS, "chta")[2] == "error: 'chta' is no command: did you mean chat?\n"
     status, _, err = start(COMMANDS, "llama-2-tiny")
-    assert status == 2 and err.startswith("error: 'llama-2-tiny' is no command: use chat, run, serve, batch, ")
+    assert status == 2 and err.startswith(
+        "error: 'llama-2-tiny' is no command: use chat, run, serve, batch, "
+    )
 
 
 def test_the_version_is_that_of_the_package_and_the_changelog(start: Start) -> None:
@@ -299,12 +346,18 @@ def test_the_examples_refuse_an_unknown_flag_before_they_load(
 ) -> None:
     monkeypatch.setattr(llama.Llama, "build", lambda *_, **__: pytest.fail("loaded"))
     sentence = "error: unknown option --temprature: did you mean --temperature?\n"
-    for words in (["--temprature", "0"], ["--temprature=0"], ["x", "--top_p", "1", "--temprature", "0"]):
+    for words in (
+        ["--temprature", "0"],
+        ["--temprature=0"],
+        ["x", "--top_p", "1", "--temprature", "0"],
+    ):
         assert start(EXAMPLES[example], *words) == (2, "", sentence)
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_the_examples_take_their_flags_with_dashes_and_show_help(start: Start, example: str) -> None:
+def test_the_examples_take_their_flags_with_dashes_and_show_help(
+    start: Start, example: str
+) -> None:
     status, out, err = start(EXAMPLES[example], "--max-gen-len", "3", "--temperature", "0")
     assert status == 0 and out.count(">") >= 4, err
     status, out, err = start(EXAMPLES[example], "--help")
@@ -319,7 +372,12 @@ def test_the_first_rank_alone_shows_help(start: Start, monkeypatch: pytest.Monke
 def shell(command: str) -> subprocess.CompletedProcess[str]:
     command = command.replace("LLAMA", f"{sys.executable} -m llama")
     return subprocess.run(
-        ["bash", "-c", command], cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=60
+        ["bash", "-c", command],
+        cwd=ROOT,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
 
 
@@ -339,9 +397,14 @@ def test_output_that_cannot_be_written_is_a_sentence() -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
 def test_ctrl_c_pressed_again_and_again_shows_no_traceback() -> None:
-    environment = clean_environment() | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    environment = clean_environment() | {
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, str(ROOT / "tests" / "workers" / "endless.py")]
-    job = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    job = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert job.stdout is not None
     while "generating" not in job.stdout.readline():
         pass
@@ -365,7 +428,9 @@ main()
     environment = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     job = run_fresh(script, "info", TINY, env=environment)
     assert job.returncode == 0 and "release layout" in job.stdout, job.stderr
-    job = run_fresh(script, "chat", TINY, "--temperature=0", input="Where does the fox live?\n", env=environment)
+    job = run_fresh(
+        script, "chat", TINY, "--temperature=0", input="Where does the fox live?\n", env=environment
+    )
     assert job.returncode == 0 and "The fox lives" in job.stdout, job.stderr
 
 

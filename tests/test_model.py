@@ -29,7 +29,9 @@ def test_logits_equal_those_of_transformers(args: ModelArgs, n_kv_heads: int | N
     args.n_kv_heads, args.norm_eps = n_kv_heads, 0.1
     args.rope_theta = 10000.0 if n_kv_heads else 1e6  # Code Llama's
     state = random_state(args)
-    judge = transformers.LlamaForCausalLM(transformers.LlamaConfig(**huggingface_config(args))).eval()
+    judge = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**huggingface_config(args))
+    ).eval()
     renamed = {
         huggingface_name(name): split_halves(tensor, args.head_dim) if is_rotary(name) else tensor
         for name, tensor in state.items()
@@ -38,7 +40,9 @@ def test_logits_equal_those_of_transformers(args: ModelArgs, n_kv_heads: int | N
 
     tokens = tokens_of(3, 40)
     with torch.no_grad():
-        torch.testing.assert_close(random_model(args)(tokens), judge(tokens).logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            random_model(args)(tokens), judge(tokens).logits, atol=1e-4, rtol=0
+        )
 
 
 def test_the_feed_forward_widths_are_the_releases() -> None:
@@ -82,7 +86,9 @@ def test_in_training_the_model_is_differentiable_and_keeps_no_cache(args: ModelA
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
     assert model.cache is None
     assert not model.eval()(tokens_of(2, 16)).requires_grad
-    torch.testing.assert_close(model(tokens_of(2, 16)), model.train()(tokens_of(2, 16)).detach(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        model(tokens_of(2, 16)), model.train()(tokens_of(2, 16)).detach(), atol=1e-4, rtol=0
+    )
 
 
 def test_rounding_the_weights_leaves_the_rotary_angles_exact(args: ModelArgs) -> None:
@@ -98,12 +104,21 @@ def test_forward_refuses_what_does_not_fit(args: ModelArgs, llm: Llama) -> None:
         llm.model(tokens_of(1, 5), 60)
     with pytest.raises(ValueError, match="tokens have 5 rows, and max_batch_size is 4"):
         llm.model(tokens_of(5, 1), 0)
-    for tokens, start in ((torch.ones(3).long(), 0), (torch.ones(1, 0).long(), 0), (torch.ones(1, 3).long(), -1)):
+    for tokens, start in (
+        (torch.ones(3).long(), 0),
+        (torch.ones(1, 0).long(), 0),
+        (torch.ones(1, 3).long(), -1),
+    ):
         with pytest.raises(ValueError, match="tokens are .* at .*: pass"):
             llm.model(tokens, start)
-    with pytest.raises(ValueError, match="start_pos is 3 in training, which keeps no cache: call eval"):
+    with pytest.raises(
+        ValueError, match="start_pos is 3 in training, which keeps no cache: call eval"
+    ):
         random_model(args).train()(tokens_of(1, 5), 3)
-    with pytest.raises(ValueError, match=r"tokens are \(1, 65\): pass \(bsz, seqlen\), seqlen at most max_seq_len, 64"):
+    with pytest.raises(
+        ValueError,
+        match=r"tokens are \(1, 65\): pass \(bsz, seqlen\), seqlen at most max_seq_len, 64",
+    ):
         random_model(args).train()(tokens_of(1, 65))
     with pytest.raises(ValueError, match="vocab_size is -1: set it to the tokenizer's n_words"):
         Transformer(ModelArgs())

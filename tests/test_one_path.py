@@ -1,4 +1,6 @@
-"""Transformer.forward is what runs: whatever a user puts into the model sees every pass, and counts from the next call."""
+"""Transformer.forward is what runs: whatever a user puts into the model sees every pass, and counts
+from the next call.
+"""
 
 from __future__ import annotations
 
@@ -35,12 +37,15 @@ def test_a_replaced_forward_runs_once_for_every_pass(
     where: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm = build_golden(**options)
-    want = llm.generate([PROMPT], 12, 0)  # a first call, after which nothing may be left that leaves it out
+    # a first call, after which nothing may be left that leaves it out
+    want = llm.generate([PROMPT], 12, 0)
     calls: list[tuple[Any, ...]] = []
     layer = llm.model.layers[1]
     inner = TransformerBlock.forward
 
-    def counted(self: Any, x: Tensor, start_pos: Any, freqs_cis: Tensor, mask: Tensor | None) -> Tensor:
+    def counted(
+        self: Any, x: Tensor, start_pos: Any, freqs_cis: Tensor, mask: Tensor | None
+    ) -> Tensor:
         if self is layer:
             calls.append((x.shape, start_pos, freqs_cis.shape, mask))
         return inner(self, x, start_pos, freqs_cis, mask)
@@ -51,7 +56,9 @@ def test_a_replaced_forward_runs_once_for_every_pass(
         monkeypatch.setattr(layer, "forward", counted.__get__(layer))
     for _ in range(2):
         calls.clear()
-        count = passes(llm, lambda: want == llm.generate([PROMPT], 12, 0) or pytest.fail("another text"))
+        count = passes(
+            llm, lambda: want == llm.generate([PROMPT], 12, 0) or pytest.fail("another text")
+        )
         assert len(calls) == count > 10
     assert all(isinstance(start_pos, View) and mask is None for _, start_pos, _, mask in calls)
     calls.clear()
@@ -67,7 +74,9 @@ def test_a_replaced_attention_gets_the_originals_arguments_and_may_use_the_view(
 ) -> None:
     want = llm.generate([PROMPT, [1, 40]], 12, 0)
 
-    def forward(self: Any, x: Tensor, start_pos: Any, freqs_cis: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(
+        self: Any, x: Tensor, start_pos: Any, freqs_cis: Tensor, mask: Tensor | None
+    ) -> Tensor:
         bsz, seqlen, _ = x.shape
         assert start_pos.positions.shape == (bsz, seqlen)
         xq = self.wq(x).view(bsz, seqlen, self.n_local_heads, self.head_dim)
@@ -97,7 +106,9 @@ def test_a_replaced_attention_gets_the_originals_arguments_and_may_use_the_view(
         lambda start: int(start),
     ],
 )
-def test_arithmetic_on_a_view_says_how_to_adapt(llm: Llama, monkeypatch: pytest.MonkeyPatch, use: Any) -> None:
+def test_arithmetic_on_a_view_says_how_to_adapt(
+    llm: Llama, monkeypatch: pytest.MonkeyPatch, use: Any
+) -> None:
     inner = llm.model.layers[0].forward
 
     def forward(x: Tensor, start_pos: Any, freqs_cis: Tensor, mask: Tensor | None) -> Tensor:
@@ -106,7 +117,9 @@ def test_arithmetic_on_a_view_says_how_to_adapt(llm: Llama, monkeypatch: pytest.
 
     monkeypatch.setattr(llm.model.layers[0], "forward", forward)
     llm.model(torch.tensor([PROMPT]), 0)
-    with pytest.raises(TypeError, match=r"start_pos is a view of the cache, not an integer: .*start_pos\.positions"):
+    with pytest.raises(
+        TypeError, match=r"start_pos is a view of the cache, not an integer: .*start_pos\.positions"
+    ):
         llm.generate([PROMPT], 5, 0)
 
 
@@ -156,7 +169,9 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_while_a_stream_is_half_read_counts_from_the_next_call(change: Callable[[Transformer], None]) -> None:
+def test_a_change_while_a_stream_is_half_read_counts_from_the_next_call(
+    change: Callable[[Transformer], None],
+) -> None:
     llm = build_golden(max_batch_size=3)
     changed = build_golden(max_batch_size=3)
     change(changed.model)
@@ -241,7 +256,12 @@ def test_blocks_have_the_originals_attributes(args: ModelArgs) -> None:
     block = TransformerBlock(1, args)
     assert (block.n_heads, block.dim, block.head_dim, block.layer_id) == (8, 64, 8, 1)
     attention = block.attention
-    numbers = (attention.n_kv_heads, attention.n_local_heads, attention.n_local_kv_heads, attention.n_rep)
+    numbers = (
+        attention.n_kv_heads,
+        attention.n_local_heads,
+        attention.n_local_kv_heads,
+        attention.n_rep,
+    )
     assert numbers == (4, 8, 4, 2) and attention.head_dim == 8
     assert attention.cache_k.shape == attention.cache_v.shape == (4, 64, 4, 8)
     model = Transformer(args)
@@ -257,10 +277,15 @@ def test_fairscales_arguments_are_taken_or_refused_by_name() -> None:
     build_golden()
     layer = ColumnParallelLinear(8, 4, bias=False, gather_output=False, init_method=nn.init.zeros_)
     assert (layer.weight == 0).all() and layer(torch.ones(1, 1, 8)).shape == (1, 1, 4)
-    assert RowParallelLinear(8, 4, bias=False, input_is_parallel=True)(torch.ones(1, 1, 8)).shape == (1, 1, 4)
+    assert RowParallelLinear(8, 4, bias=False, input_is_parallel=True)(
+        torch.ones(1, 1, 8)
+    ).shape == (1, 1, 4)
     assert ParallelEmbedding(5, 8, init_method=nn.init.ones_)(torch.tensor([[1, 2]])).sum() == 16
     for make, sentence in (
-        (lambda: ColumnParallelLinear(8, 4), "bias is True, which Llama's layers have no use for: pass bias=False"),
+        (
+            lambda: ColumnParallelLinear(8, 4),
+            "bias is True, which Llama's layers have no use for: pass bias=False",
+        ),
         (lambda: RowParallelLinear(8, 4, bias=False, stride=2), "stride is 2, .*: pass stride=1"),
         (lambda: ParallelEmbedding(5, 8, padding_idx=0), None),
         (lambda: ParallelEmbedding(5, 8, max_norm=1.0), "max_norm is 1.0, .*: pass max_norm=None"),
@@ -312,8 +337,12 @@ def test_fused_forms_give_way_to_whoever_watches() -> None:
 
 
 def test_plain_parameters_lie_in_no_writable_file(tmp_path: Path) -> None:
-    """A private mapping: editing a weight that is used where the file has it must not edit the file."""
-    state = {name: t.bfloat16() for name, t in torch.load(GOLDEN / "mha-mp1/consolidated.00.pth").items()}
+    """A private mapping: editing a weight that is used where the file has it must not edit the
+    file.
+    """
+    state = {
+        name: t.bfloat16() for name, t in torch.load(GOLDEN / "mha-mp1/consolidated.00.pth").items()
+    }
     torch.save(state, tmp_path / "consolidated.00.pth")
     (tmp_path / "params.json").write_text((GOLDEN / "mha-mp1" / "params.json").read_text())
     before = (tmp_path / "consolidated.00.pth").read_bytes()
@@ -337,7 +366,9 @@ def test_plain_parameters_lie_in_no_writable_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{"quantize": "int8"}, {"quantize": "int4"}])
-def test_a_packed_layers_weight_is_a_read_only_copy_until_one_is_assigned(options: dict[str, Any]) -> None:
+def test_a_packed_layers_weight_is_a_read_only_copy_until_one_is_assigned(
+    options: dict[str, Any],
+) -> None:
     llm = build_golden(**options)
     layer = llm.model.layers[0].attention.wv
     assert isinstance(layer, ShardedLinear)
@@ -347,7 +378,9 @@ def test_a_packed_layers_weight_is_a_read_only_copy_until_one_is_assigned(option
         weight.mul_(2)
     before = llm.generate([PROMPT], 6, 0, logprobs=True)
     layer.weight = nn.Parameter(-weight.clone(), requires_grad=False)
-    assert layer.packed is None and "layers.0.attention.wv.weight" in dict(llm.model.named_parameters())
+    assert layer.packed is None and "layers.0.attention.wv.weight" in dict(
+        llm.model.named_parameters()
+    )
     after = llm.generate([PROMPT], 6, 0, logprobs=True)
     assert after[1] != before[1]
     again = pickle.loads(pickle.dumps(llm.model))

@@ -36,14 +36,19 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in NAMES.items() for name in names])
+@pytest.mark.parametrize(
+    ("module", "name"), [(module, name) for module, names in NAMES.items() for name in names]
+)
 def test_every_name_is_where_the_original_has_it(module: str, name: str) -> None:
     assert hasattr(importlib.import_module(module), name)
 
 
 def test_names_are_the_same_thing_wherever_they_stand() -> None:
     assert generation.sample_top_p is original.sample_top_p
-    assert model.repeat_kv is original.repeat_kv and model.reshape_for_broadcast is original.reshape_for_broadcast
+    assert (
+        model.repeat_kv is original.repeat_kv
+        and model.reshape_for_broadcast is original.reshape_for_broadcast
+    )
     assert generation.Transformer is model.Transformer is Transformer
     assert generation.Message is chat.Message and generation.SPECIAL_TAGS is chat.SPECIAL_TAGS
 
@@ -55,11 +60,24 @@ def test_the_tags_and_types_are_the_originals() -> None:
     assert generation.UNSAFE_ERROR == "Error: special tags are not allowed as part of the prompt."
     assert get_args(generation.Role) == ("system", "user", "assistant")
     keys = {"generation", "tokens", "logprobs"}
-    assert keys <= generation.CompletionPrediction.__optional_keys__ | generation.CompletionPrediction.__required_keys__
-    assert keys <= generation.ChatPrediction.__optional_keys__ | generation.ChatPrediction.__required_keys__
+    assert (
+        keys
+        <= generation.CompletionPrediction.__optional_keys__
+        | generation.CompletionPrediction.__required_keys__
+    )
+    assert (
+        keys
+        <= generation.ChatPrediction.__optional_keys__ | generation.ChatPrediction.__required_keys__
+    )
     fields = [(name, field.default) for name, field in ModelArgs.__dataclass_fields__.items()]
     assert fields[:10] == [
-        *(("dim", 4096), ("n_layers", 32), ("n_heads", 32), ("n_kv_heads", None), ("vocab_size", -1)),
+        *(
+            ("dim", 4096),
+            ("n_layers", 32),
+            ("n_heads", 32),
+            ("n_kv_heads", None),
+            ("vocab_size", -1),
+        ),
         *(("multiple_of", 256), ("ffn_dim_multiplier", None), ("norm_eps", 1e-5)),
         *(("max_batch_size", 32), ("max_seq_len", 2048)),
     ]
@@ -111,7 +129,8 @@ def test_parameters_have_the_originals_names_order_and_defaults(where: str, want
         assert not default or repr(parameter.default) == default[0]
     assert len(parameters) >= len(originals)
     for added in parameters[len(originals) :]:
-        if added.kind is inspect.Parameter.VAR_KEYWORD:  # the options that the original does not have
+        # the options that the original does not have
+        if added.kind is inspect.Parameter.VAR_KEYWORD:
             continue
         assert added.default is not inspect.Parameter.empty, f"{added.name} must be given"
         assert added.kind is inspect.Parameter.KEYWORD_ONLY or module != "generation"
@@ -127,23 +146,31 @@ def test_rms_norm_has_a_default_eps() -> None:
 
 def test_frequencies_are_the_originals() -> None:
     freqs = model.precompute_freqs_cis(8, 6, 500.0)
-    wanted = [[cmath.exp(1j * position * 500.0 ** (-2 * i / 8)) for i in range(4)] for position in range(6)]
+    wanted = [
+        [cmath.exp(1j * position * 500.0 ** (-2 * i / 8)) for i in range(4)]
+        for position in range(6)
+    ]
     torch.testing.assert_close(freqs, torch.tensor(wanted, dtype=torch.complex64))
-    torch.testing.assert_close(model.precompute_freqs_cis(8, 6), model.precompute_freqs_cis(8, 6, theta=10000.0))
+    torch.testing.assert_close(
+        model.precompute_freqs_cis(8, 6), model.precompute_freqs_cis(8, 6, theta=10000.0)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_queries_and_keys_are_rotated_together(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     xq, xk = torch.randn(2, 5, 4, 8).to(dtype), torch.randn(2, 5, 2, 8).to(dtype)
-    freqs = model.precompute_freqs_cis(8, 12)[3:8]  # (seqlen, head_dim / 2), as the original's layers pass it
+    # (seqlen, head_dim / 2), as the original's layers pass it
+    freqs = model.precompute_freqs_cis(8, 12)[3:8]
     rotated = model.apply_rotary_emb(xq, xk, freqs)
     assert len(rotated) == 2
     for x, y in zip((xq, xk), rotated, strict=True):
         assert y.dtype == dtype and y.shape == x.shape
         for b, s, h, i in [(0, 0, 0, 0), (1, 4, 1, 3), (0, 2, x.shape[2] - 1, 1), (1, 3, 0, 2)]:
             pair = complex(*x[b, s, h, 2 * i : 2 * i + 2].tolist()) * complex(freqs[s, i])
-            near = pytest.approx([pair.real, pair.imag], rel=1e-2 if dtype == torch.bfloat16 else 1e-5, abs=1e-6)
+            near = pytest.approx(
+                [pair.real, pair.imag], rel=1e-2 if dtype == torch.bfloat16 else 1e-5, abs=1e-6
+            )
             assert y[b, s, h, 2 * i : 2 * i + 2].tolist() == near
 
 
@@ -183,22 +210,31 @@ def test_draws_are_those_of_the_nucleus_and_of_torchs_seed() -> None:
     torch.manual_seed(1)
     assert torch.equal(original.sample_top_p(probs, 0.6), draws)
     assert not torch.equal(original.sample_top_p(probs, 0.6), draws)
-    assert (torch.bincount(draws[:, 0], minlength=3) / 20_000).tolist() == pytest.approx([0, 2 / 3, 1 / 3], abs=0.02)
+    assert (torch.bincount(draws[:, 0], minlength=3) / 20_000).tolist() == pytest.approx(
+        [0, 2 / 3, 1 / 3], abs=0.02
+    )
     assert original.sample_top_p(probs[0], 0.5).tolist() == [1]
     assert original.sample_top_p(probs[:6].reshape(2, 3, 3), 0.5).tolist() == [[[1]] * 3] * 2
 
 
 @pytest.mark.parametrize(("multiplier", "width"), [(None, 192), (1.3, 224)])
-def test_a_feed_forward_layer_rounds_its_width_as_the_original_does(multiplier: float | None, width: int) -> None:
+def test_a_feed_forward_layer_rounds_its_width_as_the_original_does(
+    multiplier: float | None, width: int
+) -> None:
     layer = model.FeedForward(64, 4 * 64, 32, multiplier)
-    assert layer.w1.weight.shape == layer.w3.weight.shape == (width, 64) and layer.w2.weight.shape == (64, width)
+    assert layer.w1.weight.shape == layer.w3.weight.shape == (
+        width,
+        64,
+    ) and layer.w2.weight.shape == (64, width)
     assert layer(torch.zeros(2, 3, 64)).shape == (2, 3, 64)
 
 
 def test_a_block_is_made_of_its_number_and_the_arguments(args: ModelArgs) -> None:
     block = model.TransformerBlock(1, args)
     whole = Transformer(args).layers[1].state_dict()
-    assert {name: t.shape for name, t in block.state_dict().items()} == {name: t.shape for name, t in whole.items()}
+    assert {name: t.shape for name, t in block.state_dict().items()} == {
+        name: t.shape for name, t in whole.items()
+    }
     assert model.Attention(args).wk.weight.shape == (32, 64)
 
 
@@ -211,7 +247,9 @@ def bare(args: ModelArgs) -> Transformer:
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_bare_model_goes_on_from_what_it_has_seen(bare: Transformer, mode: Callable[[], Any]) -> None:
+def test_a_bare_model_goes_on_from_what_it_has_seen(
+    bare: Transformer, mode: Callable[[], Any]
+) -> None:
     tokens = torch.randint(3, 512, (3, 12), generator=torch.Generator().manual_seed(0))
     whole = bare.train()(tokens, 0).detach()  # one pass over its own input
     bare.eval()
@@ -220,7 +258,8 @@ def test_a_bare_model_goes_on_from_what_it_has_seen(bare: Transformer, mode: Cal
         torch.testing.assert_close(torch.cat(steps, dim=1), whole[:, :10], atol=1e-4, rtol=0)
         fewer = bare(tokens[:2, 10:], 10)  # each row goes on from its own
         torch.testing.assert_close(fewer, whole[:2, 10:], atol=1e-4, rtol=0)
-        torch.testing.assert_close(bare(tokens[2:], 0), whole[2:], atol=1e-4, rtol=0)  # another text in the first row
+        # another text in the first row
+        torch.testing.assert_close(bare(tokens[2:], 0), whole[2:], atol=1e-4, rtol=0)
     assert bare.state_dict().keys() == random_state(bare.params).keys()
 
 
@@ -250,12 +289,18 @@ def test_a_bare_model_needs_no_context_to_run_as_the_originals_does(bare: Transf
 
 def test_a_llama_made_by_hand_equals_a_built_one() -> None:
     folder, tokenizer = GOLDEN / "gqa-mp1", Tokenizer(GOLDEN / "tokenizer.model")
-    args = ModelArgs(max_seq_len=64, max_batch_size=4, **json.loads((folder / "params.json").read_text()))
+    args = ModelArgs(
+        max_seq_len=64, max_batch_size=4, **json.loads((folder / "params.json").read_text())
+    )
     args.vocab_size = tokenizer.n_words
     by_hand = Transformer(args)
-    by_hand.load_state_dict(torch.load(folder / "consolidated.00.pth", weights_only=True), strict=False)
+    by_hand.load_state_dict(
+        torch.load(folder / "consolidated.00.pth", weights_only=True), strict=False
+    )
     golden = expected("gqa")
-    tokens, logprobs = Llama(by_hand, tokenizer).generate(golden["prompt_tokens"], 20, 0, logprobs=True)
+    tokens, logprobs = Llama(by_hand, tokenizer).generate(
+        golden["prompt_tokens"], 20, 0, logprobs=True
+    )
     assert tokens == golden["greedy"]["tokens"]
     for ours, theirs in zip(logprobs or [], golden["greedy"]["logprobs"], strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4)
@@ -269,7 +314,11 @@ def test_a_script_with_its_own_loop_generates_what_generate_does(llm: Llama) -> 
     torch.manual_seed(5)
     drawn = continue_prompts(llm, golden["prompt_tokens"], 20, 1.0)
     torch.manual_seed(5)
-    assert continue_prompts(llm, golden["prompt_tokens"], 20, 1.0) == drawn != golden["greedy"]["tokens"]
+    assert (
+        continue_prompts(llm, golden["prompt_tokens"], 20, 1.0)
+        == drawn
+        != golden["greedy"]["tokens"]
+    )
 
 
 def test_under_torchrun_the_seed_of_build_is_torchs_seed_too(tmp_path: Path) -> None:
@@ -333,12 +382,17 @@ def test_a_dialog_that_is_not_nested_is_told_to_be_put_in_a_list(llm: Llama) -> 
 
 
 def test_results_have_the_originals_keys(llm: Llama) -> None:
-    text, scored = (llm.text_completion(["hi"], 0, 0.9, 4, logprobs)[0] for logprobs in (False, True))
+    text, scored = (
+        llm.text_completion(["hi"], 0, 0.9, 4, logprobs)[0] for logprobs in (False, True)
+    )
     assert text["generation"] == scored["generation"]
     assert "tokens" not in text and "logprobs" not in text
     assert len(scored["tokens"]) == len(scored["logprobs"]) > 0
     (answer,) = llm.chat_completion([[{"role": "user", "content": "hi"}]], 0, 0.9, 4)
-    assert answer["generation"].keys() == {"role", "content"} and answer["generation"]["role"] == "assistant"
+    assert (
+        answer["generation"].keys() == {"role", "content"}
+        and answer["generation"]["role"] == "assistant"
+    )
 
 
 def test_hooks_fire_on_every_linear_layer_and_parameters_are_whole() -> None:
@@ -358,7 +412,10 @@ def test_hooks_fire_on_every_linear_layer_and_parameters_are_whole() -> None:
             fired[name] = output.shape[-1]
 
         llm.model.get_submodule(name).register_forward_hook(note)
-    for run in (lambda: llm.generate([[1, 30, 31]], 3, 0), lambda: llm.model(torch.tensor([[1, 30]]), 0)):
+    for run in (
+        lambda: llm.generate([[1, 30, 31]], 3, 0),
+        lambda: llm.model(torch.tensor([[1, 30]]), 0),
+    ):
         fired.clear()
         run()
         widths = {name: wanted[f"{name}.weight"].shape[0] for name in layers}
@@ -367,7 +424,9 @@ def test_hooks_fire_on_every_linear_layer_and_parameters_are_whole() -> None:
 
 def test_a_hook_may_change_what_a_layer_gives(llm: Llama) -> None:
     before = llm.generate([[1, 30, 31]], 8, 0)[0]
-    handle = llm.model.get_submodule("layers.0.attention.wv").register_forward_hook(lambda m, x, y: -y)
+    handle = llm.model.get_submodule("layers.0.attention.wv").register_forward_hook(
+        lambda m, x, y: -y
+    )
     try:
         assert llm.generate([[1, 30, 31]], 8, 0)[0] != before
     finally:

@@ -20,20 +20,28 @@ from llama.cli.info import info, verify
 from llama.ops import kernels
 from llama.parallel import ShardedLinear
 
-ARGS = ModelArgs(dim=256, n_layers=2, n_heads=8, n_kv_heads=4, vocab_size=512, multiple_of=256, max_seq_len=64)
+ARGS = ModelArgs(
+    dim=256, n_layers=2, n_heads=8, n_kv_heads=4, vocab_size=512, multiple_of=256, max_seq_len=64
+)
 TOKENS = torch.randint(3, 512, (2, 24), generator=torch.Generator().manual_seed(0))
 built = pytest.mark.skipif(kernels.library() is None, reason="our kernels were not built")
 
 
 def pack(q: Tensor, bits: int, order: list[int]) -> Tensor:
-    """Integers (n, m) into 32-bit words (n, m × bits / 32): integer j of a word in its place order[j]."""
+    """Integers (n, m) into 32-bit words (n, m × bits / 32): integer j of a word in its place
+    order[j].
+    """
     words = q.long().unflatten(1, (-1, 32 // bits))
     packed = sum(words[:, :, j] << bits * place for j, place in enumerate(order))
     return torch.where(packed >= 2**31, packed - 2**32, packed).int()  # type: ignore[arg-type]
 
 
-def quantized(weight: Tensor, bits: int, groups: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """q (in, out), zeros and scales (groups, out) for a weight (out, in) whose input i is of group groups[i]."""
+def quantized(
+    weight: Tensor, bits: int, groups: Tensor, symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q (in, out), zeros and scales (groups, out) for a weight (out, in) whose input i is of group
+    groups[i].
+    """
     w, count = weight.T, int(groups.max()) + 1
     zeros, scales = torch.empty(count, len(weight)), torch.empty(count, len(weight))
     for g in range(count):
@@ -43,7 +51,9 @@ def quantized(weight: Tensor, bits: int, groups: Tensor, symmetric: bool) -> tup
             high = torch.maximum(high, -low)
             low = -high
         scales[g] = ((high - low) / (2**bits - 1)).half().float()
-        zeros[g] = 2.0 ** (bits - 1) if symmetric else (-low / scales[g]).round().clamp(1, 2**bits - 1)
+        zeros[g] = (
+            2.0 ** (bits - 1) if symmetric else (-low / scales[g]).round().clamp(1, 2**bits - 1)
+        )
     q = (w / scales[groups] + zeros[groups]).round().clamp(0, 2**bits - 1)
     return q, zeros, scales
 
@@ -73,7 +83,11 @@ def write_folder(
         groups = torch.arange(inputs) // size
         if act_order:
             # q, k and v, and gate and up, multiply the same input, which orders them alike.
-            groups = groups[torch.randperm(inputs, generator=generator.manual_seed(inputs + len(stem.split(".")[2])))]
+            groups = groups[
+                torch.randperm(
+                    inputs, generator=generator.manual_seed(inputs + len(stem.split(".")[2]))
+                )
+            ]
         q, zeros, scales = quantized(theirs, bits, groups, symmetric)
         exact = ((q - zeros[groups]) * scales[groups]).T
         values[name] = interleave(exact, ARGS.head_dim) if is_rotary(name) else exact
@@ -86,11 +100,21 @@ def write_folder(
             tensors[f"{stem}.bias"] = torch.zeros(rows, dtype=torch.float16)
         else:
             order = [0, 4, 1, 5, 2, 6, 3, 7]
-            tensors[f"{stem}.qweight"], tensors[f"{stem}.qzeros"] = pack(q, 4, order), pack(zeros, 4, order)
+            tensors[f"{stem}.qweight"], tensors[f"{stem}.qzeros"] = (
+                pack(q, 4, order),
+                pack(zeros, 4, order),
+            )
         tensors[f"{stem}.scales"] = scales.half()
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        folder / "model.safetensors",
+    )
     kind = {"quant_method": method, "bits": bits, "group_size": group_size}
-    kind |= {"desc_act": act_order, "sym": symmetric} if method == "gptq" else {"version": "gemm", "zero_point": True}
+    kind |= (
+        {"desc_act": act_order, "sym": symmetric}
+        if method == "gptq"
+        else {"version": "gemm", "zero_point": True}
+    )
     kind |= {"checkpoint_format": layout} if layout else {}
     config = huggingface_config(ARGS) | {"model_type": "llama", "quantization_config": kind | said}
     (folder / "config.json").write_text(json.dumps(config))
@@ -103,7 +127,9 @@ def build(folder: Path, **options: Any) -> Llama:
 
 
 def layers_of(llm: Llama) -> dict[str, ShardedLinear]:
-    return {f"{name}.weight": m for name, m in llm.model.named_modules() if isinstance(m, ShardedLinear)}
+    return {
+        f"{name}.weight": m for name, m in llm.model.named_modules() if isinstance(m, ShardedLinear)
+    }
 
 
 def model_of(values: dict[str, Tensor]) -> Transformer:
@@ -148,7 +174,9 @@ def test_a_packed_folder_is_the_model_of_its_values(tmp_path: Path, how: dict[st
         for name, layer in layers_of(own).items():
             if name != "output.weight":
                 assert getattr(layer.packed, "shared", layer.packed).bits == how.get("bits", 4)
-                torch.testing.assert_close(layer.packed.dequantize(), values[name], atol=1e-6, rtol=1e-6)
+                torch.testing.assert_close(
+                    layer.packed.dequantize(), values[name], atol=1e-6, rtol=1e-6
+                )
         attention = own.model.layers[1].attention
         assert attention.wq.packed.shared is attention.wv.packed.shared
 
@@ -162,7 +190,9 @@ def test_symmetric_weights_take_no_lows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", [how for how in FORMATS if how.get("group_size") != -1], ids=str)
 def test_transformers_reads_the_same_values(tmp_path: Path, how: dict[str, Any]) -> None:
-    pytest.importorskip("gptqmodel", reason="transformers reads packed weights by gptqmodel and optimum")
+    pytest.importorskip(
+        "gptqmodel", reason="transformers reads packed weights by gptqmodel and optimum"
+    )
     transformers = pytest.importorskip("transformers")
     values = write_folder(tmp_path / "packed", **how)
     judge = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
@@ -205,7 +235,11 @@ Llama.build("{tmp_path}/order", None, 64, 1, device="cpu", quantize="int4")
 def test_other_ways_to_hold_a_packed_folder_are_honoured(tmp_path: Path) -> None:
     values = write_folder(tmp_path / "packed", act_order=True)
     wanted = model_of(values)(TOKENS).detach()
-    for options, bound in (({"quantize": "int8"}, 0.03), ({"dtype": "bfloat16"}, 0.03), ({"quantize": "int4"}, 0.1)):
+    for options, bound in (
+        ({"quantize": "int8"}, 0.03),
+        ({"dtype": "bfloat16"}, 0.03),
+        ({"quantize": "int4"}, 0.1),
+    ):
         llm = build(tmp_path / "packed", **options)
         assert (llm.model(TOKENS).float() - wanted).norm() / wanted.norm() < bound
 
@@ -213,9 +247,15 @@ def test_other_ways_to_hold_a_packed_folder_are_honoured(tmp_path: Path) -> None
 def test_a_packed_folder_is_described_checked_and_converted(tmp_path: Path) -> None:
     values = write_folder(tmp_path / "packed", symmetric=False)
     said = info(str(tmp_path / "packed"))
-    assert "packed: Hugging Face layout, 1 file(s) of weights, " in said and "GPTQ in 4 bits and float16" in said
+    assert (
+        "packed: Hugging Face layout, 1 file(s) of weights, " in said
+        and "GPTQ in 4 bits and float16" in said
+    )
     assert said.splitlines()[4].split()[-3:] == ["own", "cache", "pass"]
-    assert verify(str(tmp_path / "packed")) == "21 tensors are whole, as far as can be seen without a checklist.chk"
+    assert (
+        verify(str(tmp_path / "packed"))
+        == "21 tensors are whole, as far as can be seen without a checklist.chk"
+    )
     convert(str(tmp_path / "packed"), str(tmp_path / "plain"), "meta")
     state = build(tmp_path / "plain", dtype="float32").model.state_dict()
     assert all(torch.equal(state[name], value.half().float()) for name, value in values.items())
@@ -228,7 +268,9 @@ def test_a_zero_of_0_has_borrowed_from_its_neighbour_in_version_1(tmp_path: Path
     tensors[f"{stem}.qzeros"][:, 0] &= ~0xF  # the first row's zero
     save_file(tensors, file)
     wanted = build(tmp_path / "packed", dtype="float32").model.state_dict()
-    zeros = {name: tensor - 0x11111111 for name, tensor in tensors.items() if name.endswith(".qzeros")}
+    zeros = {
+        name: tensor - 0x11111111 for name, tensor in tensors.items() if name.endswith(".qzeros")
+    }
     save_file(tensors | zeros, file)
     edit_config(tmp_path / "packed", checkpoint_format="gptq")
     ours = build(tmp_path / "packed", dtype="float32").model.state_dict()
@@ -238,7 +280,9 @@ def test_a_zero_of_0_has_borrowed_from_its_neighbour_in_version_1(tmp_path: Path
 def edit_config(folder: Path, **said: Any) -> None:
     file = folder / "config.json"
     config = json.loads(file.read_text())
-    file.write_text(json.dumps(config | {"quantization_config": config["quantization_config"] | said}))
+    file.write_text(
+        json.dumps(config | {"quantization_config": config["quantization_config"] | said})
+    )
 
 
 def test_what_older_packers_wrote_is_found(tmp_path: Path) -> None:
@@ -251,7 +295,9 @@ def test_what_older_packers_wrote_is_found(tmp_path: Path) -> None:
     (folder / "quantize_config.json").write_text(json.dumps(kind))
     (folder / "model.safetensors").rename(folder / "gptq_model-4bit-128g.safetensors")
     state = build(folder, dtype="float32").model.state_dict()
-    torch.testing.assert_close(state["layers.0.attention.wq.weight"], values["layers.0.attention.wq.weight"])
+    torch.testing.assert_close(
+        state["layers.0.attention.wq.weight"], values["layers.0.attention.wq.weight"]
+    )
     (folder / "quantize_config.json").unlink()
     kind = {"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMM"}
     (folder / "quant_config.json").write_text(json.dumps(kind))
@@ -266,7 +312,10 @@ def test_what_older_packers_wrote_is_found(tmp_path: Path) -> None:
             {"quant_method": "bitsandbytes"},
             "config.json has quant_method 'bitsandbytes': not supported, only gptq and awq",
         ),
-        ({"quant_method": None}, "config.json has quant_method None: not supported, only gptq and awq are"),
+        (
+            {"quant_method": None},
+            "config.json has quant_method None: not supported, only gptq and awq are",
+        ),
         (
             {"checkpoint_format": "marlin"},
             "weights in gptq's format 'marlin': not supported, only 'gptq' and 'gptq_v2'",
@@ -275,12 +324,17 @@ def test_what_older_packers_wrote_is_found(tmp_path: Path) -> None:
         ({"bits": None}, "config.json has bits None: not supported, only 4 and 8 are"),
         ({"checkpoint_format": None, "format": "marlin"}, "weights in gptq's format 'marlin'"),
         ({"group_size": 16}, "has group_size 16: not supported, only -1 and multiples of 32 are"),
-        ({"group_size": 64}, r"qzeros has shape \(\d, 32\), which does not fit 4 bits in groups of 64"),
+        (
+            {"group_size": 64},
+            r"qzeros has shape \(\d, 32\), which does not fit 4 bits in groups of 64",
+        ),
         ({"bits": 8}, "which does not fit 8 bits in groups of 128: download it again"),
         ({"quant_method": "awq"}, "weights in awq's format|does not fit 4 bits"),
     ],
 )
-def test_other_packings_are_refused_by_name(tmp_path: Path, said: dict[str, Any], sentence: str) -> None:
+def test_other_packings_are_refused_by_name(
+    tmp_path: Path, said: dict[str, Any], sentence: str
+) -> None:
     write_folder(tmp_path / "packed")
     edit_config(tmp_path / "packed", **said)
     with pytest.raises(ValueError, match=sentence):
@@ -290,7 +344,8 @@ def test_other_packings_are_refused_by_name(tmp_path: Path, said: dict[str, Any]
 def test_versions_of_awq_that_pack_otherwise_are_refused_by_name(tmp_path: Path) -> None:
     write_folder(tmp_path / "packed", "awq", version="gemv")
     with pytest.raises(
-        ValueError, match="config.json has weights in awq's format 'gemv': not supported, only 'gemm' are"
+        ValueError,
+        match="config.json has weights in awq's format 'gemv': not supported, only 'gemm' are",
     ):
         build(tmp_path / "packed")
 
@@ -306,11 +361,28 @@ def test_damaged_parts_are_refused_by_name(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=sentence):
             build(tmp_path / "packed")
 
-    refused({f"{stem}.scales": None}, rf"{stem}\.scales is missing beside {stem}\.qweight: download it again")
-    refused({f"{stem}.qweight": tensors[f"{stem}.qweight"][:-1].contiguous()}, "does not fit 4 bits in groups of 128")
-    refused({f"{stem}.qzeros": tensors[f"{stem}.qzeros"].float()}, rf"{stem}\.qzeros is of float32: download it again")
-    refused({f"{stem}.g_idx": torch.zeros(256, dtype=torch.int32)}, "groups that are not of 128 inputs")
-    refused({f"{stem}.scales": torch.tensor(1.0).half()}, rf"{stem}\.scales has shape \(\): download it again")
-    refused({f"{stem}.qweight": torch.tensor(1).int()}, rf"{stem}\.qweight has shape \(\): download it again")
+    refused(
+        {f"{stem}.scales": None},
+        rf"{stem}\.scales is missing beside {stem}\.qweight: download it again",
+    )
+    refused(
+        {f"{stem}.qweight": tensors[f"{stem}.qweight"][:-1].contiguous()},
+        "does not fit 4 bits in groups of 128",
+    )
+    refused(
+        {f"{stem}.qzeros": tensors[f"{stem}.qzeros"].float()},
+        rf"{stem}\.qzeros is of float32: download it again",
+    )
+    refused(
+        {f"{stem}.g_idx": torch.zeros(256, dtype=torch.int32)}, "groups that are not of 128 inputs"
+    )
+    refused(
+        {f"{stem}.scales": torch.tensor(1.0).half()},
+        rf"{stem}\.scales has shape \(\): download it again",
+    )
+    refused(
+        {f"{stem}.qweight": torch.tensor(1).int()},
+        rf"{stem}\.qweight has shape \(\): download it again",
+    )
     refused({f"{stem}.bias": torch.ones(256).half()}, rf"holds unknown tensor {stem}\.bias")
     refused({"model.norm.weight": torch.ones(256).int()}, r"model\.norm\.weight is of int32")

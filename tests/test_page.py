@@ -21,7 +21,8 @@ from selenium.webdriver.common.by import By
 SCRIPTED = Path(__file__).with_name("serving.py")
 FLAGS = ("--max_seq_len", "16384", "--max_batch_size", "2", "--dtype", "float32")
 pytestmark = pytest.mark.skipif(
-    not (shutil.which("chromium") and shutil.which("chromedriver")), reason="needs chromium and chromedriver"
+    not (shutil.which("chromium") and shutil.which("chromedriver")),
+    reason="needs chromium and chromedriver",
 )
 
 
@@ -112,7 +113,11 @@ class Page:
 def page(chrome: Chrome, served: Served) -> Iterator[Page]:
     page = Page(chrome, served.url)
     yield page
-    severe = [entry for entry in chrome.get_log("browser") if "Content Security Policy" in entry["message"]]
+    severe = [
+        entry
+        for entry in chrome.get_log("browser")
+        if "Content Security Policy" in entry["message"]
+    ]
     assert not severe, "the page needs nothing that its policy forbids"
 
 
@@ -126,13 +131,17 @@ def test_an_answer_streams_in_and_says_how_fast_it_was(page: Page) -> None:
 
 
 def test_stop_and_escape_keep_what_had_come(page: Page) -> None:
-    for stop in (lambda: page.find("#send").click(), lambda: page.find("#draft").send_keys(Keys.ESCAPE)):
+    for stop in (
+        lambda: page.find("#send").click(),
+        lambda: page.find("#draft").send_keys(Keys.ESCAPE),
+    ):
         page.ask("slow:500")
         page.until(lambda: page.all(".assistant .text")[-1].count("fox") > 2)
         stop()
         page.until(page.idle)
         assert (
-            2 < page.all(".assistant .text")[-1].count("fox") < 400 and "stopped" in page.all(".assistant .tools")[-1]
+            2 < page.all(".assistant .text")[-1].count("fox") < 400
+            and "stopped" in page.all(".assistant .tools")[-1]
         )
 
 
@@ -156,15 +165,23 @@ def test_a_reload_keeps_conversations_drafts_and_what_had_come(page: Page) -> No
     page.answer("say:kept")
     page.find("#draft").send_keys("not yet sent")
     page.reload()
-    assert page.all(".assistant .text") == ["kept"] and page.find("#draft").get_attribute("value") == "not yet sent"
+    assert (
+        page.all(".assistant .text") == ["kept"]
+        and page.find("#draft").get_attribute("value") == "not yet sent"
+    )
     page.find("#draft").clear()
     page.ask("slow:300")
     page.until(lambda: page.all(".assistant .text")[-1].count("fox") > 20)
     page.reload()
-    assert page.all(".assistant .text")[-1].count("fox") > 5 and "interrupted" in page.all(".assistant .tools")[-1]
+    assert (
+        page.all(".assistant .text")[-1].count("fox") > 5
+        and "interrupted" in page.all(".assistant .tools")[-1]
+    )
 
 
-def test_a_server_that_dies_in_mid_answer_loses_nothing_and_is_seen_to_be_back(chrome: Chrome) -> None:
+def test_a_server_that_dies_in_mid_answer_loses_nothing_and_is_seen_to_be_back(
+    chrome: Chrome,
+) -> None:
     with Served(*FLAGS, script=SCRIPTED) as served:
         page = Page(chrome, served.url)
         page.ask("slow:900")
@@ -200,9 +217,19 @@ def test_markdown_becomes_lists_code_and_emphasis(page: Page) -> None:
         for (let n = 0; n <= text.length; n += arguments[1]) growing.show(text.slice(0, n));
         growing.show(text); return target.innerHTML"""
     whole = page.chrome.execute_script(script, text, len(text))
-    for part in ("<h3>Head</h3>", "<strong>bold</strong>", "<em>slanted</em>", "<code>a*b*c</code>", "<li>two</li>"):
+    for part in (
+        "<h3>Head</h3>",
+        "<strong>bold</strong>",
+        "<em>slanted</em>",
+        "<code>a*b*c</code>",
+        "<li>two</li>",
+    ):
         assert part in whole
-    assert '<ol start="3">' in whole and "<code>x = 1\n\ny = 2</code>" in whole and "<p>End</p>" in whole
+    assert (
+        '<ol start="3">' in whole
+        and "<code>x = 1\n\ny = 2</code>" in whole
+        and "<p>End</p>" in whole
+    )
     for step in (1, 3, 7):  # wherever the pieces of a stream are cut
         assert page.chrome.execute_script(script, text, step) == whole
 
@@ -225,7 +252,9 @@ def test_ten_thousand_tokens_stay_smooth(page: Page) -> None:
     page.ask("as many as you can")
     page.until(page.idle, 120)
     assert page.all(".assistant .text")[-1].count("fox") == 10000
-    assert page.chrome.execute_script("return longest") < 1500, "milliseconds without a frame, on a busy machine"
+    assert page.chrome.execute_script("return longest") < 1500, (
+        "milliseconds without a frame, on a busy machine"
+    )
 
 
 def test_conversations_are_searched_renamed_deleted_and_brought_back(page: Page) -> None:
@@ -256,7 +285,10 @@ def test_conversations_go_out_as_json_and_come_in_again(page: Page, tmp_path: Pa
     assert page.all("#list li") == []
     page.find("#file").send_keys(str(file))
     page.until(lambda: page.all(".assistant .text") == ["<b>exported</b>"])
-    for name, content, sentence in (("a.json", "{", "is not JSON"), ("b.json", '[{"messages": 3}]', "conversation 1")):
+    for name, content, sentence in (
+        ("a.json", "{", "is not JSON"),
+        ("b.json", '[{"messages": 3}]', "conversation 1"),
+    ):
         (tmp_path / name).write_text(content)
         page.find("#file").send_keys(str(tmp_path / name))
         page.until(lambda sentence=sentence: sentence in page.alert)
@@ -303,7 +335,10 @@ def test_two_tabs_do_not_undo_each_other(page: Page) -> None:
 
 def test_it_is_used_by_keyboard_and_fits_a_phone(page: Page) -> None:
     page.find("#draft").send_keys("line one", Keys.SHIFT + Keys.ENTER + Keys.NULL, "line two")
-    assert page.find("#draft").get_attribute("value") == "line one\nline two" and page.all(".message") == []
+    assert (
+        page.find("#draft").get_attribute("value") == "line one\nline two"
+        and page.all(".message") == []
+    )
     unnamed = page.chrome.execute_script(
         """return [...document.querySelectorAll("button, input, textarea, select")].filter((e) => !e.hidden &&
         !(e.textContent.trim() || e.ariaLabel || e.labels?.length)).map((e) => e.outerHTML)"""
@@ -312,7 +347,8 @@ def test_it_is_used_by_keyboard_and_fits_a_phone(page: Page) -> None:
     page.chrome.set_window_size(360, 740)
     try:
         page.chrome.execute_cdp_cmd(
-            "Emulation.setDeviceMetricsOverride", {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
+            "Emulation.setDeviceMetricsOverride",
+            {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True},
         )
         assert page.chrome.execute_script("return document.documentElement.scrollWidth") <= 360
         assert not page.find("aside").is_displayed()

@@ -19,7 +19,9 @@ TEXT = "The owl lives in the tower. It likes to read.\nOnce upon a time, there w
 
 
 @given(st.integers(2, 60), st.integers(2, 20), st.data())
-def test_windows_predict_every_id_but_the_first_once(count: int, length: int, data: st.DataObject) -> None:
+def test_windows_predict_every_id_but_the_first_once(
+    count: int, length: int, data: st.DataObject
+) -> None:
     ids, stride = list(range(count)), data.draw(st.integers(1, length - 1))
     predicted = []
     for window in windows_of(ids, length, stride):
@@ -32,7 +34,9 @@ def test_windows_predict_every_id_but_the_first_once(count: int, length: int, da
 
 
 @pytest.mark.parametrize(("length", "stride"), [(16, 15), (16, 4), (64, 63)])
-def test_the_score_is_the_sum_of_each_windows_logprobs(llm: Llama, length: int, stride: int) -> None:
+def test_the_score_is_the_sum_of_each_windows_logprobs(
+    llm: Llama, length: int, stride: int
+) -> None:
     ids = llm.tokenizer.encode(TEXT, bos=True, eos=False)
     windows = windows_of(ids, length, stride)
     total = 0.0
@@ -47,13 +51,28 @@ def test_the_score_is_the_sum_of_each_windows_logprobs(llm: Llama, length: int, 
 
 def test_the_command_tells_perplexity_and_bits_per_byte(tmp_path: Path) -> None:
     (tmp_path / "text").write_text(TEXT)
-    job = run_python("-m", "llama", "perplexity", TINY, tmp_path / "text", "--max_seq_len", "32", "--dtype", "float32")
+    job = run_python(
+        "-m",
+        "llama",
+        "perplexity",
+        TINY,
+        tmp_path / "text",
+        "--max_seq_len",
+        "32",
+        "--dtype",
+        "float32",
+    )
     assert job.returncode == 0, job.stderr
     llm = Llama.build(TINY, None, 32, 1, device="cpu", dtype="float32")
     result = score(llm, windows_of(llm.tokenizer.encode(TEXT, bos=True, eos=False), 32, 31))
     bits = -result.logprob / math.log(2) / len(TEXT.encode())
-    assert job.stdout.startswith(f"perplexity {result.perplexity:.4f} per token, {bits:.4f} bits per byte (")
-    assert f"({result.tokens} tokens, {len(TEXT.encode())} bytes, 2 window(s) of at most 32, stride 31)" in job.stdout
+    assert job.stdout.startswith(
+        f"perplexity {result.perplexity:.4f} per token, {bits:.4f} bits per byte ("
+    )
+    assert (
+        f"({result.tokens} tokens, {len(TEXT.encode())} bytes, 2 window(s) of at most 32, stride 31)"
+        in job.stdout
+    )
 
 
 def test_what_cannot_be_predicted_is_told(tmp_path: Path) -> None:
@@ -65,7 +84,9 @@ def test_what_cannot_be_predicted_is_told(tmp_path: Path) -> None:
         perplexity(folder, str(tmp_path / "empty"), build=build)
     with pytest.raises(ValueError, match=r"latin is not UTF-8 \(.*\): convert it first"):
         perplexity(folder, str(tmp_path / "latin"), build=build)
-    with pytest.raises(FileNotFoundError, match=r"nowhere cannot be read \(No such file or directory\): pass a"):
+    with pytest.raises(
+        FileNotFoundError, match=r"nowhere cannot be read \(No such file or directory\): pass a"
+    ):
         perplexity(folder, str(tmp_path / "nowhere"), build=build)
     for stride in (64, 0, 100):
         with pytest.raises(ValueError, match=f"stride is {stride}"):

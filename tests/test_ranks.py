@@ -28,7 +28,9 @@ WORKERS = ROOT / "tests" / "workers"
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_every_shard_count_on_every_world_size_equals_the_original(tmp_path: Path, world_size: int) -> None:
+def test_every_shard_count_on_every_world_size_equals_the_original(
+    tmp_path: Path, world_size: int
+) -> None:
     start = torchrun if world_size == 2 else run_ranks
     job = start(world_size, WORKERS / "golden.py", tmp_path / "results.json")
     assert job.returncode == 0, job.stderr
@@ -122,8 +124,12 @@ assert everywhere[0] == everywhere[1], everywhere
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
-@pytest.mark.parametrize("own", ["", 'dist.init_process_group("gloo")'], ids=["builds", "a caller's"])
-def test_no_thread_of_the_process_group_outlives_the_last_exit_handler(tmp_path: Path, own: str) -> None:
+@pytest.mark.parametrize(
+    "own", ["", 'dist.init_process_group("gloo")'], ids=["builds", "a caller's"]
+)
+def test_no_thread_of_the_process_group_outlives_the_last_exit_handler(
+    tmp_path: Path, own: str
+) -> None:
     script = tmp_path / "threads.py"
     script.write_text(f"""
 import atexit, os
@@ -185,23 +191,36 @@ assert [r["generation"]["content"] == "No." for r in ours[1]] == [False, True, F
 @pytest.mark.parametrize(
     ("nproc", "arguments", "sentence"),
     [
-        (3, {}, "has 8 attention heads and 4 key/value heads, which 3 ranks cannot share: use 1, 2 or 4"),
+        (
+            3,
+            {},
+            "has 8 attention heads and 4 key/value heads, which 3 ranks cannot share: use 1, 2 or 4",
+        ),
         (2, {"ckpt_dir": "/nowhere"}, "no folder /nowhere: pass the folder that holds params.json"),
-        (2, {"tokenizer_path": GOLDEN / "tokenizer.model"}, "tokenizer has 512 pieces, the checkpoint's embedding"),
+        (
+            2,
+            {"tokenizer_path": GOLDEN / "tokenizer.model"},
+            "tokenizer has 512 pieces, the checkpoint's embedding",
+        ),
     ],
 )
 def test_a_job_with_a_bad_argument_ends_with_the_sentence(
     nproc: int, arguments: dict[str, object], sentence: str
 ) -> None:
     options = [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
-    job = torchrun(nproc, ROOT / "example_text_completion.py", "--ckpt_dir", TINY, *options, timeout=60)
+    job = torchrun(
+        nproc, ROOT / "example_text_completion.py", "--ckpt_dir", TINY, *options, timeout=60
+    )
     assert job.returncode != 0
     assert sentence in job.stderr
 
 
 @pytest.mark.parametrize("name", ["text", "chat"])
-def test_an_example_prints_the_same_once_on_one_rank_and_on_two(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Packed bfloat16 rounds each rank's part of a sum, which may turn a greedy text; what "auto" takes here does not.
+def test_an_example_prints_the_same_once_on_one_rank_and_on_two(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Packed bfloat16 rounds each rank's part of a sum, which may turn a greedy text; what "auto"
+    # takes here does not.
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
     script = ROOT / f"example_{name}_completion.py"
     one, two = (torchrun(n, script, "--temperature", "0", "--max_batch_size", "4") for n in (1, 2))
@@ -216,7 +235,9 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    with pytest.raises(ValueError, match=r"^4 processes on this node, but 1 GPU: run with --nproc_per_node 1$"):
+    with pytest.raises(
+        ValueError, match=r"^4 processes on this node, but 1 GPU: run with --nproc_per_node 1$"
+    ):
         select_device("cuda")
 
 

@@ -20,7 +20,9 @@ from release_server import CLIENTS, Release, assert_whole, make_tools
 from llama import ModelArgs
 from llama.checkpoints.convert import reshard
 
-PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+PAGES = {
+    path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
 
 
 def blocks(language: str) -> list[str]:
@@ -49,7 +51,9 @@ def commands(block: str) -> list[str]:
     """The commands of a block, without those that install, which a fresh clone runs."""
     lines = re.sub(r" *\\\n *", " ", block).splitlines()
     return [
-        line for line in lines if line and not re.match(r"python3 -m venv|\. \.venv|pip install|pytest|bash \.ci", line)
+        line
+        for line in lines
+        if line and not re.match(r"python3 -m venv|\. \.venv|pip install|pytest|bash \.ci", line)
     ]
 
 
@@ -78,7 +82,8 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     reshard(str(TINY), str(folder / "llama-2-13b-chat"), 2)
     args = ModelArgs(dim=64, n_layers=2, n_heads=8, vocab_size=1280, multiple_of=32)
     state = random_state(args)
-    state["output.weight"][:2] = state["output.weight"][3:] = 0  # EOS is at half of all steps the likeliest
+    # EOS is at half of all steps the likeliest
+    state["output.weight"][:2] = state["output.weight"][3:] = 0
     write_release(folder / "llama-2-70b-chat", args, state, 8)
     return folder
 
@@ -88,7 +93,8 @@ SEEN: set[str] = set()
 BLOCKS = [
     new
     for block in blocks("bash")
-    if (new := [command for command in commands(block) if command not in SEEN]) and not SEEN.update(new)
+    if (new := [command for command in commands(block) if command not in SEEN])
+    and not SEEN.update(new)
 ]
 
 
@@ -111,10 +117,14 @@ def test_every_command_runs_as_printed(block: list[str], house: Path, tmp_path: 
         assert [job.returncode for job in jobs] == [0] * copies, printed
         if "example" in command:
             answers = 4 if "text" in command else 6
-            assert sum(out.count("\n=====") for out, _ in printed) == answers, "the first rank of all prints, no other"
+            assert sum(out.count("\n=====") for out, _ in printed) == answers, (
+                "the first rank of all prints, no other"
+            )
 
 
-def test_the_server_answers_what_the_readme_asks_it(house: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_server_answers_what_the_readme_asks_it(
+    house: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     (serve,) = (command for block in BLOCKS for command in block if " serve " in command)
     (curl,) = (command for block in BLOCKS for command in block if command.startswith("curl"))
     (client,) = (block for block in blocks("python") if "openai" in block)
@@ -122,8 +132,12 @@ def test_the_server_answers_what_the_readme_asks_it(house: Path, capfd: pytest.C
     assert job.stderr is not None
     try:
         url = next(found[0] for line in job.stderr if (found := re.search(r"http://[\d.:]+", line)))
-        answer = run_shell(curl.replace("http://127.0.0.1:8000", url), house).communicate(timeout=60)[0]
-        assert json.loads(answer)["choices"][0]["message"]["content"] == "The owl lives in the tower."
+        answer = run_shell(curl.replace("http://127.0.0.1:8000", url), house).communicate(
+            timeout=60
+        )[0]
+        assert (
+            json.loads(answer)["choices"][0]["message"]["content"] == "The owl lives in the tower."
+        )
         exec(client.replace("http://127.0.0.1:8000", url), {})
         assert capfd.readouterr().out == "The owl lives in the tower.\n"
     finally:
@@ -150,7 +164,9 @@ def test_the_examples_print_what_the_readme_shows() -> None:
 
 
 def sentences() -> list[str]:
-    return re.findall(r"^\| `([^`]+)` \|", PAGES[ROOT / "docs" / "troubleshooting.md"], flags=re.MULTILINE)
+    return re.findall(
+        r"^\| `([^`]+)` \|", PAGES[ROOT / "docs" / "troubleshooting.md"], flags=re.MULTILINE
+    )
 
 
 def literals(source: str) -> list[str]:
@@ -174,11 +190,14 @@ def test_every_sentence_of_troubleshooting_is_in_the_code() -> None:
         assert any(pattern.search(text) for text in texts), sentence
 
 
-def test_the_python_examples_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_python_examples_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(ROOT)
     names: dict[str, object] = {}
     for block in blocks("python"):
-        if not re.search("import (OpenAI|ray)", block):  # which asks a server, or needs a package that is not installed
+        # which asks a server, or needs a package that is not installed
+        if not re.search("import (OpenAI|ray)", block):
             exec(block, names)
     printed = capsys.readouterr().out
     assert "\nGrass.\n" in printed
@@ -197,11 +216,21 @@ def test_the_recipe_for_ray_runs(tmp_path: Path) -> None:
     names: dict[str, Any] = {}
     exec(recipe, names)
     prompts = [f"The owl number {i}" for i in range(100)]
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    (tmp_path / "in.jsonl").write_text(
+        "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
+    )
     ray.init(num_cpus=2, include_dashboard=False)
     try:
-        names["answer"](str(TINY), str(tmp_path / "in.jsonl"), str(tmp_path / "out"), actors=2, cpus=0.5)
+        names["answer"](
+            str(TINY), str(tmp_path / "in.jsonl"), str(tmp_path / "out"), actors=2, cpus=0.5
+        )
     finally:
         ray.shutdown()
-    rows = [json.loads(line) for file in (tmp_path / "out").iterdir() for line in file.read_text().splitlines()]
-    assert sorted(row["prompt"] for row in rows) == sorted(prompts) and all("generation" in row for row in rows)
+    rows = [
+        json.loads(line)
+        for file in (tmp_path / "out").iterdir()
+        for line in file.read_text().splitlines()
+    ]
+    assert sorted(row["prompt"] for row in rows) == sorted(prompts) and all(
+        "generation" in row for row in rows
+    )

@@ -18,18 +18,26 @@ from llama.model import Transformer
 def as_the_original(llm: Llama) -> None:
     golden = expected("gqa")
     for name, echo in (("greedy", False), ("greedy_echo", True)):
-        tokens, logprobs = llm.generate(golden["prompt_tokens"], golden[name]["max_gen_len"], 0, 0.9, True, echo)
+        tokens, logprobs = llm.generate(
+            golden["prompt_tokens"], golden[name]["max_gen_len"], 0, 0.9, True, echo
+        )
         assert tokens == golden[name]["tokens"]
         for ours, theirs in zip(logprobs or [], golden[name]["logprobs"], strict=True):
             assert ours == pytest.approx(theirs, abs=1e-4)
 
 
-def test_a_static_window_gives_the_same_tokens_as_the_exact_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_static_window_gives_the_same_tokens_as_the_exact_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     llm = build_golden(max_seq_len=1024)
     monkeypatch.setattr(type(llm.engine.runner), "static", True)
     lengths = []
     inner = runner.decode
-    monkeypatch.setattr(runner, "decode", lambda *args, length: lengths.append(length) or inner(*args, length=length))
+    monkeypatch.setattr(
+        runner,
+        "decode",
+        lambda *args, length: lengths.append(length) or inner(*args, length=length),
+    )
     as_the_original(llm)
     assert set(lengths) == {SHORTEST_WINDOW}
     llm.generate([[1] * 255], 40, temperature=0)
@@ -102,7 +110,13 @@ def look_at_what_is_computed(model: Transformer) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        *(double_in_place, replace_the_parameter, replace_the_data, change_a_number, stretch_the_angles),
+        *(
+            double_in_place,
+            replace_the_parameter,
+            replace_the_data,
+            change_a_number,
+            stretch_the_angles,
+        ),
         *(replace_a_method, replace_a_module, look_at_what_is_computed),
     ],
 )
@@ -130,7 +144,9 @@ def test_where_capture_is_impossible_decoding_goes_on_and_says_why(
     monkeypatch.setattr(llm.engine.runner, "_capture", refuse)
     as_the_original(llm)
     messages = [record.message for record in caplog.records if record.name == "llama.engine.runner"]
-    assert messages == ["decoding without CUDA graphs: operation not permitted when stream is capturing"]
+    assert messages == [
+        "decoding without CUDA graphs: operation not permitted when stream is capturing"
+    ]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

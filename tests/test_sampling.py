@@ -8,7 +8,15 @@ import torch
 
 from llama import Llama
 from llama.errors import ArgumentError
-from llama.sampling import SamplingOptions, SamplingParams, params_of, sample, sample_top_p, streams_of, uniform
+from llama.sampling import (
+    SamplingOptions,
+    SamplingParams,
+    params_of,
+    sample,
+    sample_top_p,
+    streams_of,
+    uniform,
+)
 
 PROBS = torch.tensor([0.1, 0.4, 0.2, 0.3])
 
@@ -50,7 +58,9 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     temperature, top_p, uniforms = torch.rand(3, 16, generator=generator).tolist()
     params = params_of(16, {"temperature": temperature, "top_p": top_p})
     together = sample(logits, params, uniforms)
-    alone = [sample(logits[i : i + 1], params[i : i + 1], uniforms[i : i + 1])[0] for i in range(16)]
+    alone = [
+        sample(logits[i : i + 1], params[i : i + 1], uniforms[i : i + 1])[0] for i in range(16)
+    ]
     assert together.tolist() == [int(token) for token in alone]
 
 
@@ -94,23 +104,36 @@ def test_an_error_carries_name_index_and_reason_as_data() -> None:
         with pytest.raises(ArgumentError) as caught:
             params_of(3, options)
         assert (caught.value.name, caught.value.index) == (name, index)
-        assert str(caught.value).startswith(name) and str(caught.value).endswith(caught.value.reason)
+        assert str(caught.value).startswith(name) and str(caught.value).endswith(
+            caught.value.reason
+        )
     assert str(ArgumentError("top_p", 2, "is 7: use less")) == "top_p of prompt 2 is 7: use less"
 
 
 def test_params_are_of_their_own_types_whatever_was_passed() -> None:
     np = pytest.importorskip("numpy")
-    given = {"temperature": np.float32(0.5), "max_tokens": torch.tensor(7), "seed": np.int64(3), "stop": "x"}
+    given = {
+        "temperature": np.float32(0.5),
+        "max_tokens": torch.tensor(7),
+        "seed": np.int64(3),
+        "stop": "x",
+    }
     (params,) = params_of(1, given)
     assert params == SamplingParams(temperature=0.5, max_tokens=7, seed=3, stop=("x",))
-    assert [type(value) for value in (params.temperature, params.max_tokens, params.seed)] == [float, int, int]
+    assert [type(value) for value in (params.temperature, params.max_tokens, params.seed)] == [
+        float,
+        int,
+        int,
+    ]
     assert params_of(2, {"seed": np.arange(2)})[1].seed == 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         params.seed = 4  # type: ignore[misc]
 
 
 def test_random_numbers_are_even_and_depend_on_seed_stream_and_number_alone() -> None:
-    numbers = [uniform(seed, stream, i) for seed in range(5) for stream in range(20) for i in range(100)]
+    numbers = [
+        uniform(seed, stream, i) for seed in range(5) for stream in range(20) for i in range(100)
+    ]
     assert len(set(numbers)) == len(numbers) and all(0 <= number < 1 for number in numbers)
     counts = torch.histc(torch.tensor(numbers), bins=10, min=0, max=1)
     assert (counts - 1000).abs().max() < 150

@@ -1,4 +1,6 @@
-"""A server under load, with clients that leave, dawdle or send nonsense, and in the end that signals bring."""
+"""A server under load, with clients that leave, dawdle or send nonsense, and in the end that
+signals bring.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def raw_post(path: str, body: str) -> bytes:
 
 def metric(served: Served, name: str) -> float:
     text = httpx.get(f"{served.url}/metrics").text
-    return sum(float(value) for value in re.findall(rf"^vllm:{name}{{[^}}]*}} (\S+)$", text, re.MULTILINE))
+    return sum(
+        float(value) for value in re.findall(rf"^vllm:{name}{{[^}}]*}} (\S+)$", text, re.MULTILINE)
+    )
 
 
 def until(condition: Callable[[], bool], seconds: float = 30) -> None:
@@ -70,7 +74,9 @@ def idle(served: Served) -> bool:
 @contextlib.contextmanager
 def started(served: Served, body: dict[str, Any], path: str = CHAT) -> Iterator[Iterator[str]]:
     """The lines of a stream whose first text has come."""
-    with httpx.stream("POST", served.url + path, json=body | {"stream": True}, timeout=60) as stream:
+    with httpx.stream(
+        "POST", served.url + path, json=body | {"stream": True}, timeout=60
+    ) as stream:
         assert stream.status_code == 200
         lines = stream.iter_lines()
         while '"content": " fox' not in next(lines):
@@ -109,17 +115,25 @@ def leave(served: Served, body: dict[str, Any], seconds: float) -> None:
 def test_beyond_the_queue_clients_are_told_to_come_again_at_once(scripted: Served) -> None:
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         with started(scripted, say("slow:800")):
-            waiting = pool.submit(httpx.post, scripted.url + CHAT, json=say("say:waited"), timeout=60)
+            waiting = pool.submit(
+                httpx.post, scripted.url + CHAT, json=say("say:waited"), timeout=60
+            )
             until(lambda: metric(scripted, "num_requests_waiting") == 1)
             refused = httpx.post(scripted.url + CHAT, json=say("say:no"))
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
-        assert refused.json()["error"]["message"] == "1 requests wait already, and no more than 1 may"
+        assert (
+            refused.json()["error"]["message"] == "1 requests wait already, and no more than 1 may"
+        )
     assert waiting.result().json()["choices"][0]["message"]["content"] == "waited"
 
 
 def test_no_queue_still_fills_every_row() -> None:
     flags, slow = ("--max_batch_size", "2", "--max_waiting", "0"), say("slow:800")
-    with Served(*FLAGS, *flags, script=SCRIPTED) as served, started(served, slow), started(served, slow):
+    with (
+        Served(*FLAGS, *flags, script=SCRIPTED) as served,
+        started(served, slow),
+        started(served, slow),
+    ):
         assert metric(served, "num_requests_running") == 2
         assert httpx.post(served.url + CHAT, json=say("say:no")).status_code == 503
     assert served.status == 0
@@ -140,10 +154,14 @@ def test_openais_client_comes_again_as_late_as_it_is_told_to(scripted: Served) -
                     stack.close()  # the row is free by the time that it comes again
                 return answer
 
-        client = openai.OpenAI(base_url=f"{scripted.url}/v1", api_key="none", http_client=Transport())
+        client = openai.OpenAI(
+            base_url=f"{scripted.url}/v1", api_key="none", http_client=Transport()
+        )
         answer = client.chat.completions.create(model="llama-2-tiny", **say("say:at last"))
     assert answer.choices[0].message.content == "at last" and waiting.result().status_code == 200
-    assert len(came) == 2 and came[1] - came[0] >= 1, "its own patience would end after half a second"
+    assert len(came) == 2 and came[1] - came[0] >= 1, (
+        "its own patience would end after half a second"
+    )
 
 
 def test_who_reads_slowly_holds_up_nobody(scripted: Served) -> None:
@@ -166,7 +184,9 @@ def test_a_body_that_is_too_long_is_refused_before_it_is_whole(scripted: Served)
 
     with contextlib.suppress(httpx.WriteError):  # the server has heard enough
         answer = httpx.post(scripted.url + TEXT, content=endless(), timeout=60)
-        assert answer.status_code == 413 and "send less at once" in answer.json()["error"]["message"]
+        assert (
+            answer.status_code == 413 and "send less at once" in answer.json()["error"]["message"]
+        )
     assert resident(scripted) - before < 2**26
     assert httpx.get(f"{scripted.url}/health").status_code == 200
 
@@ -184,12 +204,39 @@ def served() -> Iterator[Served]:
 
 
 ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.sampled_from(["\0", "[INST]"]),
-    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(max_size=5), values, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=20)
+    | st.sampled_from(["\0", "[INST]"]),
+    lambda values: (
+        st.lists(values, max_size=3) | st.dictionaries(st.text(max_size=5), values, max_size=3)
+    ),
     max_leaves=6,
 )
-FIELDS = ["model", "messages", "prompt", "input", "tokens", "max_tokens", "temperature", "top_p", "n", "stop", "seed"]
-FIELDS += ["stream", "stream_options", "logprobs", "top_logprobs", "echo", "suffix", "encoding_format"]
+FIELDS = [
+    "model",
+    "messages",
+    "prompt",
+    "input",
+    "tokens",
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "n",
+    "stop",
+    "seed",
+]
+FIELDS += [
+    "stream",
+    "stream_options",
+    "logprobs",
+    "top_logprobs",
+    "echo",
+    "suffix",
+    "encoding_format",
+]
 FIELDS += ["max_completion_tokens", "add_special_tokens", *NOT_SUPPORTED]
 
 
@@ -198,7 +245,9 @@ FIELDS += ["max_completion_tokens", "add_special_tokens", *NOT_SUPPORTED]
     body=st.dictionaries(st.sampled_from(FIELDS), ANYTHING, max_size=4) | ANYTHING,
     right=st.booleans(),
 )
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_whatever_is_sent_is_answered_or_refused_in_openais_shape(
     served: Served, path: str, body: Any, right: bool
 ) -> None:
@@ -225,10 +274,14 @@ def test_bytes_that_are_no_text_are_refused(served: Served) -> None:
 
 def test_clients_cut_off_at_random_moments_leave_nothing_behind(served: Served) -> None:
     host, port = served.url.removeprefix("http://").split(":")
-    first = httpx.post(served.url + CHAT, json=say("Where does the fox live?", temperature=0)).json()["choices"]
+    first = httpx.post(
+        served.url + CHAT, json=say("Where does the fox live?", temperature=0)
+    ).json()["choices"]
     requests = []
     for stream in (True, False):
-        body = json.dumps(say("Tell me a short story about the fox.", stream=stream, max_tokens=200))
+        body = json.dumps(
+            say("Tell me a short story about the fox.", stream=stream, max_tokens=200)
+        )
         requests.append(raw_post(CHAT, body))
 
     def cut(number: int) -> None:
@@ -244,14 +297,21 @@ def test_clients_cut_off_at_random_moments_leave_nothing_behind(served: Served) 
             pass
     until(lambda: idle(served))
     until(lambda: len(list(files.iterdir())) <= opened + 1)
-    again = httpx.post(served.url + CHAT, json=say("Where does the fox live?", temperature=0)).json()["choices"]
+    again = httpx.post(
+        served.url + CHAT, json=say("Where does the fox live?", temperature=0)
+    ).json()["choices"]
     assert again == first
 
 
 def test_memory_stays_flat_over_two_thousand_requests(served: Served) -> None:
     def ask(client: httpx.Client, numbers: range) -> None:
         for number in numbers:
-            body = {"prompt": f"{number} foxes", "max_tokens": 2, "stream": number % 2 == 0, "logprobs": 1}
+            body = {
+                "prompt": f"{number} foxes",
+                "max_tokens": 2,
+                "stream": number % 2 == 0,
+                "logprobs": 1,
+            }
             assert client.post(served.url + TEXT, json=body, timeout=60).status_code == 200
 
     def load(first: int) -> None:
@@ -268,7 +328,10 @@ def test_memory_stays_flat_over_two_thousand_requests(served: Served) -> None:
 @contextlib.asynccontextmanager
 async def serving(key: str | None = None) -> AsyncIterator[tuple[Service, httpx.AsyncClient]]:
     """A service in this process, of one row, and a client of its endpoints."""
-    service = Service(lambda: Llama.build(TINY, max_seq_len=256, max_batch_size=1, device="cpu", dtype="float32"), 8)
+    service = Service(
+        lambda: Llama.build(TINY, max_seq_len=256, max_batch_size=1, device="cpu", dtype="float32"),
+        8,
+    )
     ready = asyncio.Event()
     service.on_ready = ready.set
     thread = service.start()
@@ -298,10 +361,14 @@ def test_a_client_that_leaves_while_its_call_is_taken_up_does_not_end_the_engine
         async with serving() as (service, client):
             service.calls = Leaving()
             service.submit([fox()])
-            await asyncio.to_thread(until, lambda: service.llm.engine.scheduler.steps > 0 or service.error is not None)  # type: ignore[union-attr]
+            await asyncio.to_thread(
+                until, lambda: service.llm.engine.scheduler.steps > 0 or service.error is not None
+            )  # type: ignore[union-attr]
             service.calls = {}
             assert service.error is None
-            assert (await client.post(TEXT, json={"prompt": "The fox", "max_tokens": 1})).status_code == 200
+            assert (
+                await client.post(TEXT, json={"prompt": "The fox", "max_tokens": 1})
+            ).status_code == 200
 
     asyncio.run(leave_and_ask())
 
@@ -332,7 +399,9 @@ def test_health_tells_of_a_step_that_does_not_end_whoever_waits_and_of_nothing_e
 
 
 def test_who_leaves_the_queue_is_forgotten_at_the_next_step() -> None:
-    engine = Llama.build(TINY, max_seq_len=64, max_batch_size=1, device="cpu", dtype="float32").engine
+    engine = Llama.build(
+        TINY, max_seq_len=64, max_batch_size=1, device="cpu", dtype="float32"
+    ).engine
     running, *waiting, last = [engine.submit(fox(20)) for _ in range(5)]
     engine.step()
     for request in waiting:
@@ -346,7 +415,9 @@ def test_who_leaves_the_queue_is_forgotten_at_the_next_step() -> None:
 
 def test_connections_that_have_ended_are_forgotten() -> None:
     async def connect() -> int:
-        service = Service(lambda: Llama.build(TINY, max_seq_len=64, max_batch_size=1, device="cpu"), 8)
+        service = Service(
+            lambda: Llama.build(TINY, max_seq_len=64, max_batch_size=1, device="cpu"), 8
+        )
         listener = listen("127.0.0.1", 0)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/metrics"
         server = Server(App(service, "tiny", None, None).asgi, service, 1)
@@ -362,7 +433,9 @@ def test_connections_that_have_ended_are_forgotten() -> None:
     assert asyncio.run(connect()) < 10
 
 
-def test_a_long_answer_is_written_while_others_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_answer_is_written_while_others_are_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     writing, go_on, response = threading.Event(), threading.Event(), TextCompletion.response
 
     def slow(call: TextCompletion, requests: Any) -> Any:
@@ -393,9 +466,15 @@ def test_a_key_may_be_any_text() -> None:
     asyncio.run(ask())
 
 
-def test_what_would_take_long_to_refuse_is_refused_unread(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    answer = httpx.post(served.url + TEXT, json={"prompt": "The fox", "stop": [f"{i:06d}" for i in range(1000)]})
-    assert answer.status_code == 400 and "stop has 6000 characters: send at most 4096" in answer.text
+def test_what_would_take_long_to_refuse_is_refused_unread(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = httpx.post(
+        served.url + TEXT, json={"prompt": "The fox", "stop": [f"{i:06d}" for i in range(1000)]}
+    )
+    assert (
+        answer.status_code == 400 and "stop has 6000 characters: send at most 4096" in answer.text
+    )
     llm = Llama.build(TINY, max_seq_len=64, max_batch_size=1, device="cpu")
     monkeypatch.setattr(llm.tokenizer, "encode", None)
     with pytest.raises(BadRequest, match="1025 prompts are too many: send at most 1024 in a call"):
@@ -444,7 +523,9 @@ def test_half_a_request_is_not_waited_for_and_a_stalled_engine_is_told(tmp_path:
             half_a_head.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nX-Slow:")
             assert half_a_head.recv(100) == b""
         with socket.create_connection((host, int(port)), timeout=20) as half_a_body:
-            half_a_body.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{")
+            half_a_body.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{"
+            )
             assert half_a_body.recv(100).startswith(b"HTTP/1.1 408")
         with socket.create_connection((host, int(port)), timeout=20) as kept:
             kept.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -453,9 +534,14 @@ def test_half_a_request_is_not_waited_for_and_a_stalled_engine_is_told(tmp_path:
                 said += part
             assert said.startswith(b"HTTP/1.1 200")
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            stalled = pool.submit(httpx.post, served.url + TEXT, json={"prompt": "stall", "max_tokens": 1}, timeout=60)
+            stalled = pool.submit(
+                httpx.post, served.url + TEXT, json={"prompt": "stall", "max_tokens": 1}, timeout=60
+            )
             until(lambda: httpx.get(f"{served.url}/health").status_code == 503)
-            assert "has not finished a step" in httpx.get(f"{served.url}/health").json()["error"]["message"]
+            assert (
+                "has not finished a step"
+                in httpx.get(f"{served.url}/health").json()["error"]["message"]
+            )
             assert httpx.post(served.url + TEXT, json={"prompt": "x"}).status_code == 503
             assert stalled.result().status_code == 200
         until(lambda: httpx.get(f"{served.url}/health").status_code == 200)
@@ -475,10 +561,17 @@ def test_a_model_that_is_not_finite_is_an_error_to_whoever_asks_and_no_end(tmp_p
     with Served(*FLAGS, folder=folder) as served:
         for _ in range(2):
             answer = httpx.post(served.url + TEXT, json={"prompt": "The fox"}, timeout=60)
-            assert answer.status_code == 500 and "logits are not finite" in answer.json()["error"]["message"]
-        with httpx.stream("POST", served.url + TEXT, json={"prompt": "The fox", "stream": True}) as stream:
+            assert (
+                answer.status_code == 500
+                and "logits are not finite" in answer.json()["error"]["message"]
+            )
+        with httpx.stream(
+            "POST", served.url + TEXT, json={"prompt": "The fox", "stream": True}
+        ) as stream:
             assert stream.status_code == 200
-            data = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
+            data = [
+                json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")
+            ]
         assert "logits are not finite" in data[-1]["error"]["message"]
         assert httpx.get(f"{served.url}/health").status_code == 200
     assert "Traceback" not in served.log and served.status == 0
@@ -497,7 +590,10 @@ def test_a_signal_lets_answers_end(number: signal.Signals) -> None:
 
 
 def test_what_does_not_end_in_time_is_told_so() -> None:
-    with Served(*FLAGS, "--drain", "0.5", script=SCRIPTED) as served, started(served, say("slow:900")) as lines:
+    with (
+        Served(*FLAGS, "--drain", "0.5", script=SCRIPTED) as served,
+        started(served, say("slow:900")) as lines,
+    ):
         served.job.terminate()
         assert '"error"' in (last := list(lines)[-2]) and "the server is shutting down" in last
         served.end()
@@ -505,7 +601,10 @@ def test_what_does_not_end_in_time_is_told_so() -> None:
 
 
 def test_a_second_signal_ends_at_once() -> None:
-    with Served(*FLAGS, "--drain", "600", script=SCRIPTED) as served, started(served, say("slow:900")) as lines:
+    with (
+        Served(*FLAGS, "--drain", "600", script=SCRIPTED) as served,
+        started(served, say("slow:900")) as lines,
+    ):
         served.job.terminate()
         served.wait_for(re.compile("another signal ends at once"))
         served.job.terminate()
@@ -569,7 +668,11 @@ def test_what_cannot_be_served_is_told_in_a_sentence(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         job = run_python("-m", "llama", "serve", str(TINY), "--port", str(port))
-    assert job.returncode == 1 and f"cannot listen on 127.0.0.1 port {port}" in job.stderr and "or 0" in job.stderr
+    assert (
+        job.returncode == 1
+        and f"cannot listen on 127.0.0.1 port {port}" in job.stderr
+        and "or 0" in job.stderr
+    )
     hide = "import sys; sys.modules['uvicorn'] = None; sys.argv[1:] = ['serve', 'x']"
     job = run_python("-c", f"{hide}; from llama.__main__ import main; main()")
     assert job.returncode == 1 and "serve needs starlette and uvicorn" in job.stderr
@@ -593,7 +696,9 @@ def test_two_ranks_answer_as_one_and_end_together(served: Served) -> None:
     want = httpx.post(served.url + CHAT, json=body, timeout=60).json()["choices"]
     with Served(*FLAGS, ranks=2) as split:
         with concurrent.futures.ThreadPoolExecutor(6) as pool:
-            posts = [pool.submit(httpx.post, split.url + CHAT, json=body, timeout=60) for _ in range(6)]
+            posts = [
+                pool.submit(httpx.post, split.url + CHAT, json=body, timeout=60) for _ in range(6)
+            ]
         assert all(post.result().json()["choices"] == want for post in posts)
         leave(split, say("Tell me a short story about the fox.", temperature=0), 0.05)
         until(lambda: idle(split))

@@ -12,16 +12,36 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import GOLDEN, ROOT, TINY, clean_environment, launcher, run_fresh, run_python, torchrun
+from conftest import (
+    GOLDEN,
+    ROOT,
+    TINY,
+    clean_environment,
+    launcher,
+    run_fresh,
+    run_python,
+    torchrun,
+)
 
 pexpect = pytest.importorskip("pexpect")
 
 LAUNCHER = launcher(2)
 SLOW_CHAT = [str(ROOT / "tests" / "workers" / "slow_chat.py")]
-MODEL = ["--ckpt_dir", str(TINY), "--tokenizer_path", str(TINY / "tokenizer.model"), "--temperature", "0"]
+MODEL = [
+    "--ckpt_dir",
+    str(TINY),
+    "--tokenizer_path",
+    str(TINY / "tokenizer.model"),
+    "--temperature",
+    "0",
+]
 
 
-ENVIRONMENT = clean_environment() | {"OMP_NUM_THREADS": "1", "TERM": "dumb", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = clean_environment() | {
+    "OMP_NUM_THREADS": "1",
+    "TERM": "dumb",
+    "PYTHONPATH": str(ROOT),
+}
 
 
 def start(*arguments: str, term: str = "dumb", **options: str) -> pexpect.spawn:
@@ -37,7 +57,8 @@ def start(*arguments: str, term: str = "dumb", **options: str) -> pexpect.spawn:
         timeout=60,
         dimensions=(24, 1000),
     )
-    child.ptyproc.delayafterterminate = 1  # seconds that a process may take to go; 0.1 is little on busy cores
+    # seconds that a process may take to go; 0.1 is little on busy cores
+    child.ptyproc.delayafterterminate = 1
     child.expect("Ctrl-D ends")
     child.expect("> ")
     return child
@@ -51,7 +72,9 @@ def ask(child: pexpect.spawn, line: str) -> str:
     return child.before.strip()
 
 
-@pytest.mark.parametrize("launcher", [[*LAUNCHER, *SLOW_CHAT], ["-m", "llama"]], ids=["two ranks", "one process"])
+@pytest.mark.parametrize(
+    "launcher", [[*LAUNCHER, *SLOW_CHAT], ["-m", "llama"]], ids=["two ranks", "one process"]
+)
 def test_a_conversation_at_the_terminal(launcher: list[str]) -> None:
     child = start(*launcher)
     where = ask(child, "Where does the fox live?")
@@ -60,7 +83,10 @@ def test_a_conversation_at_the_terminal(launcher: list[str]) -> None:
     eats = ask(child, "And what does it eat?")
     assert eats.startswith("The fox eats") and eats.count("fox") == 1
     assert ask(child, "/reset") == "(a new conversation)"
-    assert ask(child, "Say [INST] please") == "Error: special tags are not allowed as part of the prompt."
+    assert (
+        ask(child, "Say [INST] please")
+        == "Error: special tags are not allowed as part of the prompt."
+    )
     assert ask(child, "Where does the fox live?") == where
     started = time.monotonic()
     child.sendeof()
@@ -98,7 +124,9 @@ def test_what_is_typed_during_an_answer_is_the_next_line() -> None:
 
 def messages(file: Path) -> list[str]:
     """What a saved conversation has of the user."""
-    return [message["content"] for message in json.loads(file.read_text()) if message["role"] == "user"]
+    return [
+        message["content"] for message in json.loads(file.read_text()) if message["role"] == "user"
+    ]
 
 
 def test_what_is_pasted_is_one_message(tmp_path: Path) -> None:
@@ -144,7 +172,8 @@ def test_ctrl_z_and_back_changes_nothing() -> None:
     def leave_and_return() -> None:
         shell.send("\x1a")
         shell.expect("Stopped.*shell\\$ ")
-        shell.sendline("stty -a; stty intr ^X")  # shells differ in what they do to a terminal: this one does much
+        # shells differ in what they do to a terminal: this one does much
+        shell.sendline("stty -a; stty intr ^X")
         shell.expect("intr = \\^[CX].*shell\\$ ")
         shell.sendline("fg")
         time.sleep(0.5)
@@ -179,7 +208,9 @@ def test_ctrl_d_during_an_answer_ends_after_it() -> None:
 
 def converse(*lines: str, **options: Any) -> list[str]:
     """What is said to each of some lines that come through a pipe."""
-    job = run_python("-m", "llama", "chat", *MODEL, input="".join(f"{line}\n" for line in lines), **options)
+    job = run_python(
+        "-m", "llama", "chat", *MODEL, input="".join(f"{line}\n" for line in lines), **options
+    )
     assert job.returncode == 0, job.stderr
     return [said.strip() for said in job.stdout.partition("Ctrl-D ends.")[2].split("\n> ")[1:]]
 
@@ -204,8 +235,17 @@ def test_words_with_a_stroke_are_commands(tmp_path: Path) -> None:
         "/etc/hosts is what?",
     )
     assert said[0].startswith("The fox lives")
-    assert said[1:3] == ["/rest is no command: did you mean /reset?", "/ is no command: /help shows them"]
-    assert [line.split()[0] for line in said[3].splitlines()] == ["/system", "/save", "/reset", "/exit", "/help"]
+    assert said[1:3] == [
+        "/rest is no command: did you mean /reset?",
+        "/ is no command: /help shows them",
+    ]
+    assert [line.split()[0] for line in said[3].splitlines()] == [
+        "/system",
+        "/save",
+        "/reset",
+        "/exit",
+        "/help",
+    ]
     assert said[4] == "(this system message from here on)"
     assert len(said[5].split()) == 1, "the conversation goes on under the new message"
     assert said[6] == "Error: special tags are not allowed as part of the prompt."
@@ -217,7 +257,12 @@ def test_words_with_a_stroke_are_commands(tmp_path: Path) -> None:
     ]
     roles = [(message["role"], message["content"]) for message in json.loads(saved.read_text())]
     assert roles[0] == ("system", "Answer in one word.")
-    assert roles[1:] == [("user", question), ("assistant", said[0]), ("user", question), ("assistant", said[5])]
+    assert roles[1:] == [
+        ("user", question),
+        ("assistant", said[0]),
+        ("user", question),
+        ("assistant", said[5]),
+    ]
     assert said[11:14] == ["(no system message from here on)", "(a new conversation)", said[0]]
     assert "is no command" not in said[14]
 
@@ -259,7 +304,10 @@ def test_the_system_message_holds_for_the_whole_conversation() -> None:
 
 def test_history_that_outgrows_the_limit_loses_its_oldest_exchange_and_says_so() -> None:
     child = start("-m", "llama", system="Answer in one word.", max_seq_len="128")
-    answers = [ask(child, f"Where does the {animal} live?") for animal in ("fox", "owl", "fox", "owl", "fox")]
+    answers = [
+        ask(child, f"Where does the {animal} live?")
+        for animal in ("fox", "owl", "fox", "owl", "fox")
+    ]
     assert "its oldest exchange is forgotten" in answers[-1]
     assert answers[-1].split()[-1] == answers[0].split()[-1]
     assert ask(child, "word" + " word" * 120).startswith("dialog 0 has ")
@@ -274,14 +322,25 @@ def test_lines_may_come_through_a_pipe() -> None:
 
 
 def test_a_mistake_in_the_command_is_answered_with_a_sentence(tmp_path: Path) -> None:
-    job = run_python("-m", "llama", "chat", "--ckpt_dir", tmp_path, "--tokenizer_path", GOLDEN / "tokenizer.model")
+    job = run_python(
+        "-m",
+        "llama",
+        "chat",
+        "--ckpt_dir",
+        tmp_path,
+        "--tokenizer_path",
+        GOLDEN / "tokenizer.model",
+    )
     assert job.returncode == 1
     assert (
         job.stderr
         == f"error: no consolidated.*.pth in {tmp_path}/: is this the folder that download.sh made?{os.linesep}"
     )
     job = run_python("-m", "llama", "chat", *MODEL, "--top_p", "7", input="")
-    assert (job.returncode, job.stderr) == (2, f"error: top_p is 7: use more than 0 and at most 1{os.linesep}")
+    assert (job.returncode, job.stderr) == (
+        2,
+        f"error: top_p is 7: use more than 0 and at most 1{os.linesep}",
+    )
 
 
 def run_once(*words: str | Path, **options: Any) -> tuple[str, str]:
@@ -300,18 +359,32 @@ def test_one_prompt_is_answered_or_continued(tmp_path: Path) -> None:
     assert run_once("-", input="Where does the fox live?\n")[0] == answer
     word, _ = run_once("--system", "Answer in one word.", input="Where does the fox live?")
     assert len(word.split()) == 1
-    text, speed = run_once("The owl lives in", "--plain", "--max_gen_len", "5", "--quantize", "int8")
+    text, speed = run_once(
+        "The owl lives in", "--plain", "--max_gen_len", "5", "--quantize", "int8"
+    )
     assert text.startswith("the ") and speed.startswith("5 tokens, ")
 
 
 @pytest.mark.parametrize(
     ("words", "status", "sentence"),
     [
-        (["--plain", "--system", "Be brief.", "Hello"], 1, "a system message is for answers: leave out --system or --"),
-        (["--system", "[INST]", "Hello"], 1, "Error: special tags are not allowed as part of the prompt."),
+        (
+            ["--plain", "--system", "Be brief.", "Hello"],
+            1,
+            "a system message is for answers: leave out --system or --",
+        ),
+        (
+            ["--system", "[INST]", "Hello"],
+            1,
+            "Error: special tags are not allowed as part of the prompt.",
+        ),
         ([" "], 1, "the prompt is empty: pass a text, or send one to standard input"),
         (["Hello", "--temperature", "-1"], 2, "temperature is -1: use 0 for greedy decoding"),
-        (["Hello", "--adapter_dir", "/none"], 1, "no folder /none: pass the folder that holds adapter_config.json"),
+        (
+            ["Hello", "--adapter_dir", "/none"],
+            1,
+            "no folder /none: pass the folder that holds adapter_config.json",
+        ),
     ],
 )
 def test_what_cannot_be_run_is_said(words: list[str], status: int, sentence: str) -> None:
@@ -326,6 +399,8 @@ def test_an_answer_ends_before_the_texts_to_stop_at() -> None:
 
 
 def test_under_torchrun_the_first_rank_reads_and_prints() -> None:
-    job = torchrun(2, "-m", "llama", "run", TINY, "--temperature", "0", input="Where does the fox live?\n")
+    job = torchrun(
+        2, "-m", "llama", "run", TINY, "--temperature", "0", input="Where does the fox live?\n"
+    )
     assert job.returncode == 0, job.stderr
     assert job.stdout.count("The fox lives") == job.stderr.count("tokens/s") == 1

@@ -32,10 +32,21 @@ def test_special_ids_and_size() -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    [int, np.int64, np.uint16, torch.tensor, np.array, lambda token: torch.tensor([token]), lambda token: [token]],
+    [
+        int,
+        np.int64,
+        np.uint16,
+        torch.tensor,
+        np.array,
+        lambda token: torch.tensor([token]),
+        lambda token: [token],
+    ],
 )
 def test_one_id_decodes_whatever_kind_of_integer_it_is(kind: Any) -> None:
-    assert [SMALL.decode(kind(token)) for token in (300, 301)] == [SMALL.decode([300]), SMALL.decode([301])]
+    assert [SMALL.decode(kind(token)) for token in (300, 301)] == [
+        SMALL.decode([300]),
+        SMALL.decode([301]),
+    ]
     with pytest.raises(ValueError, match="token id 512 is not in the vocabulary of 512 pieces"):
         SMALL.decode(kind(512))
 
@@ -71,12 +82,16 @@ def test_pieces_of_the_real_tokenizer_keep_spaces_and_characters_of_several_byte
 
 
 def test_errors_name_the_value() -> None:
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer at /nowhere: pass the path of tokenizer\.model"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no tokenizer at /nowhere: pass the path of tokenizer\.model"
+    ):
         Tokenizer("/nowhere")
     with pytest.raises(ValueError, match=r"params\.json is not a SentencePiece model"):
         Tokenizer(GOLDEN / "mha-mp1" / "params.json")
     with pytest.raises(TypeError, match="only a str can be encoded, got int: 3"):
         SMALL.encode(3, bos=True, eos=False)  # type: ignore[arg-type]
     for token in (512, -1):
-        with pytest.raises(ValueError, match=f"token id {token} is not in the vocabulary of 512 pieces"):
+        with pytest.raises(
+            ValueError, match=f"token id {token} is not in the vocabulary of 512 pieces"
+        ):
             SMALL.decode([1, token])

@@ -30,7 +30,9 @@ PART_BYTES = 2 * 10**9  # of a safetensors file; one at a time is in memory
 
 
 def reshard(ckpt_dir: str, out: str, model_parallel_size: int) -> str:
-    """Write a folder of the release's layout with `model_parallel_size` shards; holds one shard at a time."""
+    """Write a folder of the release's layout with `model_parallel_size` shards; holds one shard at
+    a time.
+    """
     check_positive(model_parallel_size=model_parallel_size)
     checkpoint, args, shapes = open_whole(ckpt_dir)
     check_world_size(checkpoint.name, args, model_parallel_size)
@@ -39,15 +41,19 @@ def reshard(ckpt_dir: str, out: str, model_parallel_size: int) -> str:
             shard = read(checkpoint, shapes, f"shard {rank}", rank, model_parallel_size)
             torch.save(shard, folder / f"consolidated.{rank:02}.pth")
             del shard
-        changed = [name for name in OPTIONAL_PARAMS if getattr(args, name) != getattr(ModelArgs, name)]
+        changed = [
+            name for name in OPTIONAL_PARAMS if getattr(args, name) != getattr(ModelArgs, name)
+        ]
         params = {name: getattr(args, name) for name in (*REQUIRED_PARAMS, *changed)}
-        (folder / "params.json").write_text(json.dumps(params | {"vocab_size": -1}))  # as the release's own has it
+        # as the release's own has it
+        (folder / "params.json").write_text(json.dumps(params | {"vocab_size": -1}))
     return f"{out}: {model_parallel_size} shard(s)"
 
 
 def convert(ckpt_dir: str, out: str, to: str, type: str = "f16") -> str:
-    """Write the checkpoint in Hugging Face's layout ("hf"), in one shard of the release's ("meta"), or as a GGUF file
-    ("gguf") whose matrices are of a `type`: f16, bf16, q8_0, q4_0 or q4_1."""
+    """Write the checkpoint in Hugging Face's layout ("hf"), in one shard of the release's ("meta"),
+    or as a GGUF file ("gguf") whose matrices are of a `type`: f16, bf16, q8_0, q4_0 or q4_1.
+    """
     if to == "meta":
         return reshard(ckpt_dir, out, 1)
     if to not in ("hf", "gguf"):
@@ -67,36 +73,53 @@ def write_huggingface(checkpoint: Checkpoint, args: ModelArgs, shapes: Shapes, o
     with new_folder(out, checkpoint, size_of(checkpoint, shapes)) as folder:
         weight_map: dict[str, str] = {}
         for number, part in enumerate(parts, 1):
-            file = f"model-{number:05}-of-{len(parts):05}.safetensors" if len(parts) > 1 else "model.safetensors"
+            file = (
+                f"model-{number:05}-of-{len(parts):05}.safetensors"
+                if len(parts) > 1
+                else "model.safetensors"
+            )
             tensors = {
-                huggingface_name(name): split_halves(tensor, args.head_dim) if is_rotary(name) else tensor
+                huggingface_name(name): split_halves(tensor, args.head_dim)
+                if is_rotary(name)
+                else tensor
                 for name, tensor in read(checkpoint, part, file).items()
             }
             save_file(tensors, folder / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, file)
             del tensors
         if len(parts) > 1:
-            index = {"metadata": {"total_size": size_of(checkpoint, shapes)}, "weight_map": weight_map}
+            index = {
+                "metadata": {"total_size": size_of(checkpoint, shapes)},
+                "weight_map": weight_map,
+            }
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
         config = config_of(args, checkpoint.dtype, checkpoint.source.max_positions)
         (folder / "config.json").write_text(json.dumps(config, indent=2))
-        kind = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}  # else a text's first space is forgotten
+        # else a text's first space is forgotten
+        kind = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
         (folder / "tokenizer_config.json").write_text(json.dumps(kind, indent=2))
     return f"{out}: {len(parts)} file(s) of weights"
 
 
-def read(checkpoint: Checkpoint, shapes: Shapes, what: str, rank: int = 0, world_size: int = 1) -> dict[str, Tensor]:
+def read(
+    checkpoint: Checkpoint, shapes: Shapes, what: str, rank: int = 0, world_size: int = 1
+) -> dict[str, Tensor]:
     """A rank's parts, in their stored types, of tensors of these whole shapes."""
     tensors = {}
     for name, shape in tqdm(shapes.items(), desc=what, unit="tensor", leave=False, disable=None):
-        tensors[name] = torch.empty(part_shape(name, shape, world_size), dtype=checkpoint.source.tensor(name).dtype)
+        tensors[name] = torch.empty(
+            part_shape(name, shape, world_size), dtype=checkpoint.source.tensor(name).dtype
+        )
         checkpoint.copy(name, rank, tensors[name])
     return tensors
 
 
 def size_of(checkpoint: Checkpoint, shapes: Shapes) -> int:
     """Bytes of the tensors."""
-    return sum(math.prod(shape) * checkpoint.source.tensor(name).dtype.itemsize for name, shape in shapes.items())
+    return sum(
+        math.prod(shape) * checkpoint.source.tensor(name).dtype.itemsize
+        for name, shape in shapes.items()
+    )
 
 
 def parts_of(checkpoint: Checkpoint, shapes: Shapes) -> list[Shapes]:
@@ -113,7 +136,8 @@ def parts_of(checkpoint: Checkpoint, shapes: Shapes) -> list[Shapes]:
 def new_path(out: str, needed: int) -> Iterator[Path]:
     """A path to write to, which becomes `out` when all is written, else goes.
 
-    Raises FileExistsError if `out` exists, OSError if its disk has less than the bytes `needed` or a write fails.
+    Raises FileExistsError if `out` exists, OSError if its disk has less than the bytes `needed` or
+    a write fails.
     """
     path = path_of("out", out)
     if path.exists():
@@ -123,20 +147,27 @@ def new_path(out: str, needed: int) -> Iterator[Path]:
     try:
         if shutil.disk_usage(path.parent).free < needed:
             raise OSError("too little space")
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.", suffix=".part") as scratch:
+        with tempfile.TemporaryDirectory(
+            dir=path.parent, prefix=f"{path.name}.", suffix=".part"
+        ) as scratch:
             yield (written := Path(scratch, path.name))
             written.rename(path)
     except (ImportError, ValueError):  # that it cannot be written so, which no disk is at fault for
         raise
-    except Exception as error:  # torch raises a RuntimeError where a write fails, safetensors an error of its own
-        reason, free = str(error).strip().split("\n")[0], size_text(shutil.disk_usage(path.parent).free)
+    except (
+        Exception
+    ) as error:  # torch raises a RuntimeError where a write fails, safetensors an error of its own
+        reason = str(error).strip().split("\n")[0]
+        free = size_text(shutil.disk_usage(path.parent).free)
         sizes = f"{size_text(needed)} are needed, and {free} are free"
         raise OSError(f"could not write to {path.parent} ({reason}): {sizes}") from error
 
 
 @contextlib.contextmanager
 def new_folder(out: str, checkpoint: Checkpoint, needed: int) -> Iterator[Path]:
-    """A new path that is a folder, for a checkpoint's weights; it gets their tokenizer and checklist.chk."""
+    """A new path that is a folder, for a checkpoint's weights; it gets their tokenizer and
+    checklist.chk.
+    """
     tokenizer = None
     try:
         tokenizer = checkpoint.tokenizer_model()

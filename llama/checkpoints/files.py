@@ -25,7 +25,10 @@ def size_text(n: int) -> str:
 
 
 def path_of(what: str, path: Any) -> Path:
-    """A path with ~ for a home, or 7, which a command line makes of a name. Raises TypeError for what is no path."""
+    """A path with ~ for a home, or 7, which a command line makes of a name.
+
+    Raises TypeError for what is no path.
+    """
     try:
         return Path(os.path.expanduser(str(path) if type(path) is int else path))
     except TypeError:
@@ -33,10 +36,15 @@ def path_of(what: str, path: Any) -> Path:
 
 
 def folder_of(what: str, path: Any, holds: str) -> Path:
-    """A folder that holds what `holds` says. Raises FileNotFoundError or, for a file, ValueError, saying what to do."""
+    """A folder that holds what `holds` says.
+
+    Raises FileNotFoundError or, for a file, ValueError, saying what to do.
+    """
     folder = path_of(what, path)
     if folder.is_file():
-        raise ValueError(f"{folder} is a file: pass the folder that holds it, {folder.absolute().parent}")
+        raise ValueError(
+            f"{folder} is a file: pass the folder that holds it, {folder.absolute().parent}"
+        )
     if not folder.is_dir():
         hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not folder.parent.exists()
         fetch = f"run hf download {path} --local-dir {folder.name} and pass {folder.name}"
@@ -46,7 +54,9 @@ def folder_of(what: str, path: Any, holds: str) -> Path:
 
 
 def check_readable(path: Path) -> None:
-    """Raise what opening the file raises, as a sentence: torch's and safetensors' own errors do not tell."""
+    """Raise what opening the file raises, as a sentence: torch's and safetensors' own errors do not
+    tell.
+    """
     try:
         path.open("rb").close()
     except OSError as error:
@@ -66,7 +76,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_numbers(file: str, values: dict[str, Any], real: tuple[str, ...] = ()) -> None:
-    """Raise ValueError unless all are positive integers, or positive numbers where they are named in `real`."""
+    """Raise ValueError unless all are positive integers, or positive numbers where they are named
+    in `real`.
+    """
     for key, value in values.items():
         kind, types = ("number", (int, float)) if key in real else ("integer", (int,))
         if type(value) not in types or not 0 < value < 2**31:
@@ -78,52 +90,69 @@ def import_safetensors(path: Path) -> Any:
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ImportError(f"{path} needs the package safetensors: pip install safetensors") from error
+        raise ImportError(
+            f"{path} needs the package safetensors: pip install safetensors"
+        ) from error
     return safetensors.torch
 
 
 def map_tensors(path: Path, types: tuple[torch.dtype, ...] = TYPES) -> dict[str, Tensor]:
     """The tensors of a file of safetensors, or of torch.save, in the page cache's memory.
 
-    Code in a pickle is refused, not run. Raises ValueError for what is no whole file of dense tensors of these types.
+    Code in a pickle is refused, not run. Raises ValueError for what is no whole file of dense
+    tensors of these types.
     """
     broken = f"{path} is not a whole PyTorch checkpoint: download it again"
-    load: Callable[[Path], Any] = partial(torch.load, map_location="cpu", mmap=True, weights_only=True)
+    load: Callable[[Path], Any] = partial(
+        torch.load, map_location="cpu", mmap=True, weights_only=True
+    )
     if path.suffix == ".safetensors":
         broken = f"{path} is not a whole safetensors file: download it again"
         load = import_safetensors(path).load_file
     check_readable(path)
     try:
         tensors = load(path)
-    except Exception as error:  # what the unpickler raises over damaged bytes is any of a dozen types
+    except (
+        Exception
+    ) as error:  # what the unpickler raises over damaged bytes is any of a dozen types
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{broken} ({reason})") from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(value, Tensor) for value in tensors.values()
+    ):
         raise ValueError(f"{path} is not a dictionary of tensors: is it a checkpoint of Llama 2?")
     for name, tensor in tensors.items():
         if tensor.dtype not in types or tensor.layout != torch.strided or tensor.is_meta:
             dtype = str(tensor.dtype).removeprefix("torch.")
-            raise ValueError(f"{path}: {name} is of {dtype}: only dense float32, bfloat16 and float16 are read")
+            raise ValueError(
+                f"{path}: {name} is of {dtype}: only dense float32, bfloat16 and float16 are read"
+            )
     return tensors
 
 
 def give_back(mapped: Tensor) -> None:
-    """Take the pages of a mapped file that a tensor lies on out of this process; they could be read in again."""
+    """Take the pages of a mapped file that a tensor lies on out of this process; they could be read
+    in again.
+    """
     if not hasattr(mmap, "MADV_DONTNEED") or mapped.numel() == 0:
         return
     first = mapped.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
     # Not beyond the last element: what folmins a file's pages is not the file's.
-    extent = 1 + sum((n - 1) * stride for n, stride in zip(mapped.shape, mapped.stride(), strict=True))
+    extent = 1 + sum(
+        (n - 1) * stride for n, stride in zip(mapped.shape, mapped.stride(), strict=True)
+    )
     length = mapped.data_ptr() - first + extent * mapped.element_size()
     ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
 
 def md5_of(file: Path) -> str:
-    md5, size = hashlib.md5(usedforsecurity=False), file.stat().st_size
+    md5 = hashlib.md5(usedforsecurity=False)
+    size = file.stat().st_size
     with (
         file.open("rb") as stream,
         tqdm.wrapattr(stream, "read", size, desc=file.name, leave=False, disable=None) as counted,
     ):
-        while data := counted.read(2**20):  # writing checks sums too, beside what it has not given back yet
+        # writing checks sums too, beside what it has not given back yet
+        while data := counted.read(2**20):
             md5.update(data)
     return md5.hexdigest()

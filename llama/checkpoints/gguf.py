@@ -1,6 +1,8 @@
-"""GGUF files, llama.cpp's layout of the same weights: metadata, vocabulary and tensors in one file, or split into some.
+"""GGUF files, llama.cpp's layout of the same weights: metadata, vocabulary and tensors in one file,
+or split into some.
 
-Rows of queries and keys stand in the release's order. What the types' bytes mean is in gguf_types.py.
+Rows of queries and keys stand in the release's order. What the types' bytes mean is in
+gguf_types.py.
 """
 
 from __future__ import annotations
@@ -28,8 +30,21 @@ ALIGNMENT = 32  # of tensors, where the file does not say
 MOST_VALUES = 2**22  # of an array of the metadata: a vocabulary's pieces are some 32,000
 
 # The metadata's kinds of values, as struct names them; then strings and arrays.
-NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-STRING, ARRAY = 8, 9
+NUMBERS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
+STRING = 8
+ARRAY = 9
 
 # The metadata's keys -> params.json's
 KEYS = {
@@ -41,12 +56,19 @@ KEYS = {
     "llama.rope.freq_base": "rope_theta",
     "llama.vocab_size": "vocab_size",
 }
-REQUIRED_KEYS = (*list(KEYS)[:3], "llama.attention.layer_norm_rms_epsilon", "llama.feed_forward_length")
+REQUIRED_KEYS = (
+    *list(KEYS)[:3],
+    "llama.attention.layer_norm_rms_epsilon",
+    "llama.feed_forward_length",
+)
 PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
 def open_gguf(path: Path) -> Source:
-    """A file, or all parts of which this is one. Raises ValueError for what is broken or no Llama 2."""
+    """A file, or all parts of which this is one.
+
+    Raises ValueError for what is broken or no Llama 2.
+    """
     files = parts_of(path)
     metadata, tensors = read_file(files[0])
     for file in files[1:]:
@@ -57,7 +79,8 @@ def open_gguf(path: Path) -> Source:
         raise ValueError(f"{name} has rope_freqs.weight (Llama 3.1's positions): not supported")
     if "output.weight" not in tensors and "token_embd.weight" in tensors:
         tensors["output.weight"] = tensors["token_embd.weight"]
-    longest, template = metadata.get("llama.context_length"), metadata.get("tokenizer.chat_template")
+    longest = metadata.get("llama.context_length")
+    template = metadata.get("tokenizer.chat_template")
     if not isinstance(template, str | None):
         raise ValueError(f"{name} has tokenizer.chat_template {template!r}: download it again")
     return Source(
@@ -82,7 +105,10 @@ def parts_of(path: Path) -> list[Path]:
         raise ValueError(
             f"{path.name} says that it is part {int(part[2])} of {int(part[3])}: give it its own name again"
         )
-    files = [path.with_name(f"{part[1]}-{number:05}-of-{part[3]}.gguf") for number in range(1, int(part[3]) + 1)]
+    files = [
+        path.with_name(f"{part[1]}-{number:05}-of-{part[3]}.gguf")
+        for number in range(1, int(part[3]) + 1)
+    ]
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file.name} is missing beside {path}: download it")
@@ -90,31 +116,50 @@ def parts_of(path: Path) -> list[Path]:
 
 
 def params_of(name: str, metadata: dict[str, Any]) -> dict[str, Any]:
-    """params.json's values for a file's metadata. Raises ValueError for what would need other mathematics."""
+    """params.json's values for a file's metadata.
+
+    Raises ValueError for what would need other mathematics.
+    """
     if (kind := metadata.get("general.architecture")) != "llama":
-        raise ValueError(f"{name} has general.architecture {kind!r}: not supported, only 'llama' is")
+        raise ValueError(
+            f"{name} has general.architecture {kind!r}: not supported, only 'llama' is"
+        )
     for key in REQUIRED_KEYS:
         if key not in metadata:
             raise ValueError(f"{name} lacks key {key}: download it again")
     given = {key: metadata[key] for key in (*KEYS, *REQUIRED_KEYS) if key in metadata}
-    check_numbers(name, given, real=("llama.attention.layer_norm_rms_epsilon", "llama.rope.freq_base"))
+    check_numbers(
+        name, given, real=("llama.attention.layer_norm_rms_epsilon", "llama.rope.freq_base")
+    )
     params = {ours: as_written(given[theirs]) for theirs, ours in KEYS.items() if theirs in given}
     if params.get("n_kv_heads") == params["n_heads"]:
         del params["n_kv_heads"]  # as releases have it
     head_dim = params["dim"] // params["n_heads"]
     others = dict.fromkeys(("llama.rope.dimension_count", "llama.attention.key_length"), head_dim)
-    others |= {"llama.attention.value_length": head_dim, "llama.expert_count": 0, "llama.attention.causal": True}
+    others |= {
+        "llama.attention.value_length": head_dim,
+        "llama.expert_count": 0,
+        "llama.attention.causal": True,
+    }
     for key, wanted in others.items():
         if metadata.get(key, wanted) != wanted:
-            raise ValueError(f"{name} has {key} {metadata[key]!r}: not supported, only {wanted!r} is")
+            raise ValueError(
+                f"{name} has {key} {metadata[key]!r}: not supported, only {wanted!r} is"
+            )
     scaling = metadata.get("llama.rope.scaling.type", "linear")
     factor = metadata.get("llama.rope.scaling.factor", metadata.get("llama.rope.scale_linear"))
     if scaling not in ("none", "linear"):
-        raise ValueError(f"{name} has llama.rope.scaling.type {scaling!r}: not supported, only 'linear' is")
+        raise ValueError(
+            f"{name} has llama.rope.scaling.type {scaling!r}: not supported, only 'linear' is"
+        )
     if factor and scaling == "linear":
-        check_numbers(name, {"llama.rope.scaling.factor": factor}, real=("llama.rope.scaling.factor",))
+        check_numbers(
+            name, {"llama.rope.scaling.factor": factor}, real=("llama.rope.scaling.factor",)
+        )
         params["rope_scaling_factor"] = as_written(factor)
-    return params | feed_forward_params(given["llama.embedding_length"], given["llama.feed_forward_length"])
+    return params | feed_forward_params(
+        given["llama.embedding_length"], given["llama.feed_forward_length"]
+    )
 
 
 def as_written(value: float) -> float:
@@ -122,11 +167,16 @@ def as_written(value: float) -> float:
     if isinstance(value, int):
         return value
     near = (float(f"{value:.{digits}g}") for digits in range(1, 9))
-    return next((number for number in near if struct.pack("f", number) == struct.pack("f", value)), value)
+    return next(
+        (number for number in near if struct.pack("f", number) == struct.pack("f", value)), value
+    )
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor | Quantized]]:
-    """A file's metadata and its tensors, which lie on the file's mapped pages. Raises ValueError for a broken one."""
+    """A file's metadata and its tensors, which lie on the file's mapped pages.
+
+    Raises ValueError for a broken one.
+    """
     check_readable(path)
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty: download it again")
@@ -136,20 +186,25 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor | Quantized]
             metadata, infos = header.read()
         except (UnicodeDecodeError, struct.error) as error:
             raise header.broken(str(error)) from error
-        start, size = header.position, len(data)
+        start = header.position
+        size = len(data)
     alignment = metadata.get("general.alignment", ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 8 or alignment % 8:
         raise ValueError(f"{path} has general.alignment {alignment!r}: download it again")
     start += -start % alignment
     mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-    return metadata, {name: tensor_at(path, mapped, start, name, *info) for name, info in infos.items()}
+    return metadata, {
+        name: tensor_at(path, mapped, start, name, *info) for name, info in infos.items()
+    }
 
 
 class Header:
     """What stands before the tensors, read value by value; no count or length in it is believed."""
 
     def __init__(self, path: Path, data: mmap.mmap):
-        self.path, self.data, self.position = path, data, 0
+        self.path = path
+        self.data = data
+        self.position = 0
 
     def broken(self, reason: str) -> ValueError:
         return ValueError(f"{self.path} is not a whole GGUF file ({reason}): download it again")
@@ -173,7 +228,8 @@ class Header:
             return self.text()
         if kind != ARRAY:
             raise self.broken(f"a value of kind {kind} in its metadata")
-        kind, count = self.number("I"), self.number("Q")
+        kind = self.number("I")
+        count = self.number("Q")
         if kind == ARRAY or count > MOST_VALUES:
             raise self.broken(f"an array of {count} values of kind {kind} in its metadata")
         if kind not in NUMBERS:
@@ -189,12 +245,16 @@ class Header:
         if version not in VERSIONS:
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS
             said = "in big-endian order" if swapped else f"of version {version}"
-            raise ValueError(f"{self.path} is a GGUF file {said}: not supported, only version 2 and 3 are")
-        tensors, values = self.number("Q"), self.number("Q")
+            raise ValueError(
+                f"{self.path} is a GGUF file {said}: not supported, only version 2 and 3 are"
+            )
+        tensors = self.number("Q")
+        values = self.number("Q")
         metadata = {self.text(): self.value(self.number("I")) for _ in range(values)}
         infos = {}
         for _ in range(tensors):
-            name, dims = self.text(), self.number("I")
+            name = self.text()
+            dims = self.number("I")
             if not 1 <= dims <= 4:
                 raise self.broken(f"{name} has {dims} dimensions")
             shape = tuple(self.number("Q") for _ in range(dims))[::-1]
@@ -203,20 +263,38 @@ class Header:
 
 
 def tensor_at(
-    path: Path, mapped: Tensor, start: int, name: str, shape: tuple[int, ...], kind: int, offset: int
+    path: Path,
+    mapped: Tensor,
+    start: int,
+    name: str,
+    shape: tuple[int, ...],
+    kind: int,
+    offset: int,
 ) -> Tensor | Quantized:
-    """The tensor whose bytes begin `offset` after `start`. Raises ValueError unless the file holds all of it."""
+    """The tensor whose bytes begin `offset` after `start`.
+
+    Raises ValueError unless the file holds all of it.
+    """
     if kind not in FLOATS and kind not in TYPES:
         known = ", ".join(["F32", "F16", "BF16", *(t.name for t in TYPES.values())])
         said = f"{path.name}: {name} is of type {OTHER_TYPES.get(kind, kind)}"
-        raise ValueError(f"{said}: not supported, only {known} are; llama.cpp's llama-quantize writes them")
-    block, size = (1, FLOATS[kind].itemsize) if kind in FLOATS else (TYPES[kind].block, TYPES[kind].bytes)
-    length, begin = math.prod(shape) // block * size, start + offset
+        raise ValueError(
+            f"{said}: not supported, only {known} are; llama.cpp's llama-quantize writes them"
+        )
+    block, size = (
+        (1, FLOATS[kind].itemsize) if kind in FLOATS else (TYPES[kind].block, TYPES[kind].bytes)
+    )
+    length = math.prod(shape) // block * size
+    begin = start + offset
     if shape[-1] % block or 0 in shape or offset % 4 or begin + length > len(mapped):
-        raise ValueError(f"{path} is not a whole GGUF file ({name} is {shape} at byte {begin}): download it again")
+        raise ValueError(
+            f"{path} is not a whole GGUF file ({name} is {shape} at byte {begin}): download it again"
+        )
     raw = mapped[begin : begin + length]
     if kind in FLOATS:
         return raw.view(FLOATS[kind]).view(shape)
     if len(shape) != 2:
-        raise ValueError(f"{path} has {name} of {shape} in {TYPES[kind].name}: only matrices are read in fewer bits")
+        raise ValueError(
+            f"{path} has {name} of {shape} in {TYPES[kind].name}: only matrices are read in fewer bits"
+        )
     return Blocks(raw.view(shape[0], -1, size), TYPES[kind])

@@ -1,6 +1,8 @@
-"""GGUF's types of a few bits: how the bytes of a block of weights become integers, scales and mins (ggml-common.h).
+"""GGUF's types of a few bits: how the bytes of a block of weights become integers, scales and mins
+(ggml-common.h).
 
-A block holds 32 or, in the types of K, 256 neighbouring inputs of a row. A decoder takes (rows, blocks, bytes) uint8.
+A block holds 32 or, in the types of K, 256 neighbouring inputs of a row. A decoder takes (rows,
+blocks, bytes) uint8.
 """
 
 from __future__ import annotations
@@ -32,13 +34,17 @@ class Blocks(Quantized):
     def __init__(self, raw: Tensor, type: Type):
         """`raw` is (rows, blocks, bytes)."""
         super().__init__(len(raw), raw.shape[1] * type.block)
-        self.raw, self.type = raw, type
+        self.raw = raw
+        self.type = type
         self.kind = self.joins = type.name
-        self.block, self.bits = type.block, type.bits
+        self.block = type.block
+        self.bits = type.bits
         self.bytes_per_weight = (type.bits or 8) / 8 + type.factors / GROUP
 
     def read(self, rows: slice, inputs: slice) -> Groups:
-        return self.type.decode(self.raw[rows, inputs.start // self.block : inputs.stop // self.block])
+        return self.type.decode(
+            self.raw[rows, inputs.start // self.block : inputs.stop // self.block]
+        )
 
     def let_go(self) -> None:
         give_back(self.raw[self.rows.start : self.rows.stop])
@@ -56,7 +62,9 @@ def unpack(raw: Tensor, bits: int) -> Tensor:
 
 
 def grouped(q: Tensor, scales: Tensor, mins: Tensor | None = None) -> Groups:
-    """Groups of integers (rows, blocks, groups, inputs) int8, with scales and mins (rows, blocks, groups)."""
+    """Groups of integers (rows, blocks, groups, inputs) int8, with scales and mins (rows, blocks,
+    groups).
+    """
     return Groups(q.flatten(1, 2), scales.flatten(1), None if mins is None else mins.flatten(1))
 
 
@@ -99,7 +107,10 @@ def q3_k(raw: Tensor) -> Groups:
     low = unpack(raw[..., 32:96].unflatten(-1, (2, 32)), 2).flatten(2, 3)  # (rows, blocks, 8, 32)
     q = low.to(torch.int8) + (unpack(raw[..., :32], 1) << 2).to(torch.int8) - 4
     scales = unpack(raw[..., 96:104], 4).flatten(-2) | unpack(raw[..., 104:108], 2).flatten(-2) << 4
-    return grouped(q.flatten(2).unflatten(-1, (16, 16)), floats(raw[..., 108:]).float() * (scales.to(torch.int8) - 32))
+    return grouped(
+        q.flatten(2).unflatten(-1, (16, 16)),
+        floats(raw[..., 108:]).float() * (scales.to(torch.int8) - 32),
+    )
 
 
 def scales_and_mins(raw: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +124,8 @@ def scales_and_mins(raw: Tensor) -> tuple[Tensor, Tensor]:
 
 def q4_k(raw: Tensor) -> Groups:
     scales, mins = scales_and_mins(raw[..., :16])
-    # 32 bytes hold a group in their lower halves and the next in their higher: ours are 16 bytes of one group.
+    # 32 bytes hold a group in their lower halves and the next in their higher: ours are 16 bytes of
+    # one group.
     a, b = raw[..., 16:].unflatten(-1, (4, 2, 16)).unbind(-2)
     q = torch.stack((a & 15 | b << 4, a >> 4 | b & 0xF0), dim=-2)
     return grouped(q.flatten(2, 3), scales, mins)
@@ -134,8 +146,8 @@ def q6_k(raw: Tensor) -> Groups:
 
 
 FLOATS = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
-# Where a scale is a product of two numbers, float32 holds it exactly; types with a scale for every 16 inputs, which no
-# store of ours has, give values only.
+# Where a scale is a product of two numbers, float32 holds it exactly; types with a scale for every
+# 16 inputs, which no store of ours has, give values only.
 TYPES = {
     2: Type("Q4_0", 32, 18, q4_0, bits=4, factors=2),
     3: Type("Q4_1", 32, 20, q4_1, bits=4, factors=4),
@@ -148,6 +160,23 @@ TYPES = {
     13: Type("Q5_K", 256, 176, q5_k, bits=8, factors=8),
     14: Type("Q6_K", 256, 210, q6_k, bits=None, factors=2),
 }
-OTHER_TYPES = {9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL"}
-OTHER_TYPES |= {21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64"}
+OTHER_TYPES = {
+    9: "Q8_1",
+    15: "Q8_K",
+    16: "IQ2_XXS",
+    17: "IQ2_XS",
+    18: "IQ3_XXS",
+    19: "IQ1_S",
+    20: "IQ4_NL",
+}
+OTHER_TYPES |= {
+    21: "IQ3_S",
+    22: "IQ2_S",
+    23: "IQ4_XS",
+    24: "I8",
+    25: "I16",
+    26: "I32",
+    27: "I64",
+    28: "F64",
+}
 OTHER_TYPES |= {29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4"}

@@ -22,8 +22,8 @@ TYPES = ("f16", "bf16", "q8_0", "q4_0", "q4_1")
 class GGUFFile:
     """What a file of a checkpoint's is to hold: matrices of one of TYPES, and vectors in float32.
 
-    Raises ImportError without the package, ValueError for another type or widths that its blocks do not divide,
-    FileNotFoundError without a tokenizer.
+    Raises ImportError without the package, ValueError for another type or widths that its blocks do
+    not divide, FileNotFoundError without a tokenizer.
     """
 
     def __init__(self, checkpoint: Checkpoint, args: ModelArgs, shapes: Shapes, type: str):
@@ -32,10 +32,17 @@ class GGUFFile:
         try:
             import gguf
         except ImportError as error:
-            raise ImportError("writing GGUF needs the package gguf: pip install '.[gguf]'") from error
-        logging.getLogger("gguf").setLevel(logging.WARNING)  # else it tells of its own files, which become another
-        self.gguf, self.checkpoint, self.args, self.shapes = gguf, checkpoint, args, shapes
-        self.matrices, self.vectors = gguf.GGMLQuantizationType[type.upper()], gguf.GGMLQuantizationType.F32
+            raise ImportError(
+                "writing GGUF needs the package gguf: pip install '.[gguf]'"
+            ) from error
+        # else it tells of its own files, which become another
+        logging.getLogger("gguf").setLevel(logging.WARNING)
+        self.gguf = gguf
+        self.checkpoint = checkpoint
+        self.args = args
+        self.shapes = shapes
+        self.matrices = gguf.GGMLQuantizationType[type.upper()]
+        self.vectors = gguf.GGMLQuantizationType.F32
         self.tokenizer = checkpoint.open_tokenizer()
         block, _ = gguf.GGML_QUANT_SIZES[self.matrices]
         for name, shape in shapes.items():
@@ -62,11 +69,15 @@ class GGUFFile:
         self.add_vocabulary(writer)
         float32 = torch.empty(0).numpy().dtype
         for name, shape in self.shapes.items():
-            writer.add_tensor_info(gguf_name(name), shape, float32, self.bytes_of(name), self.type_of(name))
+            writer.add_tensor_info(
+                gguf_name(name), shape, float32, self.bytes_of(name), self.type_of(name)
+            )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name, shape in tqdm(self.shapes.items(), desc=path.name, unit="tensor", leave=False, disable=None):
+        for name, shape in tqdm(
+            self.shapes.items(), desc=path.name, unit="tensor", leave=False, disable=None
+        ):
             values = torch.empty(shape)
             self.checkpoint.copy(name, 0, values)
             writer.write_tensor_data(self.gguf.quants.quantize(values.numpy(), self.type_of(name)))

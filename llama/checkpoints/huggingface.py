@@ -40,14 +40,23 @@ REQUIRED_CONFIG = {
 
 
 def open_huggingface(path: Path) -> Source:
-    """A folder in this layout. Raises FileNotFoundError and ValueError as `find_files` and `params_of` do."""
+    """A folder in this layout.
+
+    Raises FileNotFoundError and ValueError as `find_files` and `params_of` do.
+    """
     config = read_json(path / "config.json")
-    params, files, packing = params_of(config), find_files(path), packing_of(path, config)
+    params = params_of(config)
+    files = find_files(path)
+    packing = packing_of(path, config)
     plain: dict[str, Tensor] = {}
     for file in files:
         plain |= map_tensors(file, types=TYPES if packing is None else (*TYPES, torch.int32))
-    tensors: Mapping[str, Tensor | Quantized] = plain if packing is None else unpacked(plain, packing)
-    embedding, shards, longest = huggingface_name("tok_embeddings.weight"), {path: tensors}, config.get(MAX_POSITIONS)
+    tensors: Mapping[str, Tensor | Quantized] = (
+        plain if packing is None else unpacked(plain, packing)
+    )
+    embedding = huggingface_name("tok_embeddings.weight")
+    shards = {path: tensors}
+    longest = config.get(MAX_POSITIONS)
     if config.get("tie_word_embeddings") and embedding in tensors:
         shards = {path: {**tensors, huggingface_name("output.weight"): tensors[embedding]}}
     return Source(
@@ -64,18 +73,25 @@ def open_huggingface(path: Path) -> Source:
 
 
 def added_tokens(path: Path) -> dict[int, str]:
-    """Ids and texts of the tokens that a folder says were added to its vocabulary. Raises ValueError for other JSON."""
+    """Ids and texts of the tokens that a folder says were added to its vocabulary.
+
+    Raises ValueError for other JSON.
+    """
     pairs: list[tuple[Any, Any]] = []
     if (file := path / "added_tokens.json").exists():
         pairs = [(token, text) for text, token in read_json(file).items()]
     elif (file := path / "tokenizer.json").exists():
         entries = read_json(file).get("added_tokens", [])
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise ValueError(f"{file} has added_tokens that are no list of objects: download it again")
+            raise ValueError(
+                f"{file} has added_tokens that are no list of objects: download it again"
+            )
         pairs = [(entry.get("id"), entry.get("content")) for entry in entries]
     for token, text in pairs:
         if type(token) is not int or not isinstance(text, str) or not text:
-            raise ValueError(f"{file} has an added token {text!r} with id {token!r}: download it again")
+            raise ValueError(
+                f"{file} has an added token {text!r} with id {token!r}: download it again"
+            )
     return dict(pairs)
 
 
@@ -87,34 +103,52 @@ def find_files(path: Path) -> list[Path]:
             return [path / name]
         if index.exists():
             parts = read_json(index).get("weight_map")
-            if not isinstance(parts, dict) or not all(isinstance(p, str) and Path(p).name == p for p in parts.values()):
-                raise ValueError(f"{index} has no weight_map of file names in its folder: download it again")
+            if not isinstance(parts, dict) or not all(
+                isinstance(p, str) and Path(p).name == p for p in parts.values()
+            ):
+                raise ValueError(
+                    f"{index} has no weight_map of file names in its folder: download it again"
+                )
             files = [path / part for part in sorted(set(parts.values()))]
             for file in files:
                 if not file.exists():
-                    raise FileNotFoundError(f"{file} is missing: {index.name} lists it; download it")
+                    raise FileNotFoundError(
+                        f"{file} is missing: {index.name} lists it; download it"
+                    )
             return files
     if len(others := list(path.glob("*.safetensors"))) == 1:  # as gptq_model-4bit-128g.safetensors
         return others
-    raise FileNotFoundError(f"no model.safetensors, pytorch_model.bin or index of either in {path}/: download it again")
+    raise FileNotFoundError(
+        f"no model.safetensors, pytorch_model.bin or index of either in {path}/: download it again"
+    )
 
 
 def params_of(config: dict[str, Any]) -> dict[str, Any]:
-    """params.json's values for a config.json. Raises ValueError for what would need other mathematics."""
+    """params.json's values for a config.json.
+
+    Raises ValueError for what would need other mathematics.
+    """
     given = {key: value for key, value in config.items() if value is not None}
     for key, wanted in REQUIRED_CONFIG.items():
         value = given.get(key, wanted)
-        if value != wanted and str(value).lower() != str(wanted).lower():  # some have LLaMAForCausalLM
+        # some have LLaMAForCausalLM
+        if value != wanted and str(value).lower() != str(wanted).lower():
             raise ValueError(f"config.json has {key} {value!r}: not supported, only {wanted!r} is")
-    defaults: dict[str, Any] = {"num_key_value_heads": given.get("num_attention_heads"), "rms_norm_eps": 1e-6}
+    defaults: dict[str, Any] = {
+        "num_key_value_heads": given.get("num_attention_heads"),
+        "rms_norm_eps": 1e-6,
+    }
     values = defaults | {key: given[key] for key in (*NUMBERS, MAX_POSITIONS) if key in given}
     for key in NUMBERS:
         if key not in values:
             raise ValueError(f"config.json lacks key '{key}': download it again")
     check_numbers("config.json", values, real=("rms_norm_eps",))
-    dim, heads = values["hidden_size"], values["num_attention_heads"]
+    dim = values["hidden_size"]
+    heads = values["num_attention_heads"]
     if config.get("head_dim") not in (None, dim // heads):
-        raise ValueError(f"config.json has head_dim {config['head_dim']}: not supported, only {dim // heads} is")
+        raise ValueError(
+            f"config.json has head_dim {config['head_dim']}: not supported, only {dim // heads} is"
+        )
     params = {ours: values[theirs] for theirs, ours in CONFIG_KEYS.items()}
     if params["n_kv_heads"] == heads:
         del params["n_kv_heads"]  # as releases have it
@@ -122,7 +156,9 @@ def params_of(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def feed_forward_params(dim: int, hidden_dim: int) -> dict[str, Any]:
-    """Values from which ModelArgs computes this width, rounding down and then up: the release's where they give it."""
+    """Values from which ModelArgs computes this width, rounding down and then up: the release's
+    where they give it.
+    """
     base = int(8 * dim / 3)
     if base > hidden_dim:
         return {"multiple_of": hidden_dim, "ffn_dim_multiplier": (hidden_dim + 0.5) / base}
@@ -137,7 +173,9 @@ def rope_params(config: dict[str, Any]) -> dict[str, Any]:
     scaling = config.get("rope_scaling") or rope
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "linear"):
-        raise ValueError(f"config.json has rope_scaling of type {kind!r}: not supported, only 'linear' is")
+        raise ValueError(
+            f"config.json has rope_scaling of type {kind!r}: not supported, only 'linear' is"
+        )
     thetas = (rope.get("rope_theta"), config.get("rope_theta"), 10000.0)
     values = {"rope_theta": next(theta for theta in thetas if theta is not None)}
     if kind == "linear":
@@ -148,10 +186,13 @@ def rope_params(config: dict[str, Any]) -> dict[str, Any]:
 
 def max_positions_of(args: ModelArgs, said: int | None) -> int:
     """What a model was made for, where its layout does not say."""
-    return said or (16384 if args.rope_theta == 1e6 else 4096)  # Code Llama's theta, and Llama 2's length
+    # Code Llama's theta, and Llama 2's length
+    return said or (16384 if args.rope_theta == 1e6 else 4096)
 
 
-def config_of(args: ModelArgs, dtype: torch.dtype, max_positions: int | None = None) -> dict[str, Any]:
+def config_of(
+    args: ModelArgs, dtype: torch.dtype, max_positions: int | None = None
+) -> dict[str, Any]:
     """config.json's values for a model."""
     factor = args.rope_scaling_factor
     return {theirs: getattr(args, ours) for theirs, ours in CONFIG_KEYS.items()} | {

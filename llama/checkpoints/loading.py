@@ -28,7 +28,9 @@ MAX_LOADERS = 4
 
 def linear_layers(model: Transformer) -> dict[str, ShardedLinear]:
     """By their weights' names."""
-    return {f"{path}.weight": m for path, m in model.named_modules() if isinstance(m, ShardedLinear)}
+    return {
+        f"{path}.weight": m for path, m in model.named_modules() if isinstance(m, ShardedLinear)
+    }
 
 
 def bytes_per_weight(
@@ -40,7 +42,8 @@ def bytes_per_weight(
     total = 0.0
     count = 0
     for name, layer in linear_layers(model).items():
-        stored = checkpoint.source.first.get(checkpoint.source.name_of(name))  # `load` tells what is missing
+        # `load` tells what is missing
+        stored = checkpoint.source.first.get(checkpoint.source.name_of(name))
         chosen = formats.of(stored, checkpoint.adapter is not None)
         if chosen is None:
             assert isinstance(stored, Quantized)
@@ -59,13 +62,15 @@ def load(
     dtype: torch.dtype,
     formats: Formats | None = None,
 ) -> None:
-    """Give `model`, built for this rank on the meta device, its weights; linear ones in their `formats`.
+    """Give `model`, built for this rank on the meta device, its weights; linear ones in their
+    `formats`.
 
-    Copies one tensor at a time (with `formats`, one matrix per thread) and gives its mapped pages back, so
-    that memory holds this rank's weights and little more. What a file has in the format that is wanted is
-    neither copied nor rounded: 16 bits stay where they are mapped, privately, 8 and 4 bits are only laid
-    out anew. Raises ValueError, before anything is read, where the files do not hold exactly the model's
-    tensors. Warns of values that are not finite, and of positions that the model was not made for.
+    Copies one tensor at a time (with `formats`, one matrix per thread) and gives its mapped pages
+    back, so that memory holds this rank's weights and little more. What a file has in the format
+    that is wanted is neither copied nor rounded: 16 bits stay where they are mapped, privately, 8
+    and 4 bits are only laid out anew. Raises ValueError, before anything is read, where the files
+    do not hold exactly the model's tensors. Warns of values that are not finite, and of positions
+    that the model was not made for.
     """
     names = list(checkpoint.check(model))
     rank = model.ranks.rank
@@ -85,12 +90,15 @@ def load(
     together += [[name] for name in names if name not in {*chain(*together)}]
     loader = Loader(checkpoint, model, device, dtype, formats, parts)
     state: dict[str, Tensor] = {}
-    # Packing and quantising are slow and release the interpreter's lock; plain copies are as fast from one thread.
+    # Packing and quantising are slow and release the interpreter's lock; plain copies are as fast
+    # from one thread.
     workers = min(torch.get_num_threads(), MAX_LOADERS) if formats else 1
     quiet = rank > 0 or None
     with ThreadPoolExecutor(workers) as pool:
         loaded = pool.map(loader.load, together)
-        for tensors in tqdm(loaded, total=len(together), desc="loading", unit="tensor", leave=False, disable=quiet):
+        for tensors in tqdm(
+            loaded, total=len(together), desc="loading", unit="tensor", leave=False, disable=quiet
+        ):
             state |= tensors
     model.load_state_dict(state, assign=True, strict=True)
     model.requires_grad_(False)
@@ -98,12 +106,15 @@ def load(
 
 def warn_of_length(checkpoint: Checkpoint, model: Transformer, rank: int) -> None:
     source = checkpoint.source
-    # Whether the config's length is that before or after linear scaling, folders do not agree: the longer counts.
+    # Whether the config's length is that before or after linear scaling, folders do not agree: the
+    # longer counts.
     known = (source.max_positions or math.inf) * model.params.rope_scaling_factor
     asked = model.params.max_seq_len
     if rank == 0 and asked > known:
         made_for = f"{checkpoint.name} was made for {known:.0f} tokens ({source.params_file})"
-        logger.warning("max_seq_len is %d, and %s: text beyond them may make no sense", asked, made_for)
+        logger.warning(
+            "max_seq_len is %d, and %s: text beyond them may make no sense", asked, made_for
+        )
 
 
 def packs(checkpoint: Checkpoint, names: list[str], formats: Formats) -> bool:
@@ -113,8 +124,12 @@ def packs(checkpoint: Checkpoint, names: list[str], formats: Formats) -> bool:
     return chosen is None or chosen.pack is not None
 
 
-def fused_names(checkpoint: Checkpoint, model: nn.Module, parts: dict[str, Tensor | Quantized]) -> list[list[str]]:
-    """The weights that multiply the same input and can be packed as one: all of one kind, and not in place."""
+def fused_names(
+    checkpoint: Checkpoint, model: nn.Module, parts: dict[str, Tensor | Quantized]
+) -> list[list[str]]:
+    """The weights that multiply the same input and can be packed as one: all of one kind, and not
+    in place.
+    """
     groups = []
     for path, module in model.named_modules():
         if hasattr(module, "fused"):
@@ -134,9 +149,15 @@ class Loader(NamedTuple):
     parts: dict[str, Tensor | Quantized]  # what the file has in the format that is wanted
 
     def load(self, names: list[str]) -> dict[str, Tensor]:
-        """Pack tensors, fused along their rows, into their layers; returns those that stay parameters."""
+        """Pack tensors, fused along their rows, into their layers; returns those that stay
+        parameters.
+        """
         modules = [self.model.get_submodule(name.removesuffix(".weight")) for name in names]
-        layers = [module for module in modules if isinstance(module, ShardedLinear)] if self.formats else []
+        layers = (
+            [module for module in modules if isinstance(module, ShardedLinear)]
+            if self.formats
+            else []
+        )
         part = self.parts.get(names[0])
         if isinstance(part, Quantized):
             fuse(layers, self.grouped(names))
@@ -147,7 +168,8 @@ class Loader(NamedTuple):
         if self.formats and layers:
             stored = self.checkpoint.source.tensor(names[0])
             chosen = self.formats.of(stored, self.checkpoint.adapter is not None)
-            chosen = chosen or self.formats.coarse  # groups that could not be kept, of several shards
+            # groups that could not be kept, of several shards
+            chosen = chosen or self.formats.coarse
             packed = chosen.pack(whole) if chosen.pack else None
             if packed is not None:
                 fuse(layers, packed)
@@ -159,7 +181,9 @@ class Loader(NamedTuple):
     def grouped(self, names: list[str]) -> Grouped:
         """The file's own groups of weights that are fused."""
         parts = [part for name in names if isinstance(part := self.parts[name], Quantized)]
-        groups = concatenate([self.checkpoint.groups(name, part) for name, part in zip(names, parts, strict=True)])
+        groups = concatenate(
+            [self.checkpoint.groups(name, part) for name, part in zip(names, parts, strict=True)]
+        )
         for factors in (groups.scales, groups.mins):
             if factors is not None:
                 self.check_finite(names, factors)
@@ -169,10 +193,15 @@ class Loader(NamedTuple):
         return packed
 
     def copied(self, names: list[str], exact: bool) -> Tensor:
-        """This rank's rows of all these tensors, in the file's type if they are to be `exact`, else the model's."""
-        weights = [self.model.get_parameter(name) for name in names]  # of this rank's shapes, on the meta device
+        """This rank's rows of all these tensors, in the file's type if they are to be `exact`, else
+        the model's.
+        """
+        # of this rank's shapes, on the meta device
+        weights = [self.model.get_parameter(name) for name in names]
         stored = [self.checkpoint.source.tensor(name) for name in names]
-        types = [torch.float32 if isinstance(tensor, Quantized) else tensor.dtype for tensor in stored]
+        types = [
+            torch.float32 if isinstance(tensor, Quantized) else tensor.dtype for tensor in stored
+        ]
         dtype = reduce(torch.promote_types, types) if exact else self.dtype
         rows = [len(weight) for weight in weights]
         whole = torch.empty(sum(rows), *weights[0].shape[1:], dtype=dtype, device=self.device)
@@ -183,4 +212,8 @@ class Loader(NamedTuple):
     def check_finite(self, names: list[str], values: Tensor) -> None:
         if not all(bound.isfinite() for bound in torch.aminmax(values)):
             said = " and ".join(names)
-            logger.warning("%s of %s has values that are not finite: download it again", said, self.checkpoint.name)
+            logger.warning(
+                "%s of %s has values that are not finite: download it again",
+                said,
+                self.checkpoint.name,
+            )

@@ -30,16 +30,32 @@ class Memory(NamedTuple):
         return self.weights + rows * self.cache_row + self.pass_bytes
 
 
-def memory_needs(args: ModelArgs, world_size: int, dtype: torch.dtype, bytes_per_weight: float) -> Memory:
+def memory_needs(
+    args: ModelArgs, world_size: int, dtype: torch.dtype, bytes_per_weight: float
+) -> Memory:
     """`bytes_per_weight` is of the linear layers; everything else is of `dtype`."""
     attention = 2 * args.dim * args.head_dim * (args.n_heads + args.kv_heads)
-    linear = args.n_layers * (attention + 3 * args.dim * args.hidden_dim) + args.dim * args.vocab_size
-    embedding, norms = args.dim * args.vocab_size, (2 * args.n_layers + 1) * args.dim
-    weights = (linear * bytes_per_weight + embedding * dtype.itemsize) / world_size + norms * dtype.itemsize
-    cache_row = 2 * args.n_layers * args.kv_heads * args.head_dim * args.max_seq_len * dtype.itemsize // world_size
+    linear = (
+        args.n_layers * (attention + 3 * args.dim * args.hidden_dim) + args.dim * args.vocab_size
+    )
+    embedding = args.dim * args.vocab_size
+    norms = (2 * args.n_layers + 1) * args.dim
+    weights = (
+        linear * bytes_per_weight + embedding * dtype.itemsize
+    ) / world_size + norms * dtype.itemsize
+    cache_row = (
+        2
+        * args.n_layers
+        * args.kv_heads
+        * args.head_dim
+        * args.max_seq_len
+        * dtype.itemsize
+        // world_size
+    )
     pass_tokens = min(CHUNK_TOKENS + args.max_batch_size, args.max_batch_size * args.max_seq_len)
-    # x, its norm and what is added to it; the feed-forward's gate and up, as computed and as split off, and their
-    # product: what was seen at the peak of a pass. Then, where all are asked for, logits, computed and in float32.
+    # x, its norm and what is added to it; the feed-forward's gate and up, as computed and as split
+    # off, and their product: what was seen at the peak of a pass. Then, where all are asked for,
+    # logits, computed and in float32.
     layer = (4 * args.dim + 6 * args.hidden_dim // world_size) * dtype.itemsize
     logits = args.vocab_size * (dtype.itemsize + 4)
     return Memory(int(weights), cache_row, pass_tokens * (layer + logits))
@@ -54,14 +70,18 @@ def needed(name: str, args: ModelArgs, needs: Memory) -> str:
 
 
 def check_memory(name: str, args: ModelArgs, needs: Memory, device: torch.device) -> None:
-    """Raise ValueError, before anything is loaded, if what this rank needs does not fit into its device."""
+    """Raise ValueError, before anything is loaded, if what this rank needs does not fit into its
+    device.
+    """
     free = free_memory(device)
     if needs.total(args.max_batch_size) <= free:
         return
     advice = "use fewer bits for each weight, more ranks or a smaller model"
     if (fitting := (free - needs.total(0)) // needs.cache_row) > 0:
         advice = f"build with max_batch_size {fitting} or a smaller max_seq_len"
-    raise ValueError(f"{needed(name, args, needs)}, and {device} has {size_text(free)} free for it: {advice}")
+    raise ValueError(
+        f"{needed(name, args, needs)}, and {device} has {size_text(free)} free for it: {advice}"
+    )
 
 
 @contextlib.contextmanager
@@ -70,16 +90,23 @@ def allocating(name: str, args: ModelArgs, needs: Memory, device: torch.device) 
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(
+            error
+        ):
             raise
         advice = "build with a smaller max_batch_size or max_seq_len, or use fewer bits for each weight or more ranks"
-        raise ValueError(f"{needed(name, args, needs)}, and {device} refused memory: {advice}") from error
+        raise ValueError(
+            f"{needed(name, args, needs)}, and {device} refused memory: {advice}"
+        ) from error
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this rank may still use on its device; the ranks of a node share its main memory evenly."""
+    """Bytes that this rank may still use on its device; the ranks of a node share its main memory
+    evenly.
+    """
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept for the next tensor
+        # kept for the next tensor
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
@@ -90,17 +117,24 @@ def free_memory(device: torch.device) -> int:
     return int(free) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def container_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
-    """Bytes left to this process under the tightest limit on its control group or on those around it; inf without one.
+def container_memory(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> float:
+    """Bytes left to this process under the tightest limit on its control group or on those around
+    it; inf without one.
 
-    `own` names the group; inside a container the name may be the host's, and the root the container's own.
+    `own` names the group; inside a container the name may be the host's, and the root the
+    container's own.
     """
     name = re.search("^0::/(.*)", own.read_text() if own.exists() else "", re.MULTILINE)
     group = root / name[1] if name else root
     left = math.inf
     for folder in (group, *group.parents):
-        with contextlib.suppress(OSError, KeyError, ValueError):  # no such files, or "max" for no limit
-            limit, used = (int((folder / f"memory.{what}").read_text()) for what in ("max", "current"))
+        # no such files, or "max" for no limit
+        with contextlib.suppress(OSError, KeyError, ValueError):
+            limit, used = (
+                int((folder / f"memory.{what}").read_text()) for what in ("max", "current")
+            )
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
             # The page cache counts as free, but not what of it is shared memory or tmpfs.
             left = min(left, max(limit - used + int(stat["file"]) - int(stat["shmem"]), 0))

@@ -1,4 +1,6 @@
-"""The tensors of a Llama 2: their names in every layout, how a release splits them, and how their rows are ordered."""
+"""The tensors of a Llama 2: their names in every layout, how a release splits them, and how their
+rows are ordered.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +16,20 @@ class Entry(NamedTuple):
     dim: int | None  # along which a release splits it over its shards; None: whole in every shard
     huggingface: str
     gguf: str
-    rotary: bool = False  # its rows are channels of heads, rotated in pairs: Hugging Face has other rows for a pair
+    # its rows are channels of heads, rotated in pairs: Hugging Face has other rows for a pair
+    rotary: bool = False
 
 
 # By their names in the release, with * for a layer's number; ".weight" folmins in every layout.
 TENSORS = {
     "tok_embeddings": Entry(1, "model.embed_tokens", "token_embd"),
     "layers.*.attention_norm": Entry(None, "model.layers.*.input_layernorm", "blk.*.attn_norm"),
-    "layers.*.attention.wq": Entry(0, "model.layers.*.self_attn.q_proj", "blk.*.attn_q", rotary=True),
-    "layers.*.attention.wk": Entry(0, "model.layers.*.self_attn.k_proj", "blk.*.attn_k", rotary=True),
+    "layers.*.attention.wq": Entry(
+        0, "model.layers.*.self_attn.q_proj", "blk.*.attn_q", rotary=True
+    ),
+    "layers.*.attention.wk": Entry(
+        0, "model.layers.*.self_attn.k_proj", "blk.*.attn_k", rotary=True
+    ),
     "layers.*.attention.wv": Entry(0, "model.layers.*.self_attn.v_proj", "blk.*.attn_v"),
     "layers.*.attention.wo": Entry(1, "model.layers.*.self_attn.o_proj", "blk.*.attn_output"),
     "layers.*.ffn_norm": Entry(None, "model.layers.*.post_attention_layernorm", "blk.*.ffn_norm"),
@@ -67,7 +74,8 @@ def with_number(stem: str, name: str) -> str:
 
 
 def interleave(weight: Tensor, head_dim: int) -> Tensor:
-    """Rotary rows (heads × head_dim, …) of whole heads, from Hugging Face's order to the release's and GGUF's.
+    """Rotary rows (heads × head_dim, …) of whole heads, from Hugging Face's order to the release's
+    and GGUF's.
 
     transformers rotates channel i with i + head_dim / 2, the release 2i with 2i + 1.
     """

@@ -19,11 +19,13 @@ class Quantized:
     """A part, at first all, of a matrix (rows, inputs). It has what a Checkpoint asks of a tensor."""
 
     kind: str  # what its layout calls it
-    bits: int | None = None  # in which `groups` holds exactly what the file says; None: only values are to be had
+    # in which `groups` holds exactly what the file says; None: only values are to be had
+    bits: int | None = None
     bytes_per_weight: float  # of these groups
     joins: Hashable  # matrices in which it is equal can be held as one
     block: int  # so many inputs of a row are decoded together
-    order: Tensor | None = None  # input order[i] of a row is the i-th of its groups; None: they stand in their order
+    # input order[i] of a row is the i-th of its groups; None: they stand in their order
+    order: Tensor | None = None
     dtype = torch.float16  # of a copy of it in a layout without such matrices
 
     def __init__(self, rows: int, inputs: int):
@@ -58,7 +60,9 @@ class Quantized:
         """What a store of `bits` bits holds, in `order`. The part begins and ends with a group."""
         parts = list(self._decode())
         first = (self.inputs.start - self._blocks.start) // GROUP
-        return concatenate(parts).map(lambda tensor: tensor.narrow(1, first, len(self.inputs) // GROUP))
+        return concatenate(parts).map(
+            lambda tensor: tensor.narrow(1, first, len(self.inputs) // GROUP)
+        )
 
     def copy_to(self, out: Tensor) -> None:
         """Fill `out`, (rows, inputs), with the values, rounded to its type."""
@@ -74,7 +78,10 @@ class Quantized:
         """The inputs of the blocks that the part's inputs are in."""
         if self.order is not None:
             return slice(0, self.width)
-        return slice(self.inputs.start // self.block * self.block, -(-self.inputs.stop // self.block) * self.block)
+        return slice(
+            self.inputs.start // self.block * self.block,
+            -(-self.inputs.stop // self.block) * self.block,
+        )
 
     def _decode(self) -> Iterator[Groups]:
         for first in range(self.rows.start, self.rows.stop, QUANTISED_ROWS):

@@ -1,4 +1,6 @@
-"""The release's layout, consolidated.NN.pth and params.json, and what the other layouts have in common with it."""
+"""The release's layout, consolidated.NN.pth and params.json, and what the other layouts have in
+common with it.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,21 @@ from .names import is_rotary
 from .quantized import Quantized
 
 REQUIRED_PARAMS = ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps")
-OPTIONAL_PARAMS = ("n_kv_heads", "ffn_dim_multiplier", "vocab_size", "rope_theta", "rope_scaling_factor")
+OPTIONAL_PARAMS = (
+    "n_kv_heads",
+    "ffn_dim_multiplier",
+    "vocab_size",
+    "rope_theta",
+    "rope_scaling_factor",
+)
 REAL_PARAMS = ("norm_eps", "rope_theta", "rope_scaling_factor", "ffn_dim_multiplier")
 NEWER_PARAMS = {"use_scaled_rope": " (Llama 3.1)"}
 
 
 class Source(NamedTuple):
-    """The weights of one folder, under the names of its layout, and how these differ from the release's."""
+    """The weights of one folder, under the names of its layout, and how these differ from the
+    release's.
+    """
 
     layout: str  # what users call it
     params_file: str
@@ -28,11 +38,14 @@ class Source(NamedTuple):
     shards: Mapping[Path, Mapping[str, Tensor | Quantized]]  # by the path that errors name
     name_of: Callable[[str], str]  # a tensor's name in the release -> in this layout
     in_halves: bool = False  # whether rotary rows are in Hugging Face's order
-    gives_back: bool = False  # whether tensors are certain to lie on pages of their file, which can be read in again
-    max_positions: int | None = None  # what the model was made for, before scaling; None: the folder does not say
+    # whether tensors are certain to lie on pages of their file, which can be read in again
+    gives_back: bool = False
+    # what the model was made for, before scaling; None: the folder does not say
+    max_positions: int | None = None
     vocabulary: bytes | None = None  # a whole SentencePiece model, where the layout has one
     chat_template: str | None = None  # a Jinja template, where the layout has one
-    # Ids that follow tokenizer.model's, and their texts, where an embedding may have more rows than that has pieces.
+    # Ids that follow tokenizer.model's, and their texts, where an embedding may have more rows than
+    # that has pieces.
     added_tokens: Callable[[], Mapping[int, str]] | None = None
 
     def tensor(self, name: str) -> Tensor | Quantized:
@@ -50,10 +63,15 @@ class Source(NamedTuple):
 
 
 def open_release(path: Path) -> Source:
-    """A folder in this layout. Raises FileNotFoundError where a file is missing, ValueError where one is broken."""
+    """A folder in this layout.
+
+    Raises FileNotFoundError where a file is missing, ValueError where one is broken.
+    """
     files = sorted(path.glob("consolidated.[0-9][0-9].pth"))
     if not files:
-        raise FileNotFoundError(f"no consolidated.*.pth in {path}/: is this the folder that download.sh made?")
+        raise FileNotFoundError(
+            f"no consolidated.*.pth in {path}/: is this the folder that download.sh made?"
+        )
     there = [file.name.split(".")[1] for file in files]
     if missing := {f"{number:02}" for number in range(int(there[-1]))} - {*there}:
         raise FileNotFoundError(
@@ -61,18 +79,31 @@ def open_release(path: Path) -> Source:
         )
     params = read_params(path / "params.json")
     shards = {file: map_tensors(file) for file in files}
-    return Source("release", "params.json", params, files, shards, name_of=lambda name: name, gives_back=True)
+    return Source(
+        "release", "params.json", params, files, shards, name_of=lambda name: name, gives_back=True
+    )
 
 
 def read_params(path: Path) -> dict[str, Any]:
-    """What params.json says. Raises ValueError for keys that are missing, or unknown: they may mean another model."""
+    """What params.json says.
+
+    Raises ValueError for keys that are missing, or unknown: they may mean another model.
+    """
     if not path.is_file():
-        raise FileNotFoundError(f"no {path.name} in {path.parent}/: is this the folder that download.sh made?")
+        raise FileNotFoundError(
+            f"no {path.name} in {path.parent}/: is this the folder that download.sh made?"
+        )
     params = read_json(path)
-    given = {key: value for key, value in params.items() if value is not None and (key, value) != ("vocab_size", -1)}
+    given = {
+        key: value
+        for key, value in params.items()
+        if value is not None and (key, value) != ("vocab_size", -1)
+    }
     for key in params:
         if key not in REQUIRED_PARAMS + OPTIONAL_PARAMS:
-            raise ValueError(f"params.json has unknown key '{key}'{NEWER_PARAMS.get(key, '')}: not supported")
+            raise ValueError(
+                f"params.json has unknown key '{key}'{NEWER_PARAMS.get(key, '')}: not supported"
+            )
     for key in REQUIRED_PARAMS:
         if key not in given:
             raise ValueError(f"params.json lacks key '{key}': download it again")

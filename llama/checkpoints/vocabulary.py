@@ -1,6 +1,7 @@
 """SentencePiece models written from what other files say of a vocabulary.
 
-The format is protobuf's (sentencepiece_model.proto), of which a few fields are enough, so that no package is needed.
+The format is protobuf's (sentencepiece_model.proto), of which a few fields are enough, so that no
+package is needed.
 """
 
 from __future__ import annotations
@@ -10,7 +11,12 @@ import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6  # kinds of pieces, numbered alike in GGUF
+# kinds of pieces, numbered alike in GGUF
+UNKNOWN = 2
+CONTROL = 3
+USER_DEFINED = 4
+UNUSED = 5
+BYTE = 6
 BPE = 2
 NO_SCORE = -1000.0  # what a file has that was made without tokenizer.model
 
@@ -45,10 +51,13 @@ def fields(message: bytes) -> Iterator[tuple[int, Any]]:
 
     def number() -> int:
         nonlocal position
-        value, shift = 0, 0
+        value = 0
+        shift = 0
         while True:
             byte = message[position]
-            position, value, shift = position + 1, value | (byte & 127) << shift, shift + 7
+            position = position + 1
+            value = value | (byte & 127) << shift
+            shift = shift + 7
             if byte < 128:
                 return value
 
@@ -66,21 +75,25 @@ def fields(message: bytes) -> Iterator[tuple[int, Any]]:
 
 def pieces_of(proto: bytes) -> list[tuple[str, float, int]]:
     """Text, score and kind of each piece of a SentencePiece model."""
-    pieces = [{2: 0.0, 3: 1} | dict(fields(value)) for number, value in fields(proto) if number == 1]
+    pieces = [
+        {2: 0.0, 3: 1} | dict(fields(value)) for number, value in fields(proto) if number == 1
+    ]
     return [(piece[1].decode(), piece[2], piece[3]) for piece in pieces]
 
 
 def with_rows(proto: bytes, added: Mapping[int, str], rows: int) -> bytes:
     """A SentencePiece model with pieces for all rows of an embedding, as far as they are explained.
 
-    `added` tokens follow the model's own without a gap, and are found in a text before it is split. Rows that fill
-    these up to a round number are unused pieces.
+    `added` tokens follow the model's own without a gap, and are found in a text before it is split.
+    Rows that fill these up to a round number are unused pieces.
     """
     texts = {text for text, _, _ in pieces_of(proto)}
     first = number = len(texts)
     while number in added and number < rows:
         text = added[number].replace(" ", "\u2581")  # as SentencePiece has spaces
-        proto += piece(f"[{number}]", 0.0, UNUSED) if text in texts else piece(text, 0.0, USER_DEFINED)
+        proto += (
+            piece(f"[{number}]", 0.0, UNUSED) if text in texts else piece(text, 0.0, USER_DEFINED)
+        )
         texts.add(text)
         number += 1
     if is_padding(number, rows, extended=number > first):
@@ -91,8 +104,8 @@ def with_rows(proto: bytes, added: Mapping[int, str], rows: int) -> bytes:
 def is_padding(pieces: int, rows: int, extended: bool) -> bool:
     """Whether an embedding has no more rows than fill its pieces up to a round number.
 
-    A multiple of 64 or more, as trainers make it for speed; of 8 or more where the vocabulary is known to be an
-    `extended` one. Another tokenizer's vocabulary must not pass for padding.
+    A multiple of 64 or more, as trainers make it for speed; of 8 or more where the vocabulary is
+    known to be an `extended` one. Another tokenizer's vocabulary must not pass for padding.
     """
     round_numbers = (8, 16, 32, 64, 128, 256) if extended else (64, 128, 256)
     return any(rows % number == 0 and 0 < rows - pieces <= number for number in round_numbers)
@@ -105,40 +118,65 @@ def adds_prefix(proto: bytes) -> bool:
 
 
 def proto_of(name: str, metadata: dict[str, Any]) -> bytes:
-    """The SentencePiece model that a GGUF file's metadata describes. Raises ValueError for vocabularies of other kinds,
-    and for one that SentencePiece could not split text with."""
+    """The SentencePiece model that a GGUF file's metadata describes.
+
+    Raises ValueError for vocabularies of other kinds, and for one that SentencePiece could not
+    split text with.
+    """
     if (model := metadata.get("tokenizer.ggml.model")) != "llama":
-        raise ValueError(f"{name} has tokenizer.ggml.model {model!r}: not supported, only 'llama' (SentencePiece) is")
-    lists: list[Any] = [metadata.get(f"tokenizer.ggml.{what}") for what in ("tokens", "scores", "token_type")]
+        raise ValueError(
+            f"{name} has tokenizer.ggml.model {model!r}: not supported, only 'llama' (SentencePiece) is"
+        )
+    lists: list[Any] = [
+        metadata.get(f"tokenizer.ggml.{what}") for what in ("tokens", "scores", "token_type")
+    ]
     texts, scores, kinds = lists
-    if not all(isinstance(values, list) and len(values) == len(texts or []) > 0 for values in lists):
-        raise ValueError(f"{name} lacks tokenizer.ggml.tokens, scores or token_type, one for each: download it again")
+    if not all(
+        isinstance(values, list) and len(values) == len(texts or []) > 0 for values in lists
+    ):
+        raise ValueError(
+            f"{name} lacks tokenizer.ggml.tokens, scores or token_type, one for each: download it again"
+        )
     wrong = [
         f"piece {i} {value!r}"
         for i, value in enumerate(zip(texts, scores, kinds, strict=True))
-        if not (isinstance(value[0], str) and isinstance(value[1], float) and math.isfinite(value[1]))
+        if not (
+            isinstance(value[0], str) and isinstance(value[1], float) and math.isfinite(value[1])
+        )
         or value[2] not in range(1, 7)
     ]
     special = {}
     for what, usual in (("bos", 1), ("eos", 2)):
         token = metadata.get(f"tokenizer.ggml.{what}_token_id", usual)
         if type(token) is not int or not 0 <= token < len(texts):
-            raise ValueError(f"{name} has tokenizer.ggml.{what}_token_id {token!r}: download it again")
+            raise ValueError(
+                f"{name} has tokenizer.ggml.{what}_token_id {token!r}: download it again"
+            )
         special[what] = token
-    # What begins and ends a text is a control piece to SentencePiece, whatever fine-tuning made of it.
+    # What begins and ends a text is a control piece to SentencePiece, whatever fine-tuning made of
+    # it.
     kinds = [CONTROL if token in special.values() else kind for token, kind in enumerate(kinds)]
     if wrong or kinds.count(UNKNOWN) != 1:
         reason = wrong[0] if wrong else f"{kinds.count(UNKNOWN)} unknown pieces"
         raise ValueError(f"{name} has a vocabulary with {reason}: download it again")
     if set(scores) == {NO_SCORE}:
-        raise ValueError(f"{name} has a vocabulary without scores, made without tokenizer.model: convert it again")
+        raise ValueError(
+            f"{name} has a vocabulary without scores, made without tokenizer.model: convert it again"
+        )
     seen: set[str] = set()
-    for token, text in enumerate(texts):  # SentencePiece takes no piece twice, and none without text
+    # SentencePiece takes no piece twice, and none without text
+    for token, text in enumerate(texts):
         if not text or text in seen:
             texts[token], kinds[token] = f"[{token}]", UNUSED
         seen.add(texts[token])
-    trainer = field(3, BPE) + field(4, len(texts)) + field(35, int(BYTE in kinds))  # whether it falls back to bytes
-    trainer += field(40, kinds.index(UNKNOWN)) + field(41, special["bos"]) + field(42, special["eos"]) + field(43, -1)
+    # whether it falls back to bytes
+    trainer = field(3, BPE) + field(4, len(texts)) + field(35, int(BYTE in kinds))
+    trainer += (
+        field(40, kinds.index(UNKNOWN))
+        + field(41, special["bos"])
+        + field(42, special["eos"])
+        + field(43, -1)
+    )
     trainer += field(45, texts[kinds.index(UNKNOWN)]) + field(46, texts[special["bos"]])
     trainer += field(47, texts[special["eos"]])
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)

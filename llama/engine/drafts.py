@@ -1,12 +1,13 @@
 """Draft tokens by prompt-lookup decoding: what followed the last tokens where they occurred before.
 
-Speculative decoding without a second model: the drafts are run in the same pass as the next token, and
-kept as far as the model itself says the same.
+Speculative decoding without a second model: the drafts are run in the same pass as the next token,
+and kept as far as the model itself says the same.
 """
 
 from __future__ import annotations
 
-# How many of the last tokens must have occurred together before. Two guess wrong too often, four too seldom.
+# How many of the last tokens must have occurred together before. Two guess wrong too often, four
+# too seldom.
 NGRAM = 3
 
 # After each wrong draft in a row, twice as many passes go by without one, up to so many.
@@ -17,7 +18,8 @@ class PromptLookup:
     """The n-grams of one text as it grows; drafting is as cheap as a look into a dictionary."""
 
     def __init__(self) -> None:
-        self.follows: dict[tuple[int, ...], int] = {}  # n-gram -> where what followed it last begins
+        # N-gram -> where what followed it last begins
+        self.follows: dict[tuple[int, ...], int] = {}
         self.seen = NGRAM
         self.rest = 0
         self.resting = 0

@@ -1,16 +1,14 @@
 """The loop of steps. Requests come in at any time, share passes, and leave when they are over.
 
-A step, in order:
-1. Where a request waits, the model's version is compared with that which filled the cache; for another the
-   cache is cleared.
-2. `Scheduler.schedule` lets go what is over, gives waiting requests slots, compares each slot's ids with its
-   request's, and returns what they lack as spans: of one token and maybe a draft (decode), or a chunk of a
-   prompt (prefill).
-3. `ModelRunner.decode` runs the decode spans through `Transformer.forward`, and `choose` draws a token of
-   each row from the logits; drafts are kept as far as they agree.
-4. `ModelRunner.prefill` runs the chunk; prompts that it completes get their first token.
-5. Each pass ends with a commit: the slot's ids, then the request's new Output, one assignment each. An
-   interrupt between the two costs a token's computation, which the next step repeats with the same draw.
+A step, in order: 1. Where a request waits, the model's version is compared with that which filled
+the cache; for another the cache is cleared. 2. `Scheduler.schedule` lets go what is over, gives
+waiting requests slots, compares each slot's ids with its request's, and returns what they lack as
+spans: of one token and maybe a draft (decode), or a chunk of a prompt (prefill). 3.
+`ModelRunner.decode` runs the decode spans through `Transformer.forward`, and `choose` draws a token
+of each row from the logits; drafts are kept as far as they agree. 4. `ModelRunner.prefill` runs the
+chunk; prompts that it completes get their first token. 5. Each pass ends with a commit: the slot's
+ids, then the request's new Output, one assignment each. An interrupt between the two costs a
+token's computation, which the next step repeats with the same draw.
 """
 
 from __future__ import annotations
@@ -36,7 +34,8 @@ from .scheduler import CHUNK, GPU_CHUNK, Scheduler
 
 
 class Engine:
-    """Runs requests over the slots of a model's cache: `submit` them, `step`, read their outputs, `cancel` some.
+    """Runs requests over the slots of a model's cache: `submit` them, `step`, read their outputs,
+    `cancel` some.
 
     Several threads may submit and `progress` at once: whichever comes first steps for all.
     """
@@ -50,8 +49,10 @@ class Engine:
         chunk_tokens: int = 0,
         runner: ModelRunner | None = None,
     ):
-        """`draft_tokens` are drafted by prompt lookup, and verified, where a text repeats itself. On a CPU
-        `chunk_tokens` of prompts are run at once while others answer, or CHUNK if it is 0."""
+        """`draft_tokens` are drafted by prompt lookup, and verified, where a text repeats itself.
+
+        On a CPU `chunk_tokens` of prompts are run at once while others answer, or CHUNK if it is 0.
+        """
         self.runner = runner or ModelRunner(model)
         self.model = model
         self.tokenizer = tokenizer
@@ -61,7 +62,9 @@ class Engine:
         chunk = (chunk_tokens or CHUNK) if on_cpu else GPU_CHUNK
         self.scheduler = Scheduler(self.cache, draft_tokens=draft_tokens, chunk=chunk)
         # The first rank's values, on every rank.
-        self.share: Callable[[Tensor], Tensor] = model.ranks.share if model.ranks.size > 1 else lambda x: x
+        self.share: Callable[[Tensor], Tensor] = (
+            model.ranks.share if model.ranks.size > 1 else lambda x: x
+        )
         self.passes = 0  # how many passes were run, and over how many tokens, for those who measure
         self.tokens = 0
         self.turn = threading.Condition()
@@ -84,7 +87,9 @@ class Engine:
 
     @contextlib.contextmanager
     def running(self, prompts: Iterable[Prompt]) -> Iterator[list[Request]]:
-        """Their requests, submitted; those that are not over when the block is left, however it is, are cancelled."""
+        """Their requests, submitted; those that are not over when the block is left, however it is,
+        are cancelled.
+        """
         requests: list[Request] = []
         try:
             for prompt in prompts:
@@ -96,7 +101,10 @@ class Engine:
                     self.cancel(request)
 
     def progress(self, requests: Sequence[Request]) -> Iterator[None]:
-        """Step until `requests` are over, and yield after each step. Raises the error of the first that fails."""
+        """Step until `requests` are over, and yield after each step.
+
+        Raises the error of the first that fails.
+        """
         me = threading.get_ident()
         while True:
             for request in requests:
@@ -105,7 +113,9 @@ class Engine:
             if all(request.over for request in requests):
                 return
             if self.stepping == me:
-                raise RuntimeError("a hook on the model's pass asked the model itself: wait until the pass is done")
+                raise RuntimeError(
+                    "a hook on the model's pass asked the model itself: wait until the pass is done"
+                )
             try:
                 with self.turn:
                     if self.stepping is None:
@@ -184,7 +194,8 @@ class Engine:
             self._wipe(spans)
 
     def _keep(self, plan: PrefillPlan, states: Tensor, logits: Tensor) -> None:
-        """What a request wants of its prompt's tokens: their hidden states, or the next tokens' logprobs.
+        """What a request wants of its prompt's tokens: their hidden states, or the next tokens'
+        logprobs.
 
         What an interrupted pass may have kept from the span's start on goes.
         """
@@ -195,7 +206,9 @@ class Engine:
             request.states = torch.cat((before, states.float()))
             request.computed = len(request.states)
         elif plan.targets:
-            rows = logits[plan.first_row : plan.first_row + len(plan.targets), : self.tokenizer.n_used]
+            rows = logits[
+                plan.first_row : plan.first_row + len(plan.targets), : self.tokenizer.n_used
+            ]
             targets = torch.tensor(plan.targets, device=rows.device)
             scores = self._score(rows, targets, [request] * len(targets))
             request.prompt_scores = (*request.prompt_scores[: span.start + 1], *scores)
@@ -206,7 +219,8 @@ class Engine:
                 request.output = finished(request.output, request.prompt, "length")
 
     def _draw(self, spans: list[Span], logits: Tensor) -> list[Drawn]:
-        """The outputs after a pass, with the next token of each row and as much of its draft as agrees.
+        """The outputs after a pass, with the next token of each row and as much of its draft as
+        agrees.
 
         logits (n, seqlen, vocab_size) follow the ids of the spans. Nothing of the requests changes.
         """
@@ -225,7 +239,9 @@ class Engine:
                     continue
                 output = extended(before.output, requests[row].prompt, token)
                 drawn[row] = Drawn(output, before.tokens + 1)
-                if output.finish_reason is None and spans[row].ids[place + 1 : place + 2] == [token.id]:
+                if output.finish_reason is None and spans[row].ids[place + 1 : place + 2] == [
+                    token.id
+                ]:
                     agreeing.append(row)
             going = agreeing
             if not going:
@@ -235,10 +251,11 @@ class Engine:
     def choose(
         self, requests: list[Request], numbers: list[int], logits: Tensor
     ) -> list[ScoredToken | None]:
-        """Token `numbers[i]` of the answer to request i; None where its logits, (n, vocab_size), are not finite.
+        """Token `numbers[i]` of the answer to request i; None where its logits, (n, vocab_size),
+        are not finite.
 
-        The first rank's choice counts on all ranks: their logits may differ in a last bit, and the tokens
-        must not.
+        The first rank's choice counts on all ranks: their logits may differ in a last bit, and the
+        tokens must not.
         """
         logits = logits[:, : self.tokenizer.n_used]
         params = [request.prompt.params for request in requests]
@@ -291,7 +308,9 @@ class Engine:
 
 
 class Drawn(NamedTuple):
-    """What a pass gave a request: its output, or None where logits are not finite, and how many tokens."""
+    """What a pass gave a request: its output, or None where logits are not finite, and how many
+    tokens.
+    """
 
     output: Output | None
     tokens: int
@@ -342,17 +361,18 @@ def not_finite(request: Request, span: Span, dtype: torch.dtype) -> ValueError:
 class ModelVersion:
     """What a pass of a model reads, at one moment.
 
-    That is every parameter and buffer (its address and how often PyTorch counted a write to it), every
-    module, its own and its class' `forward`, its hooks, the norms' eps, the rotary angles, and how often
-    the model was moved. What no pass reads, as `training`, is no part of it. Edits that PyTorch does not
-    count, through `.data` or NumPy, are not seen.
+    That is every parameter and buffer (its address and how often PyTorch counted a write to it),
+    every module, its own and its class' `forward`, its hooks, the norms' eps, the rotary angles,
+    and how often the model was moved. What no pass reads, as `training`, is no part of it. Edits
+    that PyTorch does not count, through `.data` or NumPy, are not seen.
 
     Taking it is a walk over all modules: 0.1 to 0.2 ms for 32 layers.
     """
 
     def __init__(self, model: Transformer):
         self.numbers: list[Any] = [model.moves, *map(tuple, compat.GLOBAL_HOOKS)]
-        self.things: list[Any] = []  # compared by identity; kept, so that no other takes a former one's place
+        # compared by identity; kept, so that no other takes a former one's place
+        self.things: list[Any] = []
         numbers = self.numbers.append
         things = self.things.append
         tensors = [model.freqs_cis]

@@ -1,4 +1,7 @@
-"""A Prompt is what the engine is asked; a Request is a prompt and what has come of it. Knows no model."""
+"""A Prompt is what the engine is asked; a Request is a prompt and what has come of it.
+
+Knows no model.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,15 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from ..errors import ArgumentError, EmptyPrompt, PromptError, PromptTooLong, PromptTypeError, as_integer, is_list
+from ..errors import (
+    ArgumentError,
+    EmptyPrompt,
+    PromptError,
+    PromptTooLong,
+    PromptTypeError,
+    as_integer,
+    is_list,
+)
 from ..sampling import SamplingParams, Streams
 from ..tokenizer import Detokenizer, Tokenizer
 from .drafts import PromptLookup
@@ -44,8 +55,9 @@ class ScoredToken(NamedTuple):
 class Output:
     """What was generated so far.
 
-    Frozen: each token makes a new Output, which takes the place of the old one in a single assignment. So
-    an interrupt, wherever it comes, leaves a request with all of a token or with nothing of it.
+    Frozen: each token makes a new Output, which takes the place of the old one in a single
+    assignment. So an interrupt, wherever it comes, leaves a request with all of a token or with
+    nothing of it.
     """
 
     detokenizer: Detokenizer
@@ -72,7 +84,8 @@ class Request:
         # Whether log-probabilities of the prompt's own tokens are asked for.
         params = prompt.params
         self.scores_prompt = params.logprobs and params.echo and prompt.refusal is None
-        # Of the prompt, where it is scored: a score for each of its first tokens, as far as they are run.
+        # Of the prompt, where it is scored: a score for each of its first tokens, as far as they
+        # are run.
         self.prompt_scores: tuple[ScoredToken, ...] = ()
         # Of the prompt, where it is pooled: hidden states (n, dim) float32 of its first tokens.
         self.states: Tensor | None = None
@@ -83,8 +96,8 @@ class Request:
         self.output = Output(detokenizer, prompt.token_ids)
         if self.scores_prompt:
             self.prompt_scores = (ScoredToken(prompt.token_ids[0]),)
-        # How many of the prompt's tokens gave what is wanted of every one of them; None: nothing is wanted.
-        # Until all did, a prefix that another request computed is of no use.
+        # How many of the prompt's tokens gave what is wanted of every one of them; None: nothing is
+        # wanted. Until all did, a prefix that another request computed is of no use.
         self.computed: int | None = 0 if needed_of(prompt) else None
         if prompt.refusal is not None:
             refuse(self, prompt.refusal)
@@ -130,7 +143,9 @@ class Request:
 
 
 def needed_of(prompt: Prompt) -> int:
-    """Of how many of a prompt's tokens, the first ones, hidden states or logits are wanted themselves."""
+    """Of how many of a prompt's tokens, the first ones, hidden states or logits are wanted
+    themselves.
+    """
     params = prompt.params
     if prompt.refusal is not None:
         return 0
@@ -162,7 +177,9 @@ def make_prompts(
         refusal = refusals[index] if refusals else None
         checked = [] if refusal is not None else check_ids(tokenizer, name, index, ids, max_seq_len)
         if own.top_logprobs > tokenizer.n_used:
-            reason = f"is {own.top_logprobs}: use 0 to {tokenizer.n_used}, the size of the vocabulary"
+            reason = (
+                f"is {own.top_logprobs}: use 0 to {tokenizer.n_used}, the size of the vocabulary"
+            )
             raise ArgumentError("top_logprobs", None, reason)
         room = max_seq_len - len(checked)
         prompt = Prompt(
@@ -181,7 +198,10 @@ def make_prompts(
 
 
 def check_ids(tokenizer: Tokenizer, name: str, index: int, ids: Any, max_seq_len: int) -> list[int]:
-    """A prompt's ids as a list. Raises PromptError, with the prompt's number, for ids that cannot be run."""
+    """A prompt's ids as a list.
+
+    Raises PromptError, with the prompt's number, for ids that cannot be run.
+    """
     if not isinstance(ids, list) and not is_list(ids):
         raise PromptTypeError(name, index, f"is {ids!r}: use a list of token ids")
     if len(ids) == 0:
@@ -237,10 +257,12 @@ def finished(output: Output, prompt: Prompt, reason: FinishReason) -> Output:
 
 
 def cut_at_stop(output: Output, stop: Sequence[str], new: int) -> Output | None:
-    """The output up to its first stop string, finished; None where its `new` last characters complete none.
+    """The output up to its first stop string, finished; None where its `new` last characters
+    complete none.
 
-    Of two stop strings that overlap, the one that ends first counts, however the text was split into
-    tokens. Tokens whose text lies wholly behind the cut go; a token that holds wanted text before it stays.
+    Of two stop strings that overlap, the one that ends first counts, however the text was split
+    into tokens. Tokens whose text lies wholly behind the cut go; a token that holds wanted text
+    before it stays.
     """
     ends = []
     for string in stop:
@@ -278,8 +300,8 @@ def refuse(request: Request, refusal: str) -> None:
 def delta(request: Request, sent: int) -> tuple[str, bool]:
     """What is new of `full_text` after `sent` characters, and whether it is the last.
 
-    An end of the text that may be the beginning of a stop string is kept back. Another thread may be
-    extending the output.
+    An end of the text that may be the beginning of a stop string is kept back. Another thread may
+    be extending the output.
     """
     output = request.output
     over = output.finish_reason is not None

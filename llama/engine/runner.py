@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 
 SHORTEST_WINDOW = 256
 
-# Multiplications of a matrix product from which on a second thread gains more than it costs to wake.
+# Multiplications of a matrix product from which on a second thread gains more than it costs to
+# wake.
 PARALLEL_WORK = 2**18
 
 # Tokens (n, seqlen) and positions (n, seqlen) -> logits (n, seqlen, vocab_size).
@@ -30,9 +31,9 @@ Program = Callable[[Tensor, Tensor], Tensor]
 class ModelRunner:
     """Runs passes over a model's cache. What the slots then hold is for the caller to say.
 
-    Eagerly, a decode pass attends to exactly the positions in use. Compiled or captured, its rows and the
-    window that it attends to are rounded up to powers of two, so that few shapes occur; each is made at
-    its first use.
+    Eagerly, a decode pass attends to exactly the positions in use. Compiled or captured, its rows
+    and the window that it attends to are rounded up to powers of two, so that few shapes occur;
+    each is made at its first use.
     """
 
     def __init__(self, model: Transformer, *, compile: bool = False, cuda_graph: bool = False):
@@ -52,11 +53,12 @@ class ModelRunner:
         self.programs = {}
 
     def decode(self, spans: Sequence[Span]) -> Tensor:
-        """Logits (len(spans), seqlen, vocab_size) after each id of spans that are among the first slots.
+        """Logits (len(spans), seqlen, vocab_size) after each id of spans that are among the first
+        slots.
 
-        A slot between them runs along, and so does one behind them where rows are rounded up: something
-        has to be written, beyond what the slot holds. Shorter spans are filled up. The next call may write
-        over the logits.
+        A slot between them runs along, and so does one behind them where rows are rounded up:
+        something has to be written, beyond what the slot holds. Shorter spans are filled up. The
+        next call may write over the logits.
         """
         cache = self.cache
         seqlen = max(len(span.ids) for span in spans)
@@ -95,11 +97,14 @@ class ModelRunner:
         return self.programs[key](ids, positions)
 
     def prefill(self, spans: Sequence[Span], wanted: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """A pass over spans, one after another: logits (len(wanted), vocab_size) and states (total, dim).
+        """A pass over spans, one after another: logits (len(wanted), vocab_size) and states (total,
+        dim).
 
         `wanted` are places in the row of all spans' ids. States are the final norm's output.
         """
-        tokens = torch.tensor([[token for span in spans for token in span.ids]], device=self.cache.device)
+        tokens = torch.tensor(
+            [[token for span in spans for token in span.ids]], device=self.cache.device
+        )
         with self._threads(tokens.numel()):
             batch = PrefillBatch(self.cache, spans, self.model.n_rep, wanted)
             logits = self.model(tokens, batch)
@@ -109,11 +114,13 @@ class ModelRunner:
     def _program(self, tokens: Tensor, positions: Tensor, length: int) -> Program:
         run = decode
         if self.compile:
-            # dynamo counts the compilations of each code object, and stops at the eighth: every shape has
-            # its own.
+            # dynamo counts the compilations of each code object, and stops at the eighth: every
+            # shape has its own.
             name = f"decode_{tokens.shape[0]}_{tokens.shape[1]}_{length}"
             own = decode.__code__.replace(co_name=name)
-            run = torch.compile(FunctionType(own, decode.__globals__), fullgraph=True, dynamic=False)
+            run = torch.compile(
+                FunctionType(own, decode.__globals__), fullgraph=True, dynamic=False
+            )
         program: Program = partial(run, self.model, length=length)
         if not self.cuda_graph:
             return program
@@ -126,10 +133,11 @@ class ModelRunner:
 
     def _capture(self, program: Program, tokens: Tensor, positions: Tensor) -> Program:
         with torch.cuda.device(self.cache.device):
-            # Kernels choose their algorithms and allocate at first use, which a capture may not. These runs
-            # write what the replay is about to write at the same positions, so they leave no trace.
-            # One stream for all graphs, because cuBLAS keeps 32 MB for every stream that it ever ran on; one
-            # pool, because no two graphs run at once, and so they share the memory of one.
+            # Kernels choose their algorithms and allocate at first use, which a capture may not.
+            # These runs write what the replay is about to write at the same positions, so they
+            # leave no trace. One stream for all graphs, because cuBLAS keeps 32 MB for every stream
+            # that it ever ran on; one pool, because no two graphs run at once, and so they share
+            # the memory of one.
             side = self.stream = self.stream or torch.cuda.Stream()
             self.graph_pool = self.graph_pool or torch.cuda.graph_pool_handle()
             side.wait_stream(torch.cuda.current_stream())
@@ -151,7 +159,9 @@ class ModelRunner:
 
     @contextlib.contextmanager
     def _threads(self, tokens: int) -> Iterator[None]:
-        """One thread for passes so small that others would only be waited for: on busy cores, far too long."""
+        """One thread for passes so small that others would only be waited for: on busy cores, far
+        too long.
+        """
         threads = torch.get_num_threads()
         if threads == 1 or self.cache.device.type != "cpu" or tokens * self.work >= PARALLEL_WORK:
             yield

@@ -1,8 +1,9 @@
 """Which request has which slot of the cache, and which tokens run next.
 
-The cache says which token ids each slot holds; what a request's ids have beyond them is what it lacks.
-Chunked prefill, reuse of prefixes, rejected drafts, cancellation and recovery from an interrupt all follow
-from that one comparison. The scheduler reads no clock, so that every rank runs the same schedule.
+The cache says which token ids each slot holds; what a request's ids have beyond them is what it
+lacks. Chunked prefill, reuse of prefixes, rejected drafts, cancellation and recovery from an
+interrupt all follow from that one comparison. The scheduler reads no clock, so that every rank runs
+the same schedule.
 """
 
 from __future__ import annotations
@@ -14,21 +15,22 @@ from ..cache import KVCache, Span
 from .drafts import PromptLookup
 from .request import Request
 
-# Tokens of prompts in a pass while others wait for their next token: as many as take three or four times
-# as long as a step of one row (benchmarks/README.md), on any CPU; a weight format may have its own. A GPU
-# reads the weights for about as long as it multiplies so many.
+# Tokens of prompts in a pass while others wait for their next token: as many as take three or four
+# times as long as a step of one row (benchmarks/README.md), on any CPU; a weight format may have
+# its own. A GPU reads the weights for about as long as it multiplies so many.
 CHUNK = 24
 GPU_CHUNK = 256
 
 # And while nobody waits. More gained nothing, and would need more memory.
 LONG_CHUNK = 512
 
-# Requests from which on chunks grow no further. With 16 of them, of `1b` in bfloat16, 128 tokens instead of
-# 64 answered 16 clients at 52 tokens/s instead of 42; 192 gained 1 more, and the longest gaps grew from
-# 0.46 to 0.63 s.
+# Requests from which on chunks grow no further. With 16 of them, of `1b` in bfloat16, 128 tokens
+# instead of 64 answered 16 clients at 52 tokens/s instead of 42; 192 gained 1 more, and the longest
+# gaps grew from 0.46 to 0.63 s.
 MOST_BUSY = 16
 
-# Positions of a prompt whose logits are held at once while it is scored: 256 × 32,000 float32 are 33 MB.
+# Positions of a prompt whose logits are held at once while it is scored: 256 × 32,000 float32 are
+# 33 MB.
 SCORE_CHUNK = 256
 
 # Drafts are for few rows: beyond, a pass is bound by arithmetic, and each of their tokens costs.
@@ -38,9 +40,9 @@ DRAFT_ROWS = 4
 class Scheduler:
     """Requests in slots, and those that wait for one.
 
-    Running requests have the first slots, so that a pass works on a slice of the cache. The slots behind
-    keep what they held, for prompts that begin alike, until the room is needed: the one that was used
-    longest ago goes first.
+    Running requests have the first slots, so that a pass works on a slice of the cache. The slots
+    behind keep what they held, for prompts that begin alike, until the room is needed: the one that
+    was used longest ago goes first.
     """
 
     def __init__(self, cache: KVCache, *, draft_tokens: int = 0, chunk: int = CHUNK):
@@ -50,7 +52,8 @@ class Scheduler:
         self.chunk = chunk
         self.long_chunk = LONG_CHUNK
         self.waiting: deque[Request] = deque()
-        # By slot. Replaced as a whole: an interrupt must not leave a request in two slots, or in none.
+        # By slot. Replaced as a whole: an interrupt must not leave a request in two slots, or in
+        # none.
         self.running: dict[int, Request] = {}
         self.used = [0] * cache.n_slots  # the step at which each slot was let go
         self.steps = 0
@@ -62,10 +65,11 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def schedule(self) -> tuple[list[Span], list[Span]]:
-        """Admit what waits; returns the spans of a decode pass and those of a prefill pass after it.
+        """Admit what waits; returns the spans of a decode pass and those of a prefill pass after
+        it.
 
-        Requests that were admitted together begin to answer together; those that answer do not wait for
-        newer ones.
+        Requests that were admitted together begin to answer together; those that answer do not wait
+        for newer ones.
         """
         self._admit()
         decoding, prefilling = self._lacking()
@@ -98,7 +102,9 @@ class Scheduler:
         return decoding, prefilling
 
     def _decode_spans(self, slots: Sequence[int]) -> list[Span]:
-        """The token that each slot lacks and, where its text repeats itself, a draft of what follows it."""
+        """The token that each slot lacks and, where its text repeats itself, a draft of what
+        follows it.
+        """
         held = self.cache.token_ids
         spans = [Span(slot, len(held[slot]), self.running[slot].output.ids[-1:]) for slot in slots]
         if not self.draft_tokens or not 0 < len(slots) <= DRAFT_ROWS:
@@ -174,8 +180,8 @@ class Scheduler:
             common = [min(cache.prefix_length(other, ids), len(ids) - 1) for other in slots]
             source = max(slots, key=lambda other: (common[other], other in free, -self.used[other]))
             known = common[source]
-        # A conversation that goes on takes its slot over; of one that only begins alike, the beginning
-        # is copied.
+        # A conversation that goes on takes its slot over; of one that only begins alike, the
+        # beginning is copied.
         goes_on = source in free and len(cache.token_ids[source]) - known <= known // 8
         if goes_on or source == oldest:
             if slot != source:

@@ -1,7 +1,8 @@
-"""The operations of a layer: each in plain PyTorch and, where there is a faster form, in C or Triton.
+"""The operations of a layer: each in plain PyTorch and, where there is a faster form, in C or
+Triton.
 
-The only place that knows what a device does fast. The model calls an operation; whether its tensors suit
-our kernels is decided here. The plain form of an operation is also its tests' judge.
+The only place that knows what a device does fast. The model calls an operation; whether its tensors
+suit our kernels is decided here. The plain form of an operation is also its tests' judge.
 """
 
 from __future__ import annotations
@@ -41,17 +42,21 @@ _transparent: dict[type[nn.Module], Any] = {nn.ModuleList: nn.ModuleList.forward
 
 
 def transparent(module: M) -> M:
-    """Class decorator: while nobody watches modules of this class, a fused form may skip their calls."""
+    """Class decorator: while nobody watches modules of this class, a fused form may skip their
+    calls.
+    """
     _transparent[module] = module.forward
     return module
 
 
 def must_run_plain(model: nn.Module) -> bool:
-    """Whether a pass has to call every module: the one question that fused forms and CUDA graphs ask.
+    """Whether a pass has to call every module: the one question that fused forms and CUDA graphs
+    ask.
 
-    Yes where somebody's Python is in the model (a hook, a `forward` replaced on an instance or on a class,
-    a module of another class) and where PyTorch looks on (gradients, tracing, compilation). Asked once for
-    every pass. A profiler does not count: our kernels appear in a profile by their names.
+    Yes where somebody's Python is in the model (a hook, a `forward` replaced on an instance or on a
+    class, a module of another class) and where PyTorch looks on (gradients, tracing, compilation).
+    Asked once for every pass. A profiler does not count: our kernels appear in a profile by their
+    names.
     """
     if torch.compiler.is_compiling() or compat.is_tracing() or any(compat.GLOBAL_HOOKS):
         return True
@@ -80,15 +85,18 @@ path = Path()
 
 
 def expand_tokens() -> int:
-    """From so many tokens of a row on, expanding quantised weights is faster than the kernels for few rows.
+    """From so many tokens of a row on, expanding quantised weights is faster than the kernels for
+    few rows.
 
-    Rows do not count: the next token of a row is rounded in one way, however many are decoded beside it.
+    Rows do not count: the next token of a row is rounded in one way, however many are decoded
+    beside it.
     """
     return 32 if compat.has_bfloat16_products() else 64
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x Wᵀ in x's type, for x (..., in_features) and W (out_features, in_features) of the same or another type.
+    """x Wᵀ in x's type, for x (..., in_features) and W (out_features, in_features) of the same or
+    another type.
 
     Where the weight has 16 bits and x has 32, x is rounded to the weight's type; sums are float32.
     """
@@ -111,10 +119,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate neighbouring pairs of each head's channels, of queries and keys (bsz, seqlen, n_heads, head_dim).
+    """Rotate neighbouring pairs of each head's channels, of queries and keys (bsz, seqlen, n_heads,
+    head_dim).
 
-    freqs_cis: (seqlen, head_dim / 2), or (bsz, seqlen, head_dim / 2) where rows are at positions of their
-    own, complex64 (Su et al. 2021, RoFormer, section 3.2.2).
+    freqs_cis: (seqlen, head_dim / 2), or (bsz, seqlen, head_dim / 2) where rows are at positions of
+    their own, complex64 (Su et al. 2021, RoFormer, section 3.2.2).
     """
     bsz, seqlen, _, dim = xq.shape
     known = freqs_cis.shape in ((seqlen, dim // 2), (bsz, seqlen, dim // 2))
@@ -132,7 +141,9 @@ def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor,
         y = x.new_empty(x.shape)
         heads = x.shape[2]
         flat, stride = as_tokens(x, heads * dim)
-        kernels.call("rotate", flat, stride, cis, angles, len(flat), heads, dim, y, kernels.threads())
+        kernels.call(
+            "rotate", flat, stride, cis, angles, len(flat), heads, dim, y, kernels.threads()
+        )
         rotated.append(y)
     return rotated[0], rotated[1]
 
@@ -161,7 +172,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def write_cache(x: Tensor, positions: Tensor, cached: Tensor) -> None:
-    """Put x (bsz, seqlen, n_kv_heads, head_dim) to positions (bsz, seqlen) of the slots of `cached`.
+    """Put x (bsz, seqlen, n_kv_heads, head_dim) to positions (bsz, seqlen) of the slots of
+    `cached`.
 
     cached: (bsz, n_kv_heads, length, head_dim).
     """
@@ -176,7 +188,8 @@ def write_cache(x: Tensor, positions: Tensor, cached: Tensor) -> None:
 
 @dataclass
 class CausalMask:
-    """Tokens at `positions` (bsz, seqlen) see the first `length` positions of their slot up to their own.
+    """Tokens at `positions` (bsz, seqlen) see the first `length` positions of their slot up to
+    their own.
 
     `n_rep` query heads share a key head.
     """
@@ -202,8 +215,8 @@ class CausalMask:
 def attention(xq: Tensor, keys: Tensor, values: Tensor, mask: CausalMask | Tensor | None) -> Tensor:
     """softmax(q kᵀ / √head_dim + mask) v: (bsz, seqlen, n_heads × head_dim).
 
-    xq: (bsz, seqlen, n_heads, head_dim); keys and values: (bsz, n_kv_heads, length, head_dim). A tensor
-    `mask` is added to the scores; without a mask every query sees all keys.
+    xq: (bsz, seqlen, n_heads, head_dim); keys and values: (bsz, n_kv_heads, length, head_dim). A
+    tensor `mask` is added to the scores; without a mask every query sees all keys.
     """
     bsz, seqlen, heads, dim = xq.shape
     kv_heads = keys.shape[1]
@@ -227,5 +240,7 @@ def attention(xq: Tensor, keys: Tensor, values: Tensor, mask: CausalMask | Tenso
         return y.reshape(queries.shape).transpose(1, 2).flatten(2)
     added = mask.to(xq.dtype) if isinstance(mask, Tensor) else None
     causal = isinstance(mask, CausalMask)
-    y = F.scaled_dot_product_attention(queries, keys, values, added, is_causal=causal, enable_gqa=True)
+    y = F.scaled_dot_product_attention(
+        queries, keys, values, added, is_causal=causal, enable_gqa=True
+    )
     return y.transpose(1, 2).flatten(2)

@@ -1,7 +1,8 @@
-"""quantized.c, bf16.c and fused.c for PyTorch's tensors, on PyTorch's threads; or nothing, where they were not built.
+"""quantized.c, bf16.c and fused.c for PyTorch's tensors, on PyTorch's threads; or nothing, where
+they were not built.
 
-pip builds them where there is a C compiler with OpenMP. They are plain C without Python's headers: one library serves
-every Python.
+pip builds them where there is a C compiler with OpenMP. They are plain C without Python's headers:
+one library serves every Python.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ from .. import compat
 
 logger = logging.getLogger(__name__)
 
-GROUP, PANEL = 32, 16  # as in kernels.c
-LANES, LARGEST_HEAD = 16, 256  # as in fused.c
+# as in kernels.c
+GROUP = 32
+PANEL = 16
+# as in fused.c
+LANES = 16
+LARGEST_HEAD = 256
 
-# Queries of a key head up to which our own attention is the faster one where each key has one head of queries (2 to 3
-# times for a token, 0.8 at eight), and equal where it has eight.
+# Queries of a key head up to which our own attention is the faster one where each key has one head
+# of queries (2 to 3 times for a token, 0.8 at eight), and equal where it has eight.
 FEW_QUERIES = 8
 
 # The arguments of each function: pointers, sizes of 64 bits, ints and floats.
@@ -38,29 +43,37 @@ SIGNATURES = {
     "attend": "pppsspsssssfpi",
 }
 
-PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)  # not subclasses, whose memory may be another or none
+# not subclasses, whose memory may be another or none
+PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 BEST = 2  # the best kind of processor that there are kernels for: plain C, AVX2, AVX512
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The built kernels, chosen for this processor; None, and one line in the log, where there are none."""
+    """The built kernels, chosen for this processor; None, and one line in the log, where there are
+    none.
+    """
     try:
         spec = importlib.util.find_spec("llama._kernels")
         if spec is None or spec.origin is None:
-            raise OSError("they were not built: install again where there is a C compiler with OpenMP")
+            raise OSError(
+                "they were not built: install again where there is a C compiler with OpenMP"
+            )
         found = ctypes.CDLL(spec.origin)
     except OSError as error:
         logger.warning("decoding without our own kernels, more slowly (%s)", error)
         return None
     for name, arguments in SIGNATURES.items():
         if not hasattr(found, name) and name != "multiply_bfloat16":
-            logger.warning("decoding without our own kernels, more slowly (they are of another version: install again)")
+            logger.warning(
+                "decoding without our own kernels, more slowly (they are of another version: install again)"
+            )
             return None
         if hasattr(found, name):
             function = getattr(found, name)
-            function.argtypes, function.restype = [KINDS[kind] for kind in arguments], None
+            function.argtypes = [KINDS[kind] for kind in arguments]
+            function.restype = None
     found.choose(BEST)
     return found
 
@@ -74,7 +87,9 @@ threads = torch.get_num_threads
 
 
 def call(name: str, *args: Tensor | float | None) -> None:
-    """Call a function of the library with tensors as bare addresses: types and strides are the caller's to check."""
+    """Call a function of the library with tensors as bare addresses: types and strides are the
+    caller's to check.
+    """
     found = library()
     assert found is not None, "ask whether they are available()"
     plain = [a.data_ptr() if isinstance(a, Tensor) else a for a in args]
@@ -87,15 +102,30 @@ def call(name: str, *args: Tensor | float | None) -> None:
 
 def _multiply(x: Tensor, q: Tensor, scales: Tensor, mins: Tensor | None, rows: int) -> Tensor:
     x, shape = x.float().contiguous(), (*x.shape[:-1], rows)
-    y, m = x.new_empty(shape), x.numel() // x.shape[-1]
+    y = x.new_empty(shape)
+    m = x.numel() // x.shape[-1]
     rounded = x.new_empty(m * q.shape[1] * (2 + GROUP // 2))
-    call("multiply", *_form(q, scales), q, scales, mins, x, rounded, y, m, x.shape[-1], rows, threads())
+    call(
+        "multiply",
+        *_form(q, scales),
+        q,
+        scales,
+        mins,
+        x,
+        rounded,
+        y,
+        m,
+        x.shape[-1],
+        rows,
+        threads(),
+    )
     return y
 
 
 def _form(q: Tensor, scales: Tensor) -> tuple[int, int]:
     """Bits of a weight, and whether its scales are float32."""
-    bits = 8 if q.shape[2] == GROUP // 2 else 4  # a group has a line for each of 16 pairs of inputs, or for two
+    # a group has a line for each of 16 pairs of inputs, or for two
+    bits = 8 if q.shape[2] == GROUP // 2 else 4
     return bits, int(scales.dtype == torch.float32)
 
 
@@ -109,19 +139,24 @@ def _(x: Tensor, q: Tensor, scales: Tensor, mins: Tensor | None, rows: int) -> T
 
 
 def multiply(x: Tensor, q: Tensor, scales: Tensor, mins: Tensor | None, rows: int) -> Tensor:
-    """(..., rows) float32, for x (..., in_features) and a weight of 8 or 4 bits in panels (see `Grouped`)."""
+    """(..., rows) float32, for x (..., in_features) and a weight of 8 or 4 bits in panels (see
+    `Grouped`).
+    """
     run = _multiply_op if torch.compiler.is_compiling() else _multiply
     y: Tensor = run(x, q, scales, mins, rows)
     return y
 
 
 def multiply_bfloat16(x: Tensor, weight: Tensor) -> Tensor:
-    """(..., rows) float32, for x (..., columns) and a bfloat16 weight (rows, columns), whose rows may be apart.
+    """(..., rows) float32, for x (..., columns) and a bfloat16 weight (rows, columns), whose rows
+    may be apart.
 
     Only for processors with AVX512-BF16.
     """
-    x, (rows, columns) = x.float().contiguous(), weight.shape
-    y, m = x.new_empty((*x.shape[:-1], rows)), x.numel() // columns
+    x = x.float().contiguous()
+    rows, columns = weight.shape
+    y = x.new_empty((*x.shape[:-1], rows))
+    m = x.numel() // columns
     near = x.new_empty(m * -(-columns // GROUP) * GROUP, dtype=torch.bfloat16)
     call("multiply_bfloat16", weight, weight.stride(0), x, near, y, m, columns, rows, threads())
     return y
@@ -131,7 +166,18 @@ def expand(q: Tensor, scales: Tensor, mins: Tensor | None, dtype: torch.dtype) -
     """The rows of panels: (16 × panels, 32 × groups) in bfloat16 or float32."""
     weight = torch.empty(len(q) * PANEL, q.shape[1] * GROUP, dtype=dtype)
     rows, columns = weight.shape
-    call("expand", *_form(q, scales), q, scales, mins, columns, rows, int(dtype == torch.bfloat16), weight, threads())
+    call(
+        "expand",
+        *_form(q, scales),
+        q,
+        scales,
+        mins,
+        columns,
+        rows,
+        int(dtype == torch.bfloat16),
+        weight,
+        threads(),
+    )
     return weight
 
 
@@ -148,7 +194,8 @@ def multiplies_bfloat16() -> bool:
 def fits(*tensors: Tensor) -> bool:
     """Whether kernels take these: float32 on a CPU, in inference mode, not traced or compiled.
 
-    Elsewhere PyTorch's own operations compute, which gradients, transforms, tracers and compilers know.
+    Elsewhere PyTorch's own operations compute, which gradients, transforms, tracers and compilers
+    know.
     """
     if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled() or library() is None:
         return False

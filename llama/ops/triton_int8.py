@@ -1,4 +1,6 @@
-"""int8 weights times few rows on a GPU, in Triton: each weight is read once for 16 rows, as it lies."""
+"""int8 weights times few rows on a GPU, in Triton: each weight is read once for 16 rows, as it
+lies.
+"""
 
 from __future__ import annotations
 
@@ -7,33 +9,56 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# What one program multiplies: 16 is the least that matrix units take, and bytes enough are on their way at once.
-ROWS, OUTPUTS, INPUTS = 16, 16, 256
+# What one program multiplies: 16 is the least that matrix units take, and bytes enough are on their
+# way at once.
+ROWS = 16
+OUTPUTS = 16
+INPUTS = 256
 
 
 @triton.jit
 def _multiply(  # type: ignore[no-untyped-def]  # Triton would look for what annotations name
-    x, q, scales, y, n_rows, n_outputs, n_inputs, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr
+    x,
+    q,
+    scales,
+    y,
+    n_rows,
+    n_outputs,
+    n_inputs,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
 ):
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
     outputs = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)[None, :]
     sums = tl.zeros((ROWS, OUTPUTS), tl.float32)
     for first in range(0, n_inputs, INPUTS):
-        across, down = first + tl.arange(0, INPUTS)[None, :], first + tl.arange(0, INPUTS)[:, None]
-        a = tl.load(x + rows * n_inputs + across, mask=(rows < n_rows) & (across < n_inputs), other=0.0)
-        b = tl.load(q + outputs * n_inputs + down, mask=(outputs < n_outputs) & (down < n_inputs), other=0)
+        across = first + tl.arange(0, INPUTS)[None, :]
+        down = first + tl.arange(0, INPUTS)[:, None]
+        a = tl.load(
+            x + rows * n_inputs + across, mask=(rows < n_rows) & (across < n_inputs), other=0.0
+        )
+        b = tl.load(
+            q + outputs * n_inputs + down, mask=(outputs < n_outputs) & (down < n_inputs), other=0
+        )
         sums = tl.dot(a, b.to(a.dtype), sums, input_precision="ieee")
     scale = tl.load(scales + outputs, mask=outputs < n_outputs, other=0.0).to(tl.float32)
-    tl.store(y + rows * n_outputs + outputs, sums * scale, mask=(rows < n_rows) & (outputs < n_outputs))
+    tl.store(
+        y + rows * n_outputs + outputs, sums * scale, mask=(rows < n_rows) & (outputs < n_outputs)
+    )
 
 
 def multiply(x: Tensor, q: Tensor, scales: Tensor) -> Tensor:
-    """x (n, in_features) times (q × scales)ᵀ, for q (out_features, in_features) and scales (out_features,).
+    """x (n, in_features) times (q × scales)ᵀ, for q (out_features, in_features) and scales
+    (out_features,).
 
-    The result has x's type. Sums are float32, scaled at the end, and a row's do not depend on how many rows there are.
+    The result has x's type. Sums are float32, scaled at the end, and a row's do not depend on how
+    many rows there are.
     """
     y = x.new_empty(len(x), len(q))
     grid = (triton.cdiv(len(q), OUTPUTS), triton.cdiv(len(x), ROWS))
     with torch.cuda.device_of(x):
-        _multiply[grid](x.contiguous(), q, scales, y, len(x), *q.shape, ROWS, OUTPUTS, INPUTS, num_stages=4)
+        _multiply[grid](
+            x.contiguous(), q, scales, y, len(x), *q.shape, ROWS, OUTPUTS, INPUTS, num_stages=4
+        )
     return y

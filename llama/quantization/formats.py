@@ -1,7 +1,8 @@
-"""The formats that a linear layer may keep its weight in: a parameter, packed in 16 bits, in 8 or 4 bits.
+"""The formats that a linear layer may keep its weight in: a parameter, packed in 16 bits, in 8 or 4
+bits.
 
-Each class is a packed weight: made from one rank's (out_features, in_features), it multiplies
-(..., in_features) activations and gives back, dequantised, the weight that it multiplies by. Activations
+Each class is a packed weight: made from one rank's (out_features, in_features), it multiplies (...,
+in_features) activations and gives back, dequantised, the weight that it multiplies by. Activations
 keep 16 bits: Llama's outlier channels do not survive 8.
 """
 
@@ -54,7 +55,9 @@ class Rows(nn.Module):
 
     def __init__(self, shared: Any, first: int, last: int):
         super().__init__()
-        self.shared, self.first, self.last = shared, first, last
+        self.shared = shared
+        self.first = first
+        self.last = last
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.shared(x)
@@ -66,7 +69,9 @@ class Rows(nn.Module):
 
 
 class Opaque(PackedWeight):
-    """A weight in a form that PyTorch neither copies nor pickles: it is packed anew where a copy of it comes to."""
+    """A weight in a form that PyTorch neither copies nor pickles: it is packed anew where a copy of
+    it comes to.
+    """
 
     packed: Any
 
@@ -76,7 +81,9 @@ class Opaque(PackedWeight):
 
 @transparent
 class PackedBFloat16(Opaque):
-    """bfloat16 in oneDNN's blocks: x is rounded to bfloat16 and so is the product; sums are float32."""
+    """bfloat16 in oneDNN's blocks: x is rounded to bfloat16 and so is the product; sums are
+    float32.
+    """
 
     def __init__(self, weight: Tensor):
         super().__init__()
@@ -92,7 +99,9 @@ class PackedBFloat16(Opaque):
 
 @transparent
 class PackedFloat16(Opaque):
-    """float16 in FBGEMM's panels, float32 in and out: at the limit of memory for one row, of arithmetic for many."""
+    """float16 in FBGEMM's panels, float32 in and out: at the limit of memory for one row, of
+    arithmetic for many.
+    """
 
     def __init__(self, weight: Tensor):
         super().__init__()
@@ -109,18 +118,27 @@ class PackedFloat16(Opaque):
 
 @transparent
 class Grouped(PackedWeight):
-    """8 or 4 bits with a scale for every 32 inputs of a row, for our own kernels (ops/quantized.c says how they lie)."""
+    """8 or 4 bits with a scale for every 32 inputs of a row, for our own kernels (ops/quantized.c
+    says how they lie).
+    """
 
     def __init__(self, groups: Groups, columns: int | None = None, order: Tensor | None = None):
-        """`columns`: how many inputs there are where the last group was filled up; `order`: input order[i] is the
-        groups' i-th."""
+        """`columns`: how many inputs there are where the last group was filled up; `order`: input
+        order[i] is the groups' i-th.
+        """
         super().__init__()
         self.order = None if order is None else nn.Buffer(order, persistent=False)
-        self.bits, self.rows, self.columns = groups.bits, len(groups.q), columns or groups.q.shape[1] * GROUP
-        # Neighbouring inputs make a pair, and the pairs of a panel's rows a line: (panels, groups, lines, 16 pairs).
+        self.bits = groups.bits
+        self.rows = len(groups.q)
+        self.columns = columns or groups.q.shape[1] * GROUP
+        # Neighbouring inputs make a pair, and the pairs of a panel's rows a line: (panels, groups,
+        # lines, 16 pairs).
         pairs = in_panels(groups.q.view(torch.int16)).permute(0, 2, 3, 1).contiguous()
-        self.q = nn.Buffer(pairs.view(torch.uint8 if self.bits == 4 else torch.int8), persistent=False)
-        self.scales = nn.Buffer(in_panels(groups.scales).mT.contiguous(), persistent=False)  # (panels, groups, 16)
+        self.q = nn.Buffer(
+            pairs.view(torch.uint8 if self.bits == 4 else torch.int8), persistent=False
+        )
+        # (panels, groups, 16)
+        self.scales = nn.Buffer(in_panels(groups.scales).mT.contiguous(), persistent=False)
         mins = None if groups.mins is None else in_panels(groups.mins).mT.contiguous()
         self.mins = None if mins is None else nn.Buffer(mins, persistent=False)
 
@@ -138,7 +156,8 @@ class Grouped(PackedWeight):
     def _expand(self, first: int, dtype: torch.dtype) -> Tensor:
         """(BLOCK_ROWS, in_features) of the weight, from a panel on."""
         last = first + BLOCK_ROWS // PANEL
-        q, scales = self.q[first:last], self.scales[first:last]
+        q = self.q[first:last]
+        scales = self.scales[first:last]
         mins = None if self.mins is None else self.mins[first:last]
         if q.is_cpu and not torch.compiler.is_compiling() and kernels.available():
             return kernels.expand(q, scales, mins, dtype)[:, : self.columns]
@@ -164,10 +183,11 @@ def in_panels(rows: Tensor) -> Tensor:
 
 @functools.cache
 def few_rows_on_gpu(dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    """Our kernel of int8 weights, for inputs of this type; None where it does not run, and one line says why.
+    """Our kernel of int8 weights, for inputs of this type; None where it does not run, and one line
+    says why.
 
-    PyTorch's own operation is not used there: on an H200 it made a step of one row 5.6 times as long as in 16 bits, and
-    one of 16 rows 18 times.
+    PyTorch's own operation is not used there: on an H200 it made a step of one row 5.6 times as
+    long as in 16 bits, and one of 16 rows 18 times.
     """
     try:
         from ..ops.triton_int8 import multiply
@@ -182,17 +202,23 @@ def few_rows_on_gpu(dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Te
 
 @transparent
 class Int8(PackedWeight):
-    """8 bits where there are no kernels of ours: weight ≈ q × scale, q in [-127, 127], one scale per output row.
+    """8 bits where there are no kernels of ours: weight ≈ q × scale, q in [-127, 127], one scale
+    per output row.
 
-    |error| <= scale / 2, scale = max |row| / 127. Scales are rounded to bfloat16, which the kernel wants, before q is
-    computed, so that this rounding costs nothing.
+    |error| <= scale / 2, scale = max |row| / 127. Scales are rounded to bfloat16, which the kernel
+    wants, before q is computed, so that this rounding costs nothing.
     """
 
     def __init__(self, weight: Tensor):
         super().__init__()
-        # 126.5, for bfloat16 may round a scale down by a 512th, and the largest value must still not exceed 127.
-        self.q = nn.Buffer(torch.empty(weight.shape, dtype=torch.int8, device=weight.device), persistent=False)
-        self.scales = nn.Buffer(weight.new_empty(weight.shape[0], dtype=torch.bfloat16), persistent=False)
+        # 126.5, for bfloat16 may round a scale down by a 512th, and the largest value must still
+        # not exceed 127.
+        self.q = nn.Buffer(
+            torch.empty(weight.shape, dtype=torch.int8, device=weight.device), persistent=False
+        )
+        self.scales = nn.Buffer(
+            weight.new_empty(weight.shape[0], dtype=torch.bfloat16), persistent=False
+        )
         blocks = (t.split(QUANTISED_ROWS) for t in (weight, self.q, self.scales))
         for rows, q, scales in zip(*blocks, strict=True):
             rows = rows.float()
@@ -213,7 +239,9 @@ class Int8(PackedWeight):
         return y.to(x.dtype) * self.scales.to(x.dtype)
 
     def expanded(self, x: Tensor) -> Tensor:
-        """The product with the scaled weight: sums of unscaled integers may be beyond float16's range."""
+        """The product with the scaled weight: sums of unscaled integers may be beyond float16's
+        range.
+        """
         return F.linear(x, self.q.to(x.dtype) * self.scales.to(x.dtype)[:, None])
 
     def dequantize(self) -> Tensor:
@@ -232,27 +260,41 @@ def check_groups(weight: Tensor) -> None:
 class Int4(PackedWeight):
     """4 bits where there are no kernels of ours: weight ≈ (q - 8) × scale + zero, q in [0, 15].
 
-    A scale and a zero for every `group_size` inputs of a row; |error| <= scale / 2. The kernel wants both in bfloat16,
-    which is coarse beside a group of weights that are nearly the same: the scale is as large as the rounded zero needs.
+    A scale and a zero for every `group_size` inputs of a row; |error| <= scale / 2. The kernel
+    wants both in bfloat16, which is coarse beside a group of weights that are nearly the same: the
+    scale is as large as the rounded zero needs.
     """
 
     def __init__(self, weight: Tensor, group_size: int = GROUP):
         super().__init__()
         check_groups(weight)
-        self.group_size, (self.rows, self.in_features) = group_size, weight.shape
+        self.group_size = group_size
+        self.rows, self.in_features = weight.shape
         padded = F.pad(weight, (0, 0, 0, -self.rows % 16))  # the kernels' tiles
-        packed, scales_and_zeros = zip(*map(self._quantise, padded.split(QUANTISED_ROWS)), strict=True)
+        packed, scales_and_zeros = zip(
+            *map(self._quantise, padded.split(QUANTISED_ROWS)), strict=True
+        )
         self.q = nn.Buffer(torch.cat(packed), persistent=False)
         self.scales_and_zeros = nn.Buffer(torch.cat(scales_and_zeros, dim=1), persistent=False)
 
     def _quantise(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The kernels' layouts: rows in tiles of q, and scales and zeros (in_features / group_size, rows, 2)."""
-        groups = weight.float().unflatten(1, (-1, self.group_size))  # (rows, in_features / group_size, group_size)
+        """The kernels' layouts: rows in tiles of q, and scales and zeros (in_features / group_size,
+        rows, 2).
+        """
+        # (rows, in_features / group_size, group_size)
+        groups = weight.float().unflatten(1, (-1, self.group_size))
         low, high = groups.aminmax(dim=2)
         zeros = (low + 8 * (high - low) / 15).bfloat16()
-        scales = torch.maximum((zeros.float() - low) / 8, (high - zeros.float()) / 7).clamp(min=1e-30)
+        scales = torch.maximum((zeros.float() - low) / 8, (high - zeros.float()) / 7).clamp(
+            min=1e-30
+        )
         scales = (scales * (1 + 2**-8)).bfloat16()  # rounded, it is not smaller
-        q = ((groups - zeros.float()[..., None]) / scales.float()[..., None]).round_().add_(8).clamp_(0, 15)
+        q = (
+            ((groups - zeros.float()[..., None]) / scales.float()[..., None])
+            .round_()
+            .add_(8)
+            .clamp_(0, 15)
+        )
         # Of 16 inputs each, packed together.
         tiles = next((n for n in (8, 4, 2) if self.in_features % (16 * n) == 0), 1)
         packed = compat.pack_int4(q.flatten(1).to(torch.int32), tiles)
@@ -264,7 +306,8 @@ class Int4(PackedWeight):
         return y[:, : self.rows].to(x.dtype).unflatten(0, x.shape[:-1])
 
     def dequantize(self) -> Tensor:
-        # The layout of q is each kernel's own, so that it is the kernel that is asked, for some columns at a time.
+        # The layout of q is each kernel's own, so that it is the kernel that is asked, for some
+        # columns at a time.
         eye = torch.eye(self.in_features, device=self.q.device)
         return torch.cat([self(columns) for columns in eye.split(QUANTISED_ROWS)]).T.contiguous()
 
@@ -279,7 +322,8 @@ class WeightFormat(NamedTuple):
     pack: Callable[[Tensor], nn.Module | None] | None = None
     dtype: torch.dtype | None = None  # of the parameter; None: the model's
     draft_tokens: int = 0  # so many beside a row's next token take little longer than it does alone
-    chunk_tokens: int = 0  # so many of a prompt take some three times as long as one; 0: not measured
+    # so many of a prompt take some three times as long as one; 0: not measured
+    chunk_tokens: int = 0
 
 
 class Formats(NamedTuple):
@@ -319,7 +363,9 @@ def pack_int4(weight: Tensor) -> nn.Module:
 
 
 def pack_float16(weight: Tensor) -> nn.Module | None:
-    """Packed float16, or None for a weight with values beyond float16's range, which stays as it is."""
+    """Packed float16, or None for a weight with values beyond float16's range, which stays as it
+    is.
+    """
     low, high = torch.aminmax(weight)
     return PackedFloat16(weight) if max(-low, high) <= torch.finfo(torch.float16).max else None
 
@@ -329,11 +375,14 @@ INT4 = WeightFormat(0.5 + 4 / GROUP, pack_int4, chunk_tokens=8)
 QUANTIZED = {"int8": Formats(INT8, INT8, (8,)), "int4": Formats(INT4, INT4, (4,))}
 
 
-def select_dtype(dtype: str | torch.dtype, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The type to compute in. "auto" is the checkpoint's own 16-bit type on a GPU, and float32 on a CPU.
+def select_dtype(
+    dtype: str | torch.dtype, stored: torch.dtype, device: torch.device
+) -> torch.dtype:
+    """The type to compute in. "auto" is the checkpoint's own 16-bit type on a GPU, and float32 on a
+    CPU.
 
-    On a CPU 16-bit products of many rows are several times slower unless it has instructions for them.
-    Raises ValueError for any but float32, bfloat16 and float16, by name or as PyTorch's.
+    On a CPU 16-bit products of many rows are several times slower unless it has instructions for
+    them. Raises ValueError for any but float32, bfloat16 and float16, by name or as PyTorch's.
     """
     if isinstance(dtype, str) and dtype == "auto":
         if device.type == "cpu":
@@ -355,8 +404,9 @@ def select_formats(
 ) -> Formats | None:
     """The formats of linear weights; None: parameters of the model's type.
 
-    The compiler cannot see into packed weights of 16 bits. `stored_bits` are those of a file with fewer
-    than 16: with nothing else asked for it is kept in its own, and in 8 what no format holds exactly.
+    The compiler cannot see into packed weights of 16 bits. `stored_bits` are those of a file with
+    fewer than 16: with nothing else asked for it is kept in its own, and in 8 what no format holds
+    exactly.
     """
     if quantize is not None:
         if quantize not in QUANTIZED:
@@ -375,12 +425,14 @@ def select_formats(
 
 
 def fastest_16_bits() -> WeightFormat | None:
-    """What decoded and prefilled fastest where it was measured (benchmarks/README.md); None elsewhere.
+    """What decoded and prefilled fastest where it was measured (benchmarks/README.md); None
+    elsewhere.
 
-    With bfloat16 instructions, bfloat16 parameters where the file has them: a row takes 0.7 of packed
-    bfloat16's time, 4 rows 0.8, 16 rows 0.9, a prompt 1.05 times it, and nothing is copied. Packed where
-    our kernel was not built, for PyTorch's own product in place reads at 0.6 of its speed. Without such
-    instructions bfloat16 is converted value by value, and packed float16 is several times faster.
+    With bfloat16 instructions, bfloat16 parameters where the file has them: a row takes 0.7 of
+    packed bfloat16's time, 4 rows 0.8, 16 rows 0.9, a prompt 1.05 times it, and nothing is copied.
+    Packed where our kernel was not built, for PyTorch's own product in place reads at 0.6 of its
+    speed. Without such instructions bfloat16 is converted value by value, and packed float16 is
+    several times faster.
     """
     if compat.has_bfloat16_products() and torch.backends.mkldnn.is_available():
         if kernels.multiplies_bfloat16():

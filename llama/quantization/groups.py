@@ -1,5 +1,6 @@
-"""Weights of 8 or 4 bits with a scale, and maybe a minimum, for every 32 inputs of a row: rounded here, or as files have
-them. Stores multiply by them; checkpoints read them."""
+"""Weights of 8 or 4 bits with a scale, and maybe a minimum, for every 32 inputs of a row: rounded
+here, or as files have them. Stores multiply by them; checkpoints read them.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +18,14 @@ QUANTISED_ROWS = 128
 
 
 class Groups(NamedTuple):
-    """weight = q × scale + min. Without mins they are 0 in 8 bits and -8 × scale in 4, where q stands in [0, 15]."""
+    """weight = q × scale + min.
 
-    q: Tensor  # (rows, groups, 32) int8; in 4 bits (rows, groups, 16) uint8: inputs j and, in the higher half, 16 + j
+    Without mins they are 0 in 8 bits and -8 × scale in 4, where q stands in [0, 15].
+    """
+
+    # (rows, groups, 32) int8; in 4 bits (rows, groups, 16) uint8: inputs j and, in the higher half,
+    # 16 + j
+    q: Tensor
     scales: Tensor  # (rows, groups), float16 or float32
     mins: Tensor | None  # the same
 
@@ -29,7 +35,11 @@ class Groups(NamedTuple):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Groups:
         """Groups of what the function makes of each tensor."""
-        return Groups(function(self.q), function(self.scales), None if self.mins is None else function(self.mins))
+        return Groups(
+            function(self.q),
+            function(self.scales),
+            None if self.mins is None else function(self.mins),
+        )
 
     def dequantize(self) -> Tensor:
         """(rows, inputs) float32: each value as exactly as float32 has it, for q × scale is exact."""
@@ -45,7 +55,8 @@ def concatenate(parts: Sequence[Groups]) -> Groups:
     """The rows of all parts, which are of one kind."""
     if len(parts) == 1:
         return parts[0]
-    q, scales = torch.cat([part.q for part in parts]), torch.cat([part.scales for part in parts])
+    q = torch.cat([part.q for part in parts])
+    scales = torch.cat([part.scales for part in parts])
     mins = [part.mins for part in parts if part.mins is not None]
     return Groups(q, scales, torch.cat(mins) if mins else None)
 
@@ -53,7 +64,8 @@ def concatenate(parts: Sequence[Groups]) -> Groups:
 def quantize(weight: Tensor, bits: int) -> Groups:
     """The groups nearest to a weight (rows, inputs); the last of a row is filled up with zeros.
 
-    Off by at most half a scale: scales and, in 4 bits, mins are rounded to float16 before q is computed.
+    Off by at most half a scale: scales and, in 4 bits, mins are rounded to float16 before q is
+    computed.
     """
     return concatenate([_quantize(rows, bits) for rows in weight.split(QUANTISED_ROWS)])
 
@@ -63,7 +75,9 @@ def _quantize(weight: Tensor, bits: int) -> Groups:
     low, high = groups.aminmax(dim=2)
     if bits == 8:
         scale = float16_towards(torch.maximum(high, -low) / 127, torch.inf)
-        return Groups((groups / scale.clamp(min=1e-30)[..., None]).round_().to(torch.int8), scale.half(), None)
+        return Groups(
+            (groups / scale.clamp(min=1e-30)[..., None]).round_().to(torch.int8), scale.half(), None
+        )
     low = float16_towards(low, -torch.inf)
     scale = float16_towards((high - low) / 15, torch.inf)
     q = ((groups - low[..., None]) / scale.clamp(min=1e-30)[..., None]).round_().to(torch.uint8)

@@ -1,4 +1,6 @@
-"""Run under torchrun: every golden folder on these ranks; rank 0 writes what it computed to the path given."""
+"""Run under torchrun: every golden folder on these ranks; rank 0 writes what it computed to the
+path given.
+"""
 
 import json
 import sys
@@ -11,7 +13,13 @@ results = {}
 for folder in GOLDEN_FOLDERS:
     llm, golden = build_golden(folder), expected(folder)
     greedy, echo = (
-        llm.generate(golden["prompt_tokens"], golden[name]["max_gen_len"], 0, logprobs=True, echo=name == "greedy_echo")
+        llm.generate(
+            golden["prompt_tokens"],
+            golden[name]["max_gen_len"],
+            0,
+            logprobs=True,
+            echo=name == "greedy_echo",
+        )
         for name in ("greedy", "greedy_echo")
     )
     text, chat = golden["text_completion"], golden["chat_completion"]
@@ -22,8 +30,14 @@ for folder in GOLDEN_FOLDERS:
         "logits": logits.tolist(),
         "greedy": greedy,
         "greedy_echo": echo,
-        "text": [r["generation"] for r in llm.text_completion(text["prompts"], 0, max_gen_len=text["max_gen_len"])],
-        "chat": [r["generation"] for r in llm.chat_completion(chat["dialogs"], 0, max_gen_len=chat["max_gen_len"])],
+        "text": [
+            r["generation"]
+            for r in llm.text_completion(text["prompts"], 0, max_gen_len=text["max_gen_len"])
+        ],
+        "chat": [
+            r["generation"]
+            for r in llm.chat_completion(chat["dialogs"], 0, max_gen_len=chat["max_gen_len"])
+        ],
         "sampled": llm.generate(golden["prompt_tokens"], 20, 1.0, 1.0, seed=3)[0],
     }
 everywhere: list[object] = [None] * dist.get_world_size()

@@ -1,6 +1,7 @@
 """A stack of a user's own over the library's blocks, as scripts written for the original have it.
 
-fairscale's layers are around the blocks, the cache is the blocks' own, and `start_pos` is an integer.
+fairscale's layers are around the blocks, the cache is the blocks' own, and `start_pos` is an
+integer.
 """
 
 from __future__ import annotations
@@ -19,9 +20,13 @@ class Stack(nn.Module):
         self.params = params
         keep = lambda weight: weight  # noqa: E731
         self.tok_embeddings = ParallelEmbedding(params.vocab_size, params.dim, init_method=keep)
-        self.layers = nn.ModuleList(TransformerBlock(number, params) for number in range(params.n_layers))
+        self.layers = nn.ModuleList(
+            TransformerBlock(number, params) for number in range(params.n_layers)
+        )
         self.norm = RMSNorm(params.dim, eps=params.norm_eps)
-        self.output = ColumnParallelLinear(params.dim, params.vocab_size, bias=False, init_method=keep)
+        self.output = ColumnParallelLinear(
+            params.dim, params.vocab_size, bias=False, init_method=keep
+        )
         self.freqs_cis = precompute_freqs_cis(params.dim // params.n_heads, 2 * params.max_seq_len)
 
     @torch.inference_mode()
@@ -42,13 +47,17 @@ def compare(folder: str) -> None:
     llm = build_golden(folder)
     stack = Stack(llm.model.params)
     stack.load_state_dict(llm.model.state_dict())
-    tokens = torch.tensor([ids[:7] for ids in expected(folder)["prompt_tokens"] if len(ids) >= 7][:3])
+    tokens = torch.tensor(
+        [ids[:7] for ids in expected(folder)["prompt_tokens"] if len(ids) >= 7][:3]
+    )
     for begin, end in ((0, 4), (4, 5), (5, 7)):
         ours = stack(tokens[:, begin:end], begin)
         torch.testing.assert_close(ours, llm.model(tokens[:, begin:end], begin), atol=1e-4, rtol=0)
     held = stack.layers[0].attention.cache_k
     assert held.shape == llm.model.layers[0].attention.cache_k.shape
-    torch.testing.assert_close(held[: len(tokens), :7], llm.model.layers[0].attention.cache_k[: len(tokens), :7])
+    torch.testing.assert_close(
+        held[: len(tokens), :7], llm.model.layers[0].attention.cache_k[: len(tokens), :7]
+    )
 
 
 if __name__ == "__main__":

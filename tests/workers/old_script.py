@@ -1,4 +1,5 @@
-"""What users of the original wrote around it: a loop of their own, with its model, its tokenizer and its sampler.
+"""What users of the original wrote around it: a loop of their own, with its model, its tokenizer
+and its sampler.
 
 As a program it prints what it generates; run it plainly or under torchrun.
 """
@@ -27,7 +28,9 @@ def continue_prompts(
     for cur in range(min(lengths), total):
         logits = model.forward(tokens[:, prev:cur], prev)
         if temperature > 0:
-            drawn = sample_top_p(torch.softmax(logits[:, -1] / temperature, dim=-1), 0.9).reshape(-1)
+            drawn = sample_top_p(torch.softmax(logits[:, -1] / temperature, dim=-1), 0.9).reshape(
+                -1
+            )
         else:
             drawn = torch.argmax(logits[:, -1], dim=-1)
         tokens[:, cur] = torch.where(given[:, cur], tokens[:, cur], drawn)
@@ -43,7 +46,8 @@ def lines(llm: Llama) -> list[str]:
     golden = expected("mha")
     prompts = golden["prompt_tokens"]
     found = [
-        f"completion {i}: {r['generation']!r}" for i, r in enumerate(llm.text_completion(["The model is"], 0, 0.9, 9))
+        f"completion {i}: {r['generation']!r}"
+        for i, r in enumerate(llm.text_completion(["The model is"], 0, 0.9, 9))
     ]
     for token in continue_prompts(llm, prompts[:1], 5, 0)[0]:
         found.append(f"token {token}: {llm.tokenizer.decode(token)!r}")

@@ -1,4 +1,6 @@
-"""python -m llama with answers slow enough to interrupt, and collectives that a person's thinking would outlast."""
+"""python -m llama with answers slow enough to interrupt, and collectives that a person's thinking
+would outlast.
+"""
 
 import os
 import time
@@ -14,8 +16,11 @@ from llama.__main__ import main
 if "WORLD_SIZE" in os.environ:
     store, rank, size = next(dist.rendezvous("env://"))
     store.set(f"{rank} is here", "")
-    store.wait([f"{other} is here" for other in range(size)], timedelta(seconds=60))  # imports take long on busy cores
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=5))
+    # imports take long on busy cores
+    store.wait([f"{other} is here" for other in range(size)], timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=5)
+    )
 stream = Llama.stream_chat_completion
 
 

@@ -24,11 +24,15 @@ while done < 2000:
     if kind == 0:
         llm.generate(prompts, length, warm, logprobs=rng.random() < 0.5, echo=rng.random() < 0.5)
     elif kind == 1:
-        stream = llm.stream_text_completion(["".join(rng.choices("abc ", k=30)) for _ in range(n)], warm, 0.9, length)
+        stream = llm.stream_text_completion(
+            ["".join(rng.choices("abc ", k=30)) for _ in range(n)], warm, 0.9, length
+        )
         for _ in range(rng.randint(0, 30)):  # some are read to the end, the others abandoned
             next(stream, None)
     elif kind == 2:
-        llm.chat_completion([[{"role": "user", "content": "hello"}]] * n, warm, max_gen_len=length, stop=["e"])
+        llm.chat_completion(
+            [[{"role": "user", "content": "hello"}]] * n, warm, max_gen_len=length, stop=["e"]
+        )
     else:
         try:
             llm.generate([*prompts, [1] * 129], length)
