@@ -36,6 +36,7 @@ setup(
             "gguf",
             "httpx",
             "hypothesis",
+            "import-linter",
             "langchain-openai",
             "mypy",
             "openai",

@@ -127,13 +127,14 @@ class View:
     positions: Tensor
 
     def update(self, cache: KVCache | None, layer: int, xk: Tensor, xv: Tensor) -> list[KeyValues]:
-        """Cache a layer's keys and values, of shape (*positions.shape, n_local_kv_heads, head_dim)."""
+        """Cache a layer's keys and values, (*positions.shape, n_local_kv_heads, head_dim)."""
         raise NotImplementedError
 
     def _is_no_number(self, *_: Any) -> NoReturn:
         raise TypeError(
-            "start_pos is a view of the cache, not an integer: the engine runs sequences at positions of their own. "
-            "Use start_pos.positions, and start_pos.update(self.cache, self.layer_id, xk, xv) for keys and values"
+            "start_pos is a view of the cache, not an integer: the engine runs sequences at "
+            "positions of their own. Use start_pos.positions, and for keys and values "
+            "start_pos.update(self.cache, self.layer_id, xk, xv)"
         )
 
     __index__ = __int__ = __float__ = __bool__ = _is_no_number

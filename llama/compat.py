@@ -34,7 +34,7 @@ GLOBAL_HOOKS: list[dict[int, Any]] = [
 
 @constant
 def has_bfloat16_products() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices (AVX512-BF16; every CPU with AMX has it too)."""
+    """Whether this CPU multiplies bfloat16 (AVX512-BF16; every CPU with AMX has it too)."""
     if "AVX512" not in torch.backends.cpu.get_cpu_capability():
         return False
     return bool(torch.cpu._is_avx512_bf16_supported())
@@ -51,7 +51,7 @@ def multiply_packed_bfloat16(x: Tensor, packed: Any) -> Tensor:
 
 
 def pack_int4(q: Tensor, tiles: int) -> Tensor:
-    """Values in [0, 15], (rows, inputs) int32, in the layout of PyTorch's kernel for their device."""
+    """Values in [0, 15], (rows, inputs) int32, laid out for PyTorch's kernel of their device."""
     if q.is_cuda:
         pairs = (q[:, ::2] << 4 | q[:, 1::2]).to(torch.uint8)
         return torch._convert_weight_to_int4pack(pairs, tiles)

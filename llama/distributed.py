@@ -1,6 +1,4 @@
-"""This rank among the others: what they do together, how a process joins and leaves, which device
-is its own.
-"""
+"""This rank among the others, how a process joins and leaves them, and which device is its own."""
 
 from __future__ import annotations
 
@@ -29,9 +27,7 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """The `size` ranks that share a model, seen from one of them: its number `rank`, and what they
-    do together.
-    """
+    """The `size` ranks that share a model, seen from one of them, whose number is `rank`."""
 
     def __init__(self, size: int = 1, rank: int = 0, group: dist.ProcessGroup | None = None):
         # one rank has no group, and nothing to say to it
@@ -71,10 +67,11 @@ class Ranks:
         return torch.cat(parts, dim=-1)
 
     def check_gradients(self, x: Tensor) -> None:
-        """Raise RuntimeError where gradients are wanted, which plain collectives would not carry."""
+        """Raise RuntimeError where gradients are wanted: plain collectives do not carry them."""
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError(
-                f"gradients over {self.size} ranks are not computed: train on one rank, or run under torch.no_grad()"
+                f"gradients over {self.size} ranks are not computed: train on one rank, or run "
+                "under torch.no_grad()"
             )
 
     def share(self, x: Tensor) -> Tensor:
@@ -85,9 +82,7 @@ class Ranks:
         return x
 
     def ask_first(self, question: Callable[[], T]) -> T:
-        """What `question` returns or raises on the first rank, the only one that is asked, on all
-        of them.
-        """
+        """What `question` returns or raises on the first rank, on all ranks; no other is asked."""
         if self.group is None:
             return question()
         self._check()
@@ -136,7 +131,8 @@ class Ranks:
         """Raise RuntimeError rather than begin what the other ranks do not take part in."""
         if self.asking:
             raise RuntimeError(
-                f"a check asked the model itself, and of {self.size} ranks only the first runs it: ask after the call"
+                f"a check asked the model itself, and of {self.size} ranks only the first runs it: "
+                "ask after the call"
             )
         with self.lock:
             me = threading.current_thread()
@@ -182,8 +178,7 @@ def can_pickle(value: object) -> bool:
 def init_model_parallel(
     device: str | torch.device = "auto", model_parallel_size: int | None = None
 ) -> torch.device:
-    """Join the process group and split it into groups of `model_parallel_size` ranks; returns this
-    rank's device.
+    """Join the process group, split it by `model_parallel_size`; returns this rank's device.
 
     Under torchrun the group is torchrun's; without it, a group of this process alone, which needs
     no port and no environment variable. Raises ValueError where ranks and devices or ranks and
@@ -200,8 +195,8 @@ def init_model_parallel(
     size = world_size if model_parallel_size is None else model_parallel_size
     if size < 1 or world_size % size:
         raise ValueError(
-            f"model_parallel_size is {size}, and {world_size} ranks do not divide into groups of it: "
-            f"use {either(divisors(world_size))}, or run with --nproc_per_node {max(size, 1)}"
+            f"model_parallel_size is {size}, and {world_size} ranks do not divide into groups of "
+            f"it: use {either(divisors(world_size))}, or run with --nproc_per_node {max(size, 1)}"
         )
     if fs_init.model_parallel_is_initialized() and fs_init.get_model_parallel_world_size() != size:
         fs_init.destroy_model_parallel()  # layers built before keep the groups of their size
@@ -223,8 +218,7 @@ def patient_ranks() -> Ranks:
 
 @atexit.register
 def leave_process_group() -> None:
-    """End gloo's threads while the interpreter is whole, whoever made the group, if models are in
-    it.
+    """End gloo's threads while the interpreter is whole, whoever made the group of the models.
 
     A gloo thread needs the interpreter's lock to let go of a collective's tensors. One that comes
     for it late, when the main thread is past its last collective and ends, is unwound by CPython,
@@ -249,8 +243,9 @@ def leave_process_group() -> None:
 
 
 def select_device(device: str | torch.device) -> torch.device:
-    """The device of this rank: with "auto", cuda if there is one, else mps, else cpu; on cuda, one
-    GPU per process.
+    """The device of this rank: with "auto" cuda if there is one, else mps, else cpu.
+
+    On cuda each process has a GPU of its own.
     """
     if device == "auto":
         mps = torch.backends.mps.is_available()
@@ -262,7 +257,8 @@ def select_device(device: str | torch.device) -> torch.device:
         if device.type == "cuda" and 0 < gpus < processes:
             plural = "" if gpus == 1 else "s"
             raise ValueError(
-                f"{processes} processes on this node, but {gpus} GPU{plural}: run with --nproc_per_node {gpus}"
+                f"{processes} processes on this node, but {gpus} GPU{plural}: "
+                f"run with --nproc_per_node {gpus}"
             )
         torch.empty(0, device=device)
     except (AssertionError, NotImplementedError, RuntimeError, TypeError):

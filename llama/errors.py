@@ -13,7 +13,7 @@ from typing import Any
 
 
 class Refusal(ValueError, AssertionError):
-    """A mistake that the original met with an assertion: scripts that catch AssertionError go on."""
+    """A mistake that the original asserted: scripts that catch AssertionError go on."""
 
 
 class ArgumentError(ValueError):

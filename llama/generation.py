@@ -29,24 +29,16 @@ from .chat import (
     encode_dialog,
     has_special_tags,
 )
-from .checkpoints import (
-    Checkpoint,
-    allocating,
-    bytes_per_weight,
-    check_memory,
-    check_world_size,
-    load,
-    memory_needs,
-)
+from .checkpoints import Checkpoint, load_model
 from .code_llama import check_infilling, encode_infilling
-from .distributed import init_model_parallel, model_ranks
+from .distributed import init_model_parallel
 from .engine import Engine, FinishReason, ModelRunner, Pooling, Prompt, Request, make_prompts
 from .engine.request import delta, refuse
 from .errors import ArgumentError, ArgumentTypeError, check_positive
 from .model import ModelArgs, Transformer
 from .options import check_fields, check_names, option
 from .original import sample_top_p
-from .quantization.formats import Formats, select_dtype, select_formats
+from .quantization.formats import select_dtype, select_formats
 from .sampling import SamplingOptions, params_of, streams_of
 from .tokenizer import Tokenizer
 
@@ -160,12 +152,12 @@ class BuildKeywords(TypedDict, total=False):
 
 
 class Llama:
-    """A loaded model and its tokenizer. Calls and streams, of one thread or several, share its
-    passes.
+    """A loaded model and its tokenizer.
 
-    The methods take the original's parameters, and as keywords the other fields of SamplingParams
-    (`seed`, `stop`, `top_logprobs`). Of those and of `temperature`, `top_p` and `max_gen_len` each
-    is one value for all prompts, or a list with a value for each.
+    Calls and streams, of one thread or several, share its passes. The methods take the original's
+    parameters, and as keywords the other fields of SamplingParams (`seed`, `stop`,
+    `top_logprobs`). Of those and of `temperature`, `top_p` and `max_gen_len` each is one value for
+    all prompts, or a list with a value for each.
     """
 
     def __init__(
@@ -194,8 +186,7 @@ class Llama:
         seed: int = 1,
         **options: Unpack[BuildKeywords],
     ) -> Llama:
-        """Load a checkpoint onto this rank's device: a release's or a Hugging Face folder, or a
-        GGUF file.
+        """Load a release's or a Hugging Face folder, or a GGUF file, onto this rank's device.
 
         `max_seq_len` bounds prompt and generation together, in tokens; with `max_batch_size` it
         sets the cache's size. The model is split over `model_parallel_size` ranks (default: all),
@@ -219,8 +210,7 @@ class Llama:
         echo: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> tuple[list[list[int]], list[list[float]] | None]:
-        """Continue each prompt by at most `max_gen_len` tokens; returns ids and, where asked for,
-        their logprobs.
+        """Continue each prompt by at most `max_gen_len` tokens; returns ids, and logprobs or None.
 
         A row ends at EOS (not in the result), at `max_gen_len`, at `max_seq_len`, or before a
         `stop` string (a token that also holds text before the string is kept). `temperature` 0 is
@@ -233,9 +223,8 @@ class Llama:
         prompt, an id that is not in the vocabulary, and a prompt longer than `max_seq_len`.
         """
         asked = (temperature, top_p, max_gen_len, logprobs, echo)
-        requests = run(
-            self, prompts_of(self, lambda: as_list("prompt_tokens", prompt_tokens), asked, options)
-        )
+        prompts = prompts_of(self, lambda: as_list("prompt_tokens", prompt_tokens), asked, options)
+        requests = run(self, prompts)
         tokens = [request.output.ids if echo else request.answer_ids for request in requests]
         return tokens, [logprobs_of(request) for request in requests] if logprobs else None
 
@@ -249,8 +238,7 @@ class Llama:
         echo: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> list[CompletionPrediction]:
-        """Continue each text; parameters and errors as in `generate`, `max_gen_len` up to
-        `max_seq_len` by default.
+        """Continue each text, by default up to `max_seq_len`; errors as in `generate`.
 
         Each result has `generation` and `finish_reason` ("stop" at EOS or a stop string, else
         "length"); with `logprobs` also `tokens`, one string per id whose concatenation is
@@ -273,8 +261,7 @@ class Llama:
         output_check: Check | None = None,
         **options: Unpack[SamplingOptions],
     ) -> list[ChatPrediction]:
-        """The assistant's next message of each dialog; parameters and results as in
-        `text_completion`.
+        """The assistant's next message of each dialog; results as in `text_completion`.
 
         A dialog with one of the layout's own tags in a message is answered with UNSAFE_ERROR,
         without being run; one of whose system and user messages `input_check` refuses any, with the
@@ -286,11 +273,7 @@ class Llama:
         requests = run(self, dialog_prompts(self, dialogs, asked, options, input_check))
         for request in requests:
             apply_check(self, request, output_check)
-        answers = [Message(role="assistant", content=request.output.text) for request in requests]
-        return [
-            ChatPrediction(generation=answer, **outcome_of(request))
-            for answer, request in zip(answers, requests, strict=True)
-        ]
+        return [ChatPrediction(generation=answer_of(r), **outcome_of(r)) for r in requests]
 
     def stream_text_completion(
         self,
@@ -328,9 +311,8 @@ class Llama:
         An answer that `output_check` is to see comes in one piece, once it is whole.
         """
         asked = (temperature, top_p, max_gen_len, logprobs, False)
-        return stream(
-            self, dialog_prompts(self, dialogs, asked, options, input_check), output_check
-        )
+        prompts = dialog_prompts(self, dialogs, asked, options, input_check)
+        return stream(self, prompts, output_check)
 
     def text_infilling(
         self,
@@ -343,8 +325,7 @@ class Llama:
         suffix_first: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> list[InfillingPrediction]:
-        """What Code Llama puts between each prefix and suffix; parameters and errors as in
-        `text_completion`.
+        """What Code Llama puts between each prefix and suffix; errors as in `generate`.
 
         Each result's `generation` is the text between, which ends at the model's end-of-infilling
         token, and `full_text` is prefix, generation and suffix. `suffix_first` is the format that
@@ -352,47 +333,17 @@ class Llama:
         mark the three.
         """
         asked = (temperature, top_p, max_gen_len, logprobs, False)
-        pairs: list[tuple[str, str]] = []
-
-        def encode() -> list[list[int]]:
-            before = as_list("prefixes", prefixes)
-            after = as_list("suffixes", suffixes)
-            check_infilling(self.tokenizer, before, after)
-            pairs.extend(zip(before, after, strict=True))
-            return [encode_infilling(*pair, self.tokenizer, suffix_first) for pair in pairs]
-
-        end_ids = [self.tokenizer.eot_id]
-        requests = run(
-            self, prompts_of(self, encode, asked, options, starts_text=False, end_ids=end_ids)
-        )
-        return [
-            InfillingPrediction(
-                generation=r.output.text, full_text=prefix + r.output.text + suffix, **outcome_of(r)
-            )
-            for r, (prefix, suffix) in zip(requests, pairs, strict=True)
-        ]
+        return infilled(self, prefixes, suffixes, suffix_first, asked, options)
 
     def embed(self, prompts: Sequence[str], pooling: Pooling = "mean") -> Tensor:
-        """The final norm's output over each text's tokens, BOS among them: their mean or the last,
-        (n, dim) float32.
+        """The final norm's output over each text's tokens, BOS among them: (n, dim) float32.
+
+        It is their mean, or the last token's.
         """
-        if pooling not in ("mean", "last"):
-            raise ValueError(f"pooling is {pooling!r}: use 'mean' or 'last'")
-        asked = (0, 1, 0, False, False)
-        requests = run(
-            self, prompts_of(self, lambda: encoded(self, prompts), asked, {}, pooling=pooling)
-        )
-        states = [request.states for request in requests if request.states is not None]
-        if not states:
-            return torch.empty(0, self.model.params.dim, dtype=torch.float32)
-        return torch.stack([own.mean(dim=0) if pooling == "mean" else own[-1] for own in states])
+        return embedded(self, prompts, pooling)
 
     def clear_cache(self) -> None:
-        """Forget what was computed.
-
-        Needed after weights were edited in a way that PyTorch does not count: through `.data` or
-        NumPy.
-        """
+        """Forget what was computed, after edits that PyTorch does not count: `.data`, NumPy."""
         self.engine.cache.clear()
 
 
@@ -430,31 +381,6 @@ def build(ckpt_dir: PathLike, options: BuildOptions) -> Llama:
     chunk = formats.wide.chunk_tokens if formats else 0
     engine = Engine(model, tokenizer, draft_tokens=drafts, chunk_tokens=chunk, runner=runner)
     return Llama(model, tokenizer, seed=options.seed, engine=engine)
-
-
-def load_model(
-    checkpoint: Checkpoint,
-    args: ModelArgs,
-    device: torch.device,
-    dtype: torch.dtype,
-    formats: Formats | None,
-) -> Transformer:
-    """This rank's part of a checkpoint's model, with an empty cache.
-
-    Raises ValueError for what cannot be shared by the ranks, does not fit into memory, or is
-    broken.
-    """
-    ranks = model_ranks()
-    check_world_size(checkpoint.name, args, ranks.size)
-    with torch.device("meta"):
-        model = Transformer(args)
-    size = bytes_per_weight(checkpoint, model, dtype, formats)
-    needs = memory_needs(args, ranks.size, dtype, size)
-    check_memory(checkpoint.name, args, needs, device)
-    with allocating(checkpoint.name, args, needs, device):
-        load(checkpoint, model, device, dtype, formats)
-        model.allocate_cache()
-    return model
 
 
 # The original's parameters of a method, in its order, by the names of SamplingParams' fields.
@@ -560,6 +486,51 @@ def stream(
                     sent[i] += len(text)
                     yield Piece(index=i, text=text, **(outcome_of(request) if over else {}))
             next(steps, None)
+
+
+def infilled(
+    llm: Llama,
+    prefixes: Sequence[str],
+    suffixes: Sequence[str],
+    suffix_first: bool,
+    parameters: Sequence[Any],
+    options: SamplingOptions,
+) -> list[InfillingPrediction]:
+    pairs: list[tuple[str, str]] = []
+
+    def encode() -> list[list[int]]:
+        before = as_list("prefixes", prefixes)
+        after = as_list("suffixes", suffixes)
+        check_infilling(llm.tokenizer, before, after)
+        pairs.extend(zip(before, after, strict=True))
+        return [encode_infilling(*pair, llm.tokenizer, suffix_first) for pair in pairs]
+
+    how = {"starts_text": False, "end_ids": [llm.tokenizer.eot_id]}
+    requests = run(llm, prompts_of(llm, encode, parameters, options, **how))
+    results = []
+    for (prefix, suffix), request in zip(pairs, requests, strict=True):
+        text = request.output.text
+        whole = prefix + text + suffix
+        results.append(InfillingPrediction(generation=text, full_text=whole, **outcome_of(request)))
+    return results
+
+
+def embedded(llm: Llama, texts: Sequence[str], pooling: Pooling) -> Tensor:
+    if pooling not in ("mean", "last"):
+        raise ValueError(f"pooling is {pooling!r}: use 'mean' or 'last'")
+    nothing = (0, 1, 0, False, False)  # no token is asked for
+    prompts = prompts_of(llm, lambda: encoded(llm, texts), nothing, {}, pooling=pooling)
+    pooled = []
+    for request in run(llm, prompts):
+        assert request.states is not None
+        pooled.append(request.states.mean(dim=0) if pooling == "mean" else request.states[-1])
+    if not pooled:
+        return torch.empty(0, llm.model.params.dim, dtype=torch.float32)
+    return torch.stack(pooled)
+
+
+def answer_of(request: Request) -> Message:
+    return Message(role="assistant", content=request.output.text)
 
 
 def outcome_of(request: Request) -> Prediction:

@@ -137,7 +137,7 @@ def with_own(shared: SamplingParams, index: int, listed: dict[str, list[Any]]) -
 
 
 def streams_of(count: int, seed: Any) -> Streams:
-    """Prompts that share one seed draw from streams 0, 1, …; each of a list of seeds has stream 0."""
+    """Prompts that share a seed draw from its streams 0, 1, …; each of a list has stream 0."""
     return range(count) if type(seed) is int or not is_list(seed) else [0] * count
 
 

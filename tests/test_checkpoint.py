@@ -519,7 +519,7 @@ def test_too_little_memory_is_refused_before_anything_is_loaded(
     # 4 × 64 positions there are × (4 × 64 model channels, 6 × 224 feed-forward channels and 2 × 512
     # logits) × 4 bytes.
     row, one_pass = 32_768, 2_686_976
-    monkeypatch.setattr("llama.generation.load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("llama.checkpoints.loading.load", lambda *_: pytest.fail("loaded"))
     weights = (
         sum(
             tensor.numel() for tensor in torch.load(GOLDEN / "gqa-mp1/consolidated.00.pth").values()

@@ -54,7 +54,7 @@ def test_a_file_removed_between_opening_and_reading_is_still_read(
         (folder / "consolidated.01.pth").unlink()
         load(*arguments)
 
-    monkeypatch.setattr("llama.generation.load", remove_and_load)
+    monkeypatch.setattr("llama.checkpoints.loading.load", remove_and_load)
     assert torch.equal(build(folder).model(TOKENS, 0), wanted)
 
 

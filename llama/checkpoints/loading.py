@@ -13,17 +13,44 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..model import Transformer
+from ..distributed import model_ranks
+from ..model import ModelArgs, Transformer
 from ..parallel import ShardedLinear, fuse
 from ..quantization.formats import Formats, Grouped
 from ..quantization.groups import concatenate
-from .folder import Checkpoint
+from .folder import Checkpoint, check_world_size
+from .memory import allocating, check_memory, memory_needs
 from .quantized import Quantized
 
 logger = logging.getLogger(__name__)
 
 # Threads that pack or quantise; each holds a matrix and its temporaries beside the weights.
 MAX_LOADERS = 4
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    args: ModelArgs,
+    device: torch.device,
+    dtype: torch.dtype,
+    formats: Formats | None,
+) -> Transformer:
+    """This rank's part of a checkpoint's model, with an empty cache.
+
+    Raises ValueError for what cannot be shared by the ranks, does not fit into memory, or is
+    broken.
+    """
+    ranks = model_ranks()
+    check_world_size(checkpoint.name, args, ranks.size)
+    with torch.device("meta"):
+        model = Transformer(args)
+    size = bytes_per_weight(checkpoint, model, dtype, formats)
+    needs = memory_needs(args, ranks.size, dtype, size)
+    check_memory(checkpoint.name, args, needs, device)
+    with allocating(checkpoint.name, args, needs, device):
+        load(checkpoint, model, device, dtype, formats)
+        model.allocate_cache()
+    return model
 
 
 def linear_layers(model: Transformer) -> dict[str, ShardedLinear]:

@@ -34,10 +34,10 @@ from .scheduler import CHUNK, GPU_CHUNK, Scheduler
 
 
 class Engine:
-    """Runs requests over the slots of a model's cache: `submit` them, `step`, read their outputs,
-    `cancel` some.
+    """Runs requests over the slots of a model's cache.
 
-    Several threads may submit and `progress` at once: whichever comes first steps for all.
+    `submit` them, `step`, read their outputs, `cancel` some. Several threads may submit and
+    `progress` at once: whichever comes first steps for all.
     """
 
     def __init__(
@@ -49,22 +49,21 @@ class Engine:
         chunk_tokens: int = 0,
         runner: ModelRunner | None = None,
     ):
-        """`draft_tokens` are drafted by prompt lookup, and verified, where a text repeats itself.
+        """`draft_tokens` are drafted by prompt lookup where a text repeats itself.
 
-        On a CPU `chunk_tokens` of prompts are run at once while others answer, or CHUNK if it is 0.
+        On a CPU `chunk_tokens` of prompts are run while others answer, or CHUNK if it is 0.
         """
         self.runner = runner or ModelRunner(model)
         self.model = model
         self.tokenizer = tokenizer
-        self.version = ModelVersion(model)
+        self.version = ModelVersion(model)  # of what filled the cache
         self.cache = self.runner.cache
         on_cpu = self.cache.device.type == "cpu"
         chunk = (chunk_tokens or CHUNK) if on_cpu else GPU_CHUNK
         self.scheduler = Scheduler(self.cache, draft_tokens=draft_tokens, chunk=chunk)
+        alone = model.ranks.size == 1
         # The first rank's values, on every rank.
-        self.share: Callable[[Tensor], Tensor] = (
-            model.ranks.share if model.ranks.size > 1 else lambda x: x
-        )
+        self.share: Callable[[Tensor], Tensor] = (lambda x: x) if alone else model.ranks.share
         self.passes = 0  # how many passes were run, and over how many tokens, for those who measure
         self.tokens = 0
         self.turn = threading.Condition()
@@ -87,9 +86,7 @@ class Engine:
 
     @contextlib.contextmanager
     def running(self, prompts: Iterable[Prompt]) -> Iterator[list[Request]]:
-        """Their requests, submitted; those that are not over when the block is left, however it is,
-        are cancelled.
-        """
+        """Their requests, submitted; what is not over when the block is left is cancelled."""
         requests: list[Request] = []
         try:
             for prompt in prompts:
@@ -156,7 +153,7 @@ class Engine:
 
     def _decode(self, spans: list[Span]) -> None:
         logits = self.runner.decode(spans)
-        drawn = self._draw(spans, logits)
+        drawn = draw(self, spans, logits)
         for span, own in zip(spans, drawn, strict=True):
             self._commit(span, own.output)
             lookup = self.scheduler.running[span.slot].lookup
@@ -179,7 +176,7 @@ class Engine:
                 self._commit(plan.span, None)
                 continue
             if plan.targets or self.scheduler.running[plan.span.slot].prompt.pooling is not None:
-                self._keep(plan, part, logits)
+                keep(self, plan, part, logits)
             self._commit(plan.span, self.scheduler.running[plan.span.slot].output)
             if plan.draws:
                 completed.append(plan)
@@ -187,75 +184,19 @@ class Engine:
         if completed:
             last = [plan.span._replace(start=plan.end, ids=[]) for plan in completed]
             rows = [plan.first_row + len(plan.targets) for plan in completed]
-            drawn = self._draw(last, logits[rows][:, None])
+            drawn = draw(self, last, logits[rows][:, None])
             for span, own in zip(last, drawn, strict=True):
                 self._commit(span, own.output)
         if not all(good) or any(own.output is None for own in drawn):
             self._wipe(spans)
 
-    def _keep(self, plan: PrefillPlan, states: Tensor, logits: Tensor) -> None:
-        """What a request wants of its prompt's tokens: their hidden states, or the next tokens'
-        logprobs.
-
-        What an interrupted pass may have kept from the span's start on goes.
-        """
-        span = plan.span
-        request = self.scheduler.running[span.slot]
-        if request.prompt.pooling is not None:
-            before = states[:0].float() if request.states is None else request.states[: span.start]
-            request.states = torch.cat((before, states.float()))
-            request.computed = len(request.states)
-        elif plan.targets:
-            rows = logits[
-                plan.first_row : plan.first_row + len(plan.targets), : self.tokenizer.n_used
-            ]
-            targets = torch.tensor(plan.targets, device=rows.device)
-            scores = self._score(rows, targets, [request] * len(targets))
-            request.prompt_scores = (*request.prompt_scores[: span.start + 1], *scores)
-            request.computed = len(scores) + span.start
-        if request.computed == needed_of(request.prompt):
-            request.computed = None
-            if request.prompt.max_tokens == 0:
-                request.output = finished(request.output, request.prompt, "length")
-
-    def _draw(self, spans: list[Span], logits: Tensor) -> list[Drawn]:
-        """The outputs after a pass, with the next token of each row and as much of its draft as
-        agrees.
-
-        logits (n, seqlen, vocab_size) follow the ids of the spans. Nothing of the requests changes.
-        """
-        requests = [self.scheduler.running[span.slot] for span in spans]
-        drawn = [Drawn(request.output, 0) for request in requests]
-        going = list(range(len(spans)))
-        for place in range(logits.shape[1]):
-            numbers = [len(requests[row].output.tokens) + place for row in going]
-            own = logits[:, place] if len(going) == len(spans) else logits[going, place]
-            tokens = self.choose([requests[row] for row in going], numbers, own)
-            agreeing = []
-            for row, token in zip(going, tokens, strict=True):
-                before = drawn[row]
-                if token is None or before.output is None:
-                    drawn[row] = Drawn(None, before.tokens)
-                    continue
-                output = extended(before.output, requests[row].prompt, token)
-                drawn[row] = Drawn(output, before.tokens + 1)
-                if output.finish_reason is None and spans[row].ids[place + 1 : place + 2] == [
-                    token.id
-                ]:
-                    agreeing.append(row)
-            going = agreeing
-            if not going:
-                break
-        return drawn
-
     def choose(
         self, requests: list[Request], numbers: list[int], logits: Tensor
     ) -> list[ScoredToken | None]:
-        """Token `numbers[i]` of the answer to request i; None where its logits, (n, vocab_size),
-        are not finite.
+        """Token `numbers[i]` of the answer to request i; None where its logits are not finite.
 
-        The first rank's choice counts on all ranks: their logits may differ in a last bit, and the
-        tokens must not.
+        logits: (n, vocab_size). The first rank's choice counts on all ranks: their logits may
+        differ in a last bit, and the tokens must not.
         """
         logits = logits[:, : self.tokenizer.n_used]
         params = [request.prompt.params for request in requests]
@@ -269,21 +210,8 @@ class Engine:
         ids = tokens.tolist()
         if not any(own.logprobs for own in params):
             return [ScoredToken(token) if token >= 0 else None for token in ids]
-        scores = self._score(logits, tokens.clamp(min=0), requests)
+        scores = score(self, logits, tokens.clamp(min=0), requests)
         return [score if token >= 0 else None for score, token in zip(scores, ids, strict=True)]
-
-    def _score(self, logits: Tensor, tokens: Tensor, requests: list[Request]) -> list[ScoredToken]:
-        """Each row's token with its logprob, and as many of the likeliest as its request asks for."""
-        most = max(request.prompt.params.top_logprobs for request in requests)
-        ids, logprobs = token_logprobs(logits, tokens, most)
-        ids_of = self.share(ids).tolist()
-        logprobs_of = self.share(logprobs).tolist()
-        scored = []
-        for request, own, values in zip(requests, ids_of, logprobs_of, strict=True):
-            k = request.prompt.params.top_logprobs
-            top = tuple(zip(own[1 : 1 + k], values[1 : 1 + k], strict=True))
-            scored.append(ScoredToken(own[0], values[0], top))
-        return scored
 
     def _commit(self, span: Span, output: Output | None) -> None:
         """Say that a span was run, and what came of it; None where its logits are not finite.
@@ -346,6 +274,76 @@ def plans_of(spans: Sequence[Span], requests: Sequence[Request]) -> list[Prefill
         plans.append(PrefillPlan(span, end, targets, draws, places, row))
         row += len(places)
     return plans
+
+
+def draw(engine: Engine, spans: list[Span], logits: Tensor) -> list[Drawn]:
+    """The outputs after a pass: with the next token of each row, and its draft as far as it agrees.
+
+    logits (n, seqlen, vocab_size) follow the ids of the spans. Nothing of the requests changes.
+    """
+    requests = [engine.scheduler.running[span.slot] for span in spans]
+    drawn = [Drawn(request.output, 0) for request in requests]
+    going = list(range(len(spans)))
+    for place in range(logits.shape[1]):
+        numbers = [len(requests[row].output.tokens) + place for row in going]
+        own = logits[:, place] if len(going) == len(spans) else logits[going, place]
+        tokens = engine.choose([requests[row] for row in going], numbers, own)
+        agreeing = []
+        for row, token in zip(going, tokens, strict=True):
+            before = drawn[row]
+            if token is None or before.output is None:
+                drawn[row] = Drawn(None, before.tokens)
+                continue
+            output = extended(before.output, requests[row].prompt, token)
+            drawn[row] = Drawn(output, before.tokens + 1)
+            draft = spans[row].ids[place + 1 : place + 2]
+            if output.finish_reason is None and draft == [token.id]:
+                agreeing.append(row)
+        going = agreeing
+        if not going:
+            break
+    return drawn
+
+
+def keep(engine: Engine, plan: PrefillPlan, states: Tensor, logits: Tensor) -> None:
+    """Keep what a request wants of its prompt: hidden states, or the next tokens' logprobs.
+
+    What an interrupted pass may have kept from the span's start on goes.
+    """
+    span = plan.span
+    request = engine.scheduler.running[span.slot]
+    if request.prompt.pooling is not None:
+        before = states[:0].float() if request.states is None else request.states[: span.start]
+        request.states = torch.cat((before, states.float()))
+        request.computed = len(request.states)
+    elif plan.targets:
+        rows = logits[
+            plan.first_row : plan.first_row + len(plan.targets), : engine.tokenizer.n_used
+        ]
+        targets = torch.tensor(plan.targets, device=rows.device)
+        scores = score(engine, rows, targets, [request] * len(targets))
+        request.prompt_scores = (*request.prompt_scores[: span.start + 1], *scores)
+        request.computed = len(scores) + span.start
+    if request.computed == needed_of(request.prompt):
+        request.computed = None
+        if request.prompt.max_tokens == 0:
+            request.output = finished(request.output, request.prompt, "length")
+
+
+def score(
+    engine: Engine, logits: Tensor, tokens: Tensor, requests: list[Request]
+) -> list[ScoredToken]:
+    """Each row's token with its logprob, and as many of the likeliest as its request asks for."""
+    most = max(request.prompt.params.top_logprobs for request in requests)
+    ids, logprobs = token_logprobs(logits, tokens, most)
+    ids_of = engine.share(ids).tolist()
+    logprobs_of = engine.share(logprobs).tolist()
+    scored = []
+    for request, own, values in zip(requests, ids_of, logprobs_of, strict=True):
+        k = request.prompt.params.top_logprobs
+        top = tuple(zip(own[1 : 1 + k], values[1 : 1 + k], strict=True))
+        scored.append(ScoredToken(own[0], values[0], top))
+    return scored
 
 
 def not_finite(request: Request, span: Span, dtype: torch.dtype) -> ValueError:

@@ -246,7 +246,7 @@ def extended(output: Output, prompt: Prompt, token: ScoredToken) -> Output:
 
 
 def finished(output: Output, prompt: Prompt, reason: FinishReason) -> Output:
-    """The output, ended. Bytes that wait for the rest of a character become part of its last piece."""
+    """The output, ended. Bytes that wait for the rest of a character go to its last piece."""
     if not output.detokenizer.bytes or not output.pieces:
         return replace(output, finish_reason=reason)
     rest = output.detokenizer.flush()

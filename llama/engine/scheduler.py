@@ -46,7 +46,7 @@ class Scheduler:
     """
 
     def __init__(self, cache: KVCache, *, draft_tokens: int = 0, chunk: int = CHUNK):
-        """In a pass over few rows at most `draft_tokens` are drafted for each; `chunk` is as CHUNK."""
+        """At most `draft_tokens` are drafted for each of few rows; `chunk`: see CHUNK."""
         self.cache = cache
         self.draft_tokens = draft_tokens
         self.chunk = chunk
@@ -143,7 +143,7 @@ class Scheduler:
         return spans
 
     def _admit(self) -> None:
-        """Let go what is over, give its slots to what waits, and let the last running ones move up."""
+        """Let go what is over, give slots to what waits, and let the last running ones move up."""
         self.steps += 1
         for slot, request in list(self.running.items()):
             if request.over:

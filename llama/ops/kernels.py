@@ -67,7 +67,8 @@ def library() -> ctypes.CDLL | None:
     for name, arguments in SIGNATURES.items():
         if not hasattr(found, name) and name != "multiply_bfloat16":
             logger.warning(
-                "decoding without our own kernels, more slowly (they are of another version: install again)"
+                "decoding without our own kernels, more slowly "
+                "(they are of another version: install again)"
             )
             return None
         if hasattr(found, name):
