@@ -1,7 +1,7 @@
 import re
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 
 HERE = Path(__file__).parent
 (version,) = re.findall(
@@ -13,7 +13,7 @@ setup(
     version=version,
     description="Reference inference for Llama 2",
     license="MIT",
-    packages=["llama", "llama.checkpoints", "llama.server"],
+    packages=find_packages(include=["llama", "llama.*"]),
     package_data={"llama": ["py.typed"], "llama.server": ["page.html"]},
     # Optional: without a compiler, or OpenMP in it, other ways to multiply remain, and one line
     # says so.

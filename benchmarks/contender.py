@@ -41,12 +41,13 @@ class Ours:
         return weights.as_gguf(folder, kind) if kind.startswith("q") else folder
 
     def __init__(self, folder: Path, kind: str, context: int, rows: int):
-        from llama import Llama
+        from llama.cli.allocator import build_llama  # as the commands do
+        from llama.generation import BuildOptions
 
         options: dict[str, Any] = {"quantize": kind} if kind.startswith("int") else {"dtype": kind}
         if kind.startswith("q"):
             options = {}
-        self.llm = Llama.build(folder, None, context, rows, **options)
+        self.llm = build_llama(folder, BuildOptions(None, context, rows, **options))
         # Random weights end a text by chance; no contender may stop before the others.
         self.llm.tokenizer.eos_id = -1
 

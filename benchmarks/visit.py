@@ -6,6 +6,7 @@ enters them, and counts them and the changes of file between one and the next.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -53,7 +54,7 @@ def main() -> None:
     for file, name in functions:
         print(f"{file:28} {name}")
     files = [file for file, _ in functions]
-    changes = sum(before != after for before, after in zip(files, files[1:]))
+    changes = sum(before != after for before, after in itertools.pairwise(files))
     print(f"\n{len(functions)} functions of {len(set(files))} files, {changes} changes of file")
 
 

@@ -1,6 +1,4 @@
-"""Dialogs -> token ids: the roles, Llama 2's layout of [INST] and <<SYS>>, and the tags that a user
-may not write.
-"""
+"""Dialogs -> token ids: roles, Llama 2's layout of [INST] and <<SYS>>, and forbidden tags."""
 
 from __future__ import annotations
 
@@ -37,7 +35,9 @@ def has_special_tags(dialog: Dialog, tokenizer: Tokenizer | None = None) -> bool
 
     <step> is one of them where `tokenizer` has that piece.
     """
-    tags = SPECIAL_TAGS if tokenizer is None or tokenizer.step_id < 0 else [*SPECIAL_TAGS, STEP]
+    tags = SPECIAL_TAGS
+    if tokenizer is not None and tokenizer.step_id >= 0:
+        tags = [*SPECIAL_TAGS, STEP]
     return any(tag in message["content"] for message in dialog for tag in tags)
 
 
@@ -52,7 +52,8 @@ def check_dialogs(dialogs: Any) -> list[list[Message]]:
     Raises as check_dialog does, naming the dialog.
     """
     if isinstance(dialogs, (str, bytes, dict)) or not isinstance(dialogs, Iterable):
-        meant = [[dialogs if isinstance(dialogs, dict) else {"role": "user", "content": dialogs}]]
+        message = dialogs if isinstance(dialogs, dict) else {"role": "user", "content": dialogs}
+        meant = [[message]]
         raise TypeError(f"dialogs is a {type(dialogs).__name__}: pass a list of dialogs, {meant!r}")
     return [
         check_dialog(dialog, f"dialog {index}", f"dialog {index}, ")
@@ -61,8 +62,9 @@ def check_dialogs(dialogs: Any) -> list[list[Message]]:
 
 
 def check_dialog(dialog: Any, name: str = "dialog", of: str = "") -> list[Message]:
-    """`dialog` as a list of its messages, without further keys. Errors call it `name`, and a
-    message "{of}message 0".
+    """`dialog` as a list of its messages, without further keys.
+
+    Errors call it `name`, and a message "{of}message 0".
 
     Raises TypeError for a lone message or text, which is iterable too and never what was meant;
     ValueError or TypeError for a message that is none; Refusal, a ValueError, unless roles are an
@@ -113,15 +115,15 @@ def encode_dialog(dialog: Dialog, tokenizer: Tokenizer) -> list[int]:
     """
     if tokenizer.chat_template is not None and B_INST not in tokenizer.chat_template:
         raise ValueError(
-            f"the model's chat template has no {B_INST}: it is no Llama 2 chat model, so write its own prompts as text"
+            f"the model's chat template has no {B_INST}: it is no Llama 2 chat model, "
+            "so write its own prompts as text"
         )
     messages = check_dialog(dialog)
     if has_special_tags(messages, tokenizer):
         raise ValueError(UNSAFE_ERROR)
     if tokenizer.step_id >= 0:
-        return encode_steps(
-            [(message["role"], message["content"]) for message in messages], tokenizer
-        )
+        steps = [(message["role"], message["content"]) for message in messages]
+        return encode_steps(steps, tokenizer)
     contents = [message["content"] for message in messages]
     if messages[0]["role"] == "system":
         contents[:2] = [f"{B_SYS}{contents[0]}{E_SYS}{contents[1]}"]

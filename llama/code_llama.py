@@ -1,8 +1,7 @@
-"""Code Llama's own prompts (Rozière et al. 2023, arXiv:2308.12950), for tokenizers that have the
-pieces they need.
+"""Code Llama's own prompts, for tokenizers that have the pieces they need.
 
-Infilling, of the 7B and 13B models: text between two others. Steps: the dialogs of
-CodeLlama-70b-Instruct.
+Rozière et al. 2023, arXiv:2308.12950. Infilling, with the 7B and 13B models, writes the text
+between two others. Steps are the dialogs of CodeLlama-70b-Instruct.
 """
 
 from __future__ import annotations
@@ -19,8 +18,9 @@ STEP = "<step>"
 
 
 def check_infilling(tokenizer: Tokenizer, prefixes: Sequence[str], suffixes: Sequence[str]) -> None:
-    """Raise ValueError unless the tokenizer has the pieces that mark prefix, suffix, middle and
-    end, and the texts are as many of each.
+    """Raise ValueError unless the tokenizer can mark prefix, suffix, middle and end.
+
+    There have to be as many prefixes as suffixes.
     """
     ids = {
         "▁<PRE>": tokenizer.prefix_id,
@@ -31,7 +31,8 @@ def check_infilling(tokenizer: Tokenizer, prefixes: Sequence[str], suffixes: Seq
     for piece, token in ids.items():
         if token < 0:
             raise ValueError(
-                f"tokenizer has no piece {piece}: infilling needs the 7B or 13B Code Llama and its tokenizer"
+                f"tokenizer has no piece {piece}: "
+                "infilling needs the 7B or 13B Code Llama and its tokenizer"
             )
     if len(prefixes) != len(suffixes):
         raise ValueError(
@@ -42,15 +43,18 @@ def check_infilling(tokenizer: Tokenizer, prefixes: Sequence[str], suffixes: Seq
 def encode_infilling(
     prefix: str, suffix: str, tokenizer: Tokenizer, suffix_first: bool = False
 ) -> list[int]:
-    """BOS <PRE> prefix <SUF> suffix <MID>, or BOS <PRE> <SUF> suffix <MID> prefix; the suffix
-    without a space before its first word.
+    """BOS <PRE> prefix <SUF> suffix <MID>, or BOS <PRE> <SUF> suffix <MID> prefix.
+
+    The latter with `suffix_first`. The suffix has no space before its first word.
     """
     before = tokenizer.encode(prefix, bos=False, eos=False)
     mark = tokenizer.encode(MARK, bos=False, eos=False)
     after = tokenizer.encode(MARK + suffix, bos=False, eos=False)[len(mark) :]
     opening = [tokenizer.bos_id, tokenizer.prefix_id]
     closing = [tokenizer.suffix_id, *after, tokenizer.middle_id]
-    return opening + closing + before if suffix_first else opening + before + closing
+    if suffix_first:
+        return opening + closing + before
+    return opening + before + closing
 
 
 def encode_steps(messages: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> list[int]:

@@ -256,6 +256,7 @@ class Transformer(nn.Module):
         # Not a buffer, whose angles .bfloat16() would round. On the meta device, where a
         # checkpoint's weights are to come, allocate_cache computes it: memory is checked before.
         self.freqs_cis = torch.empty(0, dtype=torch.complex64)
+        self.rotary = (params.rope_theta, params.rope_scaling_factor)  # what it was computed from
         if not self.tok_embeddings.weight.is_meta:
             self.freqs_cis = self.angles()
         self.eval()
@@ -268,6 +269,8 @@ class Transformer(nn.Module):
         stands, what it attends to, and of which tokens logits are wanted. Raises ValueError for
         more rows or positions than fit.
         """
+        if self.rotary != (self.params.rope_theta, self.params.rope_scaling_factor):
+            self.freqs_cis = self.angles().to(self.freqs_cis.device)
         if self.training:
             return self._train(tokens, start_pos)
         # in the caller's inference mode
@@ -349,10 +352,9 @@ class Transformer(nn.Module):
     def angles(self) -> Tensor:
         """precompute_freqs_cis of every position."""
         args = self.params
+        self.rotary = (args.rope_theta, args.rope_scaling_factor)
         with torch.inference_mode(False):  # training uses it too
-            return precompute_freqs_cis(
-                args.head_dim, args.max_seq_len, args.rope_theta, args.rope_scaling_factor
-            )
+            return precompute_freqs_cis(args.head_dim, args.max_seq_len, *self.rotary)
 
     def allocate_cache(self) -> KVCache:
         """Attach this rank's cache, empty, for `max_batch_size` sequences of `max_seq_len`

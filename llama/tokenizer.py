@@ -1,4 +1,4 @@
-"""SentencePiece: text <-> token ids. Knows nothing about prompts, chat or models."""
+"""SentencePiece: text <-> token ids. Independent of prompts, chat and models."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Tokenizer:
 
     @classmethod
     def from_proto(cls, proto: bytes, name: str) -> Tokenizer:
-        """The tokenizer of a SentencePiece model's bytes, which are of what `name` says."""
+        """The tokenizer of a SentencePiece model's bytes. Errors call it `name`."""
         tokenizer = cls.__new__(cls)
         tokenizer._use(proto, name)
         return tokenizer
@@ -63,8 +63,9 @@ class Tokenizer:
 
     def _piece_id(self, piece: str) -> int:
         token: int = self.sp_model.piece_to_id(piece)
-        # what SentencePiece answers for what it has not
-        return -1 if token == self.sp_model.unk_id() else token
+        if token == self.sp_model.unk_id():  # SentencePiece's answer for a piece that it lacks
+            return -1
+        return token
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
         """The ids of `s`, with the begin- and end-of-sequence ids where asked for.
@@ -73,21 +74,20 @@ class Tokenizer:
         """
         if not isinstance(s, str):
             raise TypeError(f"only a str can be encoded, got {type(s).__name__}: {s!r}")
-        # a ValueError for what is no Unicode text, a lone surrogate
+        # A lone surrogate, which is no Unicode text, raises a ValueError here.
         ids: list[int] = self.sp_model.encode(s.encode())
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def decode(self, t: Sequence[int] | SupportsIndex) -> str:
-        """The text of ids, or of one; bytes that are not UTF-8 become U+FFFD. Raises ValueError for
-        an id out of range.
+        """The text of ids, or of one; bytes that are not UTF-8 become U+FFFD.
 
-        Lists, arrays and tensors of any kind of integer will do.
+        Takes lists, arrays and tensors of any kind of integer. Raises ValueError for an id out of
+        range.
         """
-        # an array of no dimension is one id
+        # An array without dimensions is one id.
         one = not isinstance(t, Iterable) or getattr(t, "ndim", 1) == 0
-        ids = [
-            operator.index(token) for token in cast("Iterable[SupportsIndex]", [t] if one else t)
-        ]
+        tokens = cast("Iterable[SupportsIndex]", [t] if one else t)
+        ids = [operator.index(token) for token in tokens]
         for token in ids:
             if not 0 <= token < self.n_words:
                 raise ValueError(
@@ -97,8 +97,9 @@ class Tokenizer:
         return text
 
     def piece_bytes(self, token: int) -> bytes:
-        """What an id stands for, wherever it stands: with its space, one byte of a character, a
-        special id's name.
+        """An id's text, the same at any place: with its space, or one byte of a character.
+
+        For a special id, its name.
         """
         if self.sp_model.is_byte(token):
             return bytes([int(self.sp_model.id_to_piece(token)[1:-1], 16)])
@@ -122,16 +123,16 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class Detokenizer:
-    """The text of ids that come one at a time, in whole characters: what is pushed and flushed
-    joins to `decode`.
+    """The text of ids that come one at a time, in whole characters.
 
-    A character that spans several byte pieces comes with its last one. Bytes that cannot become a
-    character come, as U+FFFD, once the next piece or `flush` shows it. Frozen: `push` returns the
-    detokenizer that goes on, so that a step that is not finished changes nothing.
+    What `push` and `flush` return joins to the text of `decode`. A character of several byte pieces
+    comes with its last one. Bytes that cannot become a character come, as U+FFFD, once the next
+    piece or `flush` shows it. Frozen: `push` returns the next detokenizer, so that a step that is
+    not finished changes nothing.
     """
 
     tokenizer: Tokenizer
-    # where SentencePiece drops the space that it put before the text's first word
+    # at the text's start, SentencePiece drops the space that it put before the first word
     at_start: bool = True
     bytes: tuple[int, ...] = ()  # byte pieces that do not end a character yet
 
@@ -143,7 +144,7 @@ class Detokenizer:
             if text.endswith("\ufffd"):
                 return "", pending
             return text, Detokenizer(self.tokenizer, False)
-        text = self.flush() if self.bytes else ""
+        text = self.flush()
         if model.is_control(token):
             return text, Detokenizer(self.tokenizer, self.at_start)
         if self.at_start or model.is_unknown(token):
@@ -153,4 +154,6 @@ class Detokenizer:
         return text, Detokenizer(self.tokenizer, False)
 
     def flush(self) -> str:
-        return self.tokenizer.decode(self.bytes) if self.bytes else ""
+        if not self.bytes:
+            return ""
+        return self.tokenizer.decode(self.bytes)

@@ -158,13 +158,17 @@ def change_eps(model: Transformer) -> None:
     model.layers[0].attention_norm.eps = 10.0
 
 
+def stretch_positions(model: Transformer) -> None:
+    model.params.rope_scaling_factor = 4.0
+
+
 def assign_angles(model: Transformer) -> None:
     model.freqs_cis = model.freqs_cis.conj().resolve_conj()
 
 
 CHANGES = [
     *(add_a_hook, edit_in_place, assign_a_parameter, load_a_state),
-    *(replace_a_module, change_eps, assign_angles),
+    *(replace_a_module, change_eps, stretch_positions, assign_angles),
 ]
 
 

@@ -30,20 +30,50 @@ def test_a_static_window_gives_the_same_tokens_as_the_exact_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     llm = build_golden(max_seq_len=1024)
-    monkeypatch.setattr(type(llm.engine.runner), "static", True)
+    llm.engine.runner.cuda_graph = True
+    # In place of a graph: what would be captured.
+    monkeypatch.setattr(llm.engine.runner, "_capture", lambda program, *_: program)
     lengths = []
     inner = runner.decode
-    monkeypatch.setattr(
-        runner,
-        "decode",
-        lambda *args, length: lengths.append(length) or inner(*args, length=length),
-    )
+
+    def noted(*args: Any, length: int) -> torch.Tensor:
+        lengths.append(length)
+        return inner(*args, length=length)
+
+    monkeypatch.setattr(runner, "decode", noted)
     as_the_original(llm)
     assert set(lengths) == {SHORTEST_WINDOW}
     llm.generate([[1] * 255], 40, temperature=0)
     assert set(lengths) == {SHORTEST_WINDOW, 2 * SHORTEST_WINDOW}
     llm.generate([[1] * 1000], 40, temperature=0)
     assert max(lengths) == 1024
+
+
+def test_a_graph_runs_only_while_nobody_watches_and_is_made_anew_for_another_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    llm = build_golden()
+    llm.engine.runner.cuda_graph = True
+    made: list[Any] = []
+    runs: list[int] = []
+
+    def capture(program: Any, *_: Any) -> Any:
+        """A graph that is a stand-in: it computes, and notes that it did."""
+        made.append(program)
+        number = len(made)
+        return lambda ids, positions: runs.append(number) or program(ids, positions)
+
+    monkeypatch.setattr(llm.engine.runner, "_capture", capture)
+    want = llm.generate([[1, 30, 31]], 12, 0)
+    assert len(made) == 1 and len(runs) == 11
+    seen: list[int] = []
+    handle = llm.model.layers[1].register_forward_hook(lambda *_: seen.append(1))
+    runs.clear()
+    assert llm.generate([[1, 30, 31]], 12, 0) == want
+    assert not runs and len(seen) == 12, "a graph would have left the hook out"
+    handle.remove()
+    assert llm.generate([[1, 30, 31]], 12, 0) == want
+    assert len(made) == 2 and set(runs) == {2}, "what was captured of the model before is of no use"
 
 
 def test_the_compiled_step_is_one_graph_and_equals_the_original() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from llama import Llama
 from llama.errors import ArgumentError
+from llama.generation import BuildKeywords, BuildOptions
 from llama.sampling import (
     SamplingOptions,
     SamplingParams,
@@ -78,6 +80,13 @@ def test_every_option_is_a_parameter_or_a_keyword_of_every_method() -> None:
     fields = {field.name for field in dataclasses.fields(SamplingParams)}
     assert set(SamplingOptions.__annotations__) | PARAMETERS == fields
     assert not set(SamplingOptions.__annotations__) & PARAMETERS
+
+
+def test_every_build_option_is_a_parameter_or_a_keyword_of_build() -> None:
+    fields = {field.name for field in dataclasses.fields(BuildOptions)}
+    parameters = set(inspect.signature(Llama.build).parameters) - {"ckpt_dir", "options"}
+    assert set(BuildKeywords.__annotations__) | parameters == fields
+    assert not set(BuildKeywords.__annotations__) & parameters
 
 
 def test_an_unknown_option_is_refused_by_every_method(llm: Llama) -> None:

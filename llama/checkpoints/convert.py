@@ -1,4 +1,4 @@
-"""A checkpoint written anew: in more or fewer shards, or in another layout."""
+"""A checkpoint written in more or fewer shards, or in another layout."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ PART_BYTES = 2 * 10**9  # of a safetensors file; one at a time is in memory
 
 
 def reshard(ckpt_dir: str, out: str, model_parallel_size: int) -> str:
-    """Write a folder of the release's layout with `model_parallel_size` shards; holds one shard at
-    a time.
+    """Write a folder in the release's layout with `model_parallel_size` shards.
+
+    Needs memory for one shard at a time.
     """
     check_positive(model_parallel_size=model_parallel_size)
     checkpoint, args, shapes = open_whole(ckpt_dir)
@@ -51,8 +52,10 @@ def reshard(ckpt_dir: str, out: str, model_parallel_size: int) -> str:
 
 
 def convert(ckpt_dir: str, out: str, to: str, type: str = "f16") -> str:
-    """Write the checkpoint in Hugging Face's layout ("hf"), in one shard of the release's ("meta"),
-    or as a GGUF file ("gguf") whose matrices are of a `type`: f16, bf16, q8_0, q4_0 or q4_1.
+    """Write the checkpoint in another layout.
+
+    `to` is "hf" for Hugging Face's layout, "meta" for one shard of the release's, or "gguf" for a
+    GGUF file, whose matrices are of a `type`: f16, bf16, q8_0, q4_0 or q4_1.
     """
     if to == "meta":
         return reshard(ckpt_dir, out, 1)
@@ -73,17 +76,14 @@ def write_huggingface(checkpoint: Checkpoint, args: ModelArgs, shapes: Shapes, o
     with new_folder(out, checkpoint, size_of(checkpoint, shapes)) as folder:
         weight_map: dict[str, str] = {}
         for number, part in enumerate(parts, 1):
-            file = (
-                f"model-{number:05}-of-{len(parts):05}.safetensors"
-                if len(parts) > 1
-                else "model.safetensors"
-            )
-            tensors = {
-                huggingface_name(name): split_halves(tensor, args.head_dim)
-                if is_rotary(name)
-                else tensor
-                for name, tensor in read(checkpoint, part, file).items()
-            }
+            file = "model.safetensors"
+            if len(parts) > 1:
+                file = f"model-{number:05}-of-{len(parts):05}.safetensors"
+            tensors = {}
+            for name, tensor in read(checkpoint, part, file).items():
+                if is_rotary(name):
+                    tensor = split_halves(tensor, args.head_dim)
+                tensors[huggingface_name(name)] = tensor
             save_file(tensors, folder / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, file)
             del tensors
@@ -95,7 +95,7 @@ def write_huggingface(checkpoint: Checkpoint, args: ModelArgs, shapes: Shapes, o
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
         config = config_of(args, checkpoint.dtype, checkpoint.source.max_positions)
         (folder / "config.json").write_text(json.dumps(config, indent=2))
-        # else a text's first space is forgotten
+        # Without these, transformers drops a text's first space.
         kind = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
         (folder / "tokenizer_config.json").write_text(json.dumps(kind, indent=2))
     return f"{out}: {len(parts)} file(s) of weights"
@@ -104,12 +104,11 @@ def write_huggingface(checkpoint: Checkpoint, args: ModelArgs, shapes: Shapes, o
 def read(
     checkpoint: Checkpoint, shapes: Shapes, what: str, rank: int = 0, world_size: int = 1
 ) -> dict[str, Tensor]:
-    """A rank's parts, in their stored types, of tensors of these whole shapes."""
+    """A rank's parts, in the file's types, of tensors of these whole shapes."""
     tensors = {}
     for name, shape in tqdm(shapes.items(), desc=what, unit="tensor", leave=False, disable=None):
-        tensors[name] = torch.empty(
-            part_shape(name, shape, world_size), dtype=checkpoint.source.tensor(name).dtype
-        )
+        dtype = checkpoint.source.tensor(name).dtype
+        tensors[name] = torch.empty(part_shape(name, shape, world_size), dtype=dtype)
         checkpoint.copy(name, rank, tensors[name])
     return tensors
 
@@ -134,7 +133,7 @@ def parts_of(checkpoint: Checkpoint, shapes: Shapes) -> list[Shapes]:
 
 @contextlib.contextmanager
 def new_path(out: str, needed: int) -> Iterator[Path]:
-    """A path to write to, which becomes `out` when all is written, else goes.
+    """A path to write to, which becomes `out` when all is written, and is removed on an error.
 
     Raises FileExistsError if `out` exists, OSError if its disk has less than the bytes `needed` or
     a write fails.
@@ -150,13 +149,13 @@ def new_path(out: str, needed: int) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(
             dir=path.parent, prefix=f"{path.name}.", suffix=".part"
         ) as scratch:
-            yield (written := Path(scratch, path.name))
+            written = Path(scratch, path.name)
+            yield written
             written.rename(path)
-    except (ImportError, ValueError):  # that it cannot be written so, which no disk is at fault for
+    except (ImportError, ValueError):  # no fault of the disk's
         raise
-    except (
-        Exception
-    ) as error:  # torch raises a RuntimeError where a write fails, safetensors an error of its own
+    # Where a write fails, torch raises a RuntimeError, safetensors an error of its own.
+    except Exception as error:
         reason = str(error).strip().split("\n")[0]
         free = size_text(shutil.disk_usage(path.parent).free)
         sizes = f"{size_text(needed)} are needed, and {free} are free"
@@ -165,13 +164,14 @@ def new_path(out: str, needed: int) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_folder(out: str, checkpoint: Checkpoint, needed: int) -> Iterator[Path]:
-    """A new path that is a folder, for a checkpoint's weights; it gets their tokenizer and
-    checklist.chk.
+    """A new folder for a checkpoint's weights, as `new_path` makes it.
+
+    It gets their tokenizer and checklist.chk.
     """
     tokenizer = None
     try:
         tokenizer = checkpoint.tokenizer_model()
-    except (FileNotFoundError, ValueError) as error:  # the weights are whole without it
+    except (FileNotFoundError, ValueError) as error:  # the weights are complete without it
         logger.warning("writing no tokenizer.model: %s", error)
     with new_path(out, needed) as folder:
         folder.mkdir()  # with the permissions of the umask, unlike the temporary one around it
@@ -181,4 +181,4 @@ def new_folder(out: str, checkpoint: Checkpoint, needed: int) -> Iterator[Path]:
         sums = [f"{md5_of(file)}  {file.name}\n" for file in sorted(folder.iterdir())]
         (folder / "checklist.chk").write_text("".join(sums))
         for file in folder.iterdir():
-            file.chmod(folder.stat().st_mode & 0o666)  # safetensors' are for their owner alone
+            file.chmod(folder.stat().st_mode & 0o666)  # safetensors lets only the owner read

@@ -1,4 +1,4 @@
-"""Files are data: read without running or trusting them."""
+"""Reading files as data: no code in them runs, and no count in them is trusted."""
 
 from __future__ import annotations
 
@@ -21,22 +21,26 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def size_text(n: int) -> str:
-    return f"{n / 1e9:.1f} GB" if n >= 1e8 else f"{n / 1e6:.1f} MB"
+    if n >= 1e8:
+        return f"{n / 1e9:.1f} GB"
+    return f"{n / 1e6:.1f} MB"
 
 
 def path_of(what: str, path: Any) -> Path:
-    """A path with ~ for a home, or 7, which a command line makes of a name.
+    """A path with ~ for a home; a command line makes an integer of a name such as 7.
 
     Raises TypeError for what is no path.
     """
+    if type(path) is int:
+        path = str(path)
     try:
-        return Path(os.path.expanduser(str(path) if type(path) is int else path))
+        return Path(os.path.expanduser(path))
     except TypeError:
         raise TypeError(f"{what} is {path!r}: use a path") from None
 
 
-def folder_of(what: str, path: Any, holds: str) -> Path:
-    """A folder that holds what `holds` says.
+def folder_of(what: str, path: Any, contents: str) -> Path:
+    """The folder at `path`. Errors name its `contents`, and `what` the path is.
 
     Raises FileNotFoundError or, for a file, ValueError, saying what to do.
     """
@@ -47,15 +51,18 @@ def folder_of(what: str, path: Any, holds: str) -> Path:
         )
     if not folder.is_dir():
         hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not folder.parent.exists()
-        fetch = f"run hf download {path} --local-dir {folder.name} and pass {folder.name}"
-        advice = f"; if it is a name on the Hugging Face hub, {fetch}" if hub else ""
-        raise FileNotFoundError(f"no folder {path}: pass the folder that holds {holds}{advice}")
+        advice = ""
+        if hub:
+            fetch = f"run hf download {path} --local-dir {folder.name} and pass {folder.name}"
+            advice = f"; if it is a name on the Hugging Face hub, {fetch}"
+        raise FileNotFoundError(f"no folder {path}: pass the folder that holds {contents}{advice}")
     return folder
 
 
 def check_readable(path: Path) -> None:
-    """Raise what opening the file raises, as a sentence: torch's and safetensors' own errors do not
-    tell.
+    """Raise what opening the file raises, as a sentence.
+
+    The errors of torch and safetensors do not name the reason.
     """
     try:
         path.open("rb").close()
@@ -76,17 +83,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_numbers(file: str, values: dict[str, Any], real: tuple[str, ...] = ()) -> None:
-    """Raise ValueError unless all are positive integers, or positive numbers where they are named
-    in `real`.
-    """
+    """Raise ValueError unless all are positive integers; those named in `real` may be floats."""
     for key, value in values.items():
-        kind, types = ("number", (int, float)) if key in real else ("integer", (int,))
+        types: list[type] = [int]
+        kind = "integer"
+        if key in real:
+            types = [int, float]
+            kind = "number"
         if type(value) not in types or not 0 < value < 2**31:
             raise ValueError(f"{file} has {key} {value!r}: expected a positive {kind}")
 
 
 def import_safetensors(path: Path) -> Any:
-    """The package's functions for torch; `path` is what needs it."""
+    """The package's functions for torch. Errors name `path`, the file that needs it."""
     try:
         import safetensors.torch
     except ImportError as error:
@@ -97,7 +106,7 @@ def import_safetensors(path: Path) -> Any:
 
 
 def map_tensors(path: Path, types: tuple[torch.dtype, ...] = TYPES) -> dict[str, Tensor]:
-    """The tensors of a file of safetensors, or of torch.save, in the page cache's memory.
+    """The tensors of a file of safetensors, or of torch.save, mapped and not read.
 
     Code in a pickle is refused, not run. Raises ValueError for what is no whole file of dense
     tensors of these types.
@@ -112,14 +121,14 @@ def map_tensors(path: Path, types: tuple[torch.dtype, ...] = TYPES) -> dict[str,
     check_readable(path)
     try:
         tensors = load(path)
-    except (
-        Exception
-    ) as error:  # what the unpickler raises over damaged bytes is any of a dozen types
+    # The unpickler raises any of a dozen types over damaged bytes.
+    except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{broken} ({reason})") from error
-    if not isinstance(tensors, dict) or not all(
+    all_tensors = isinstance(tensors, dict) and all(
         isinstance(value, Tensor) for value in tensors.values()
-    ):
+    )
+    if not all_tensors:
         raise ValueError(f"{path} is not a dictionary of tensors: is it a checkpoint of Llama 2?")
     for name, tensor in tensors.items():
         if tensor.dtype not in types or tensor.layout != torch.strided or tensor.is_meta:
@@ -131,16 +140,14 @@ def map_tensors(path: Path, types: tuple[torch.dtype, ...] = TYPES) -> dict[str,
 
 
 def give_back(mapped: Tensor) -> None:
-    """Take the pages of a mapped file that a tensor lies on out of this process; they could be read
-    in again.
-    """
+    """Take a tensor's pages of a mapped file out of this process; they can be read in again."""
     if not hasattr(mmap, "MADV_DONTNEED") or mapped.numel() == 0:
         return
     first = mapped.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-    # Not beyond the last element: what folmins a file's pages is not the file's.
-    extent = 1 + sum(
-        (n - 1) * stride for n, stride in zip(mapped.shape, mapped.stride(), strict=True)
-    )
+    # Not beyond the last element: what follows a file's pages is not the file's.
+    extent = 1
+    for n, stride in zip(mapped.shape, mapped.stride(), strict=True):
+        extent += (n - 1) * stride
     length = mapped.data_ptr() - first + extent * mapped.element_size()
     ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
@@ -152,7 +159,7 @@ def md5_of(file: Path) -> str:
         file.open("rb") as stream,
         tqdm.wrapattr(stream, "read", size, desc=file.name, leave=False, disable=None) as counted,
     ):
-        # writing checks sums too, beside what it has not given back yet
+        # in small pieces: after a checkpoint was written, not all memory is given back yet
         while data := counted.read(2**20):
             md5.update(data)
     return md5.hexdigest()

@@ -1,8 +1,7 @@
-"""GGUF files, llama.cpp's layout of the same weights: metadata, vocabulary and tensors in one file,
-or split into some.
+"""GGUF files, llama.cpp's layout of the same weights.
 
-Rows of queries and keys stand in the release's order. What the types' bytes mean is in
-gguf_types.py.
+One file, or several parts, with metadata, vocabulary and tensors. Rows of queries and keys stand in
+the release's order. gguf_types.py decodes the types of few bits.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from .vocabulary import proto_of
 
 VERSIONS = (2, 3)
 ALIGNMENT = 32  # of tensors, where the file does not say
-MOST_VALUES = 2**22  # of an array of the metadata: a vocabulary's pieces are some 32,000
+MOST_VALUES = 2**22  # of an array of the metadata; a vocabulary has some 32,000 pieces
 
 # The metadata's kinds of values, as struct names them; then strings and arrays.
 NUMBERS = {
@@ -84,12 +83,12 @@ def open_gguf(path: Path) -> Source:
     if not isinstance(template, str | None):
         raise ValueError(f"{name} has tokenizer.chat_template {template!r}: download it again")
     return Source(
-        "GGUF",
-        name,
-        params,
-        files,
-        {files[0]: tensors},
-        gguf_name,
+        layout="GGUF",
+        params_file=name,
+        params=params,
+        files=files,
+        shards={files[0]: tensors},
+        name_of=gguf_name,
         gives_back=True,
         max_positions=longest if isinstance(longest, int) else None,
         vocabulary=proto_of(name, metadata),
@@ -98,17 +97,20 @@ def open_gguf(path: Path) -> Source:
 
 
 def parts_of(path: Path) -> list[Path]:
-    """All parts of what `path` is one of. Raises FileNotFoundError for one that is missing."""
-    if (part := PART.fullmatch(path.name)) is None:
+    """All parts of the file that `path` is a part of.
+
+    Raises FileNotFoundError for one that is missing.
+    """
+    part = PART.fullmatch(path.name)
+    if part is None:
         return [path]
-    if not 1 <= int(part[2]) <= int(part[3]):
+    number = int(part[2])
+    count = int(part[3])
+    if not 1 <= number <= count:
         raise ValueError(
-            f"{path.name} says that it is part {int(part[2])} of {int(part[3])}: give it its own name again"
+            f"{path.name} says that it is part {number} of {count}: give it its own name again"
         )
-    files = [
-        path.with_name(f"{part[1]}-{number:05}-of-{part[3]}.gguf")
-        for number in range(1, int(part[3]) + 1)
-    ]
+    files = [path.with_name(f"{part[1]}-{n:05}-of-{part[3]}.gguf") for n in range(1, count + 1)]
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file.name} is missing beside {path}: download it")
@@ -120,7 +122,8 @@ def params_of(name: str, metadata: dict[str, Any]) -> dict[str, Any]:
 
     Raises ValueError for what would need other mathematics.
     """
-    if (kind := metadata.get("general.architecture")) != "llama":
+    kind = metadata.get("general.architecture")
+    if kind != "llama":
         raise ValueError(
             f"{name} has general.architecture {kind!r}: not supported, only 'llama' is"
         )
@@ -135,8 +138,9 @@ def params_of(name: str, metadata: dict[str, Any]) -> dict[str, Any]:
     if params.get("n_kv_heads") == params["n_heads"]:
         del params["n_kv_heads"]  # as releases have it
     head_dim = params["dim"] // params["n_heads"]
-    others = dict.fromkeys(("llama.rope.dimension_count", "llama.attention.key_length"), head_dim)
-    others |= {
+    others = {
+        "llama.rope.dimension_count": head_dim,
+        "llama.attention.key_length": head_dim,
         "llama.attention.value_length": head_dim,
         "llama.expert_count": 0,
         "llama.attention.causal": True,
@@ -166,10 +170,11 @@ def as_written(value: float) -> float:
     """The shortest number that float32 rounds to this one: 1e-05 for 9.999999747378752e-06."""
     if isinstance(value, int):
         return value
-    near = (float(f"{value:.{digits}g}") for digits in range(1, 9))
-    return next(
-        (number for number in near if struct.pack("f", number) == struct.pack("f", value)), value
-    )
+    for digits in range(1, 9):
+        near = float(f"{value:.{digits}g}")
+        if struct.pack("f", near) == struct.pack("f", value):
+            return near
+    return value
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor | Quantized]]:
@@ -199,7 +204,7 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor | Quantized]
 
 
 class Header:
-    """What stands before the tensors, read value by value; no count or length in it is believed."""
+    """A file's header, read value by value; the counts and lengths in it are not trusted."""
 
     def __init__(self, path: Path, data: mmap.mmap):
         self.path = path
@@ -238,13 +243,14 @@ class Header:
         return list(struct.unpack(form, self.take(struct.calcsize(form))))
 
     def read(self) -> tuple[dict[str, Any], dict[str, tuple[tuple[int, ...], int, int]]]:
-        """The metadata; and of each tensor its shape, its type and where its bytes begin."""
+        """The metadata, and each tensor's shape, type and the byte at which it begins."""
         if self.take(4) != b"GGUF":
             raise ValueError(f"{self.path} is no GGUF file: it does not begin with GGUF")
         version = self.number("I")
         if version not in VERSIONS:
-            swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS
-            said = "in big-endian order" if swapped else f"of version {version}"
+            said = f"of version {version}"
+            if int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS:
+                said = "in big-endian order"
             raise ValueError(
                 f"{self.path} is a GGUF file {said}: not supported, only version 2 and 3 are"
             )
@@ -273,7 +279,7 @@ def tensor_at(
 ) -> Tensor | Quantized:
     """The tensor whose bytes begin `offset` after `start`.
 
-    Raises ValueError unless the file holds all of it.
+    Raises ValueError unless the file has all of it.
     """
     if kind not in FLOATS and kind not in TYPES:
         known = ", ".join(["F32", "F16", "BF16", *(t.name for t in TYPES.values())])
@@ -281,20 +287,25 @@ def tensor_at(
         raise ValueError(
             f"{said}: not supported, only {known} are; llama.cpp's llama-quantize writes them"
         )
-    block, size = (
-        (1, FLOATS[kind].itemsize) if kind in FLOATS else (TYPES[kind].block, TYPES[kind].bytes)
-    )
+    if kind in FLOATS:
+        block = 1
+        size = FLOATS[kind].itemsize
+    else:
+        block = TYPES[kind].block
+        size = TYPES[kind].bytes
     length = math.prod(shape) // block * size
     begin = start + offset
     if shape[-1] % block or 0 in shape or offset % 4 or begin + length > len(mapped):
         raise ValueError(
-            f"{path} is not a whole GGUF file ({name} is {shape} at byte {begin}): download it again"
+            f"{path} is not a whole GGUF file ({name} is {shape} at byte {begin}): "
+            "download it again"
         )
     raw = mapped[begin : begin + length]
     if kind in FLOATS:
         return raw.view(FLOATS[kind]).view(shape)
     if len(shape) != 2:
         raise ValueError(
-            f"{path} has {name} of {shape} in {TYPES[kind].name}: only matrices are read in fewer bits"
+            f"{path} has {name} of {shape} in {TYPES[kind].name}: "
+            "only matrices are read in fewer bits"
         )
     return Blocks(raw.view(shape[0], -1, size), TYPES[kind])

@@ -1,7 +1,6 @@
-"""GGUF's types of a few bits: how the bytes of a block of weights become integers, scales and mins
-(ggml-common.h).
+"""GGUF's types of a few bits: blocks of bytes -> integers, scales and minimums (ggml-common.h).
 
-A block holds 32 or, in the types of K, 256 neighbouring inputs of a row. A decoder takes (rows,
+A block has 32 neighbouring inputs of a row or, in the types of K, 256. A decoder takes (rows,
 blocks, bytes) uint8.
 """
 
@@ -24,8 +23,8 @@ class Type(NamedTuple):
     block: int  # inputs
     bytes: int
     decode: Callable[[Tensor], Groups]
-    bits: int | None  # of the store that holds its groups
-    factors: int  # bytes that scales and mins of a group take there
+    bits: int | None  # of the packed weight that keeps its groups exactly; None: there is none
+    factors: int  # bytes of a group's scale and minimum there
 
 
 class Blocks(Quantized):
@@ -56,16 +55,19 @@ def floats(raw: Tensor) -> Tensor:
 
 
 def unpack(raw: Tensor, bits: int) -> Tensor:
-    """(..., 8 / bits, n) integers of n bytes: first what their lowest bits hold, last the highest."""
+    """(..., 8 / bits, n) integers of n bytes: first each byte's lowest bits, last its highest."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=raw.device)
     return raw.unsqueeze(-2) >> shifts[:, None] & (1 << bits) - 1
 
 
 def grouped(q: Tensor, scales: Tensor, mins: Tensor | None = None) -> Groups:
-    """Groups of integers (rows, blocks, groups, inputs) int8, with scales and mins (rows, blocks,
-    groups).
+    """The groups of all blocks of a row, one after another.
+
+    `q` is (rows, blocks, groups, inputs) int8; scales and minimums are (rows, blocks, groups).
     """
-    return Groups(q.flatten(1, 2), scales.flatten(1), None if mins is None else mins.flatten(1))
+    if mins is not None:
+        mins = mins.flatten(1)
+    return Groups(q.flatten(1, 2), scales.flatten(1), mins)
 
 
 def q4_0(raw: Tensor) -> Groups:
@@ -114,7 +116,7 @@ def q3_k(raw: Tensor) -> Groups:
 
 
 def scales_and_mins(raw: Tensor) -> tuple[Tensor, Tensor]:
-    """Of 16 bytes: d and dmin, then 6 bits for the scale and 6 for the low of each of 8 groups."""
+    """Of 16 bytes: d and dmin, then 6 bits for the scale and 6 for the minimum of 8 groups."""
     d, dmin = floats(raw[..., :4]).float().split(1, -1)
     first, second, rest = raw[..., 4:].split(4, -1)
     scales = torch.cat((first & 63, rest & 15 | first >> 6 << 4), -1)
@@ -124,8 +126,8 @@ def scales_and_mins(raw: Tensor) -> tuple[Tensor, Tensor]:
 
 def q4_k(raw: Tensor) -> Groups:
     scales, mins = scales_and_mins(raw[..., :16])
-    # 32 bytes hold a group in their lower halves and the next in their higher: ours are 16 bytes of
-    # one group.
+    # In the file, 32 bytes have a group in their lower halves and the next in their higher halves;
+    # in Groups, 16 bytes have one group.
     a, b = raw[..., 16:].unflatten(-1, (4, 2, 16)).unbind(-2)
     q = torch.stack((a & 15 | b << 4, a >> 4 | b & 0xF0), dim=-2)
     return grouped(q.flatten(2, 3), scales, mins)
@@ -146,8 +148,8 @@ def q6_k(raw: Tensor) -> Groups:
 
 
 FLOATS = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
-# Where a scale is a product of two numbers, float32 holds it exactly; types with a scale for every
-# 16 inputs, which no store of ours has, give values only.
+# A scale that is a product of two numbers is exact in float32. Types with a scale for every 16
+# inputs fit no packed weight of this library: they give values only.
 TYPES = {
     2: Type("Q4_0", 32, 18, q4_0, bits=4, factors=2),
     3: Type("Q4_1", 32, 20, q4_1, bits=4, factors=4),
@@ -168,8 +170,6 @@ OTHER_TYPES = {
     18: "IQ3_XXS",
     19: "IQ1_S",
     20: "IQ4_NL",
-}
-OTHER_TYPES |= {
     21: "IQ3_S",
     22: "IQ2_S",
     23: "IQ4_XS",
@@ -178,5 +178,8 @@ OTHER_TYPES |= {
     26: "I32",
     27: "I64",
     28: "F64",
+    29: "IQ1_M",
+    34: "TQ1_0",
+    35: "TQ2_0",
+    39: "MXFP4",
 }
-OTHER_TYPES |= {29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4"}

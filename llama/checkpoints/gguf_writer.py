@@ -20,7 +20,7 @@ TYPES = ("f16", "bf16", "q8_0", "q4_0", "q4_1")
 
 
 class GGUFFile:
-    """What a file of a checkpoint's is to hold: matrices of one of TYPES, and vectors in float32.
+    """The contents of a checkpoint's GGUF file: matrices of one of TYPES, and vectors in float32.
 
     Raises ImportError without the package, ValueError for another type or widths that its blocks do
     not divide, FileNotFoundError without a tokenizer.
@@ -35,7 +35,7 @@ class GGUFFile:
             raise ImportError(
                 "writing GGUF needs the package gguf: pip install '.[gguf]'"
             ) from error
-        # else it tells of its own files, which become another
+        # Else it logs the names of temporary files.
         logging.getLogger("gguf").setLevel(logging.WARNING)
         self.gguf = gguf
         self.checkpoint = checkpoint
@@ -51,7 +51,9 @@ class GGUFFile:
                 raise ValueError(f"{inputs}: use 'f16' or 'bf16'")
 
     def type_of(self, name: str) -> Any:
-        return self.vectors if len(self.shapes[name]) == 1 else self.matrices
+        if len(self.shapes[name]) == 1:
+            return self.vectors
+        return self.matrices
 
     def bytes_of(self, name: str) -> int:
         block, size = self.gguf.GGML_QUANT_SIZES[self.type_of(name)]
@@ -59,7 +61,7 @@ class GGUFFile:
 
     @property
     def size(self) -> int:
-        """Bytes, all but the header's."""
+        """Bytes of the tensors, without the header."""
         return sum(map(self.bytes_of, self.shapes))
 
     def write(self, path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ CONFIG_KEYS = {
 }
 NUMBERS = (*CONFIG_KEYS, "intermediate_size")
 MAX_POSITIONS = "max_position_embeddings"
-# What the model must say of itself, where it says anything, for our mathematics to be its own.
+# Values of config.json that this library computes with; a key may be missing.
 REQUIRED_CONFIG = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -48,40 +47,45 @@ def open_huggingface(path: Path) -> Source:
     params = params_of(config)
     files = find_files(path)
     packing = packing_of(path, config)
+    types: tuple[torch.dtype, ...] = TYPES
+    if packing is not None:
+        types = (*TYPES, torch.int32)
     plain: dict[str, Tensor] = {}
     for file in files:
-        plain |= map_tensors(file, types=TYPES if packing is None else (*TYPES, torch.int32))
-    tensors: Mapping[str, Tensor | Quantized] = (
-        plain if packing is None else unpacked(plain, packing)
-    )
+        plain |= map_tensors(file, types)
+    tensors: dict[str, Tensor | Quantized] = {**plain}
+    if packing is not None:
+        tensors = unpacked(plain, packing)
     embedding = huggingface_name("tok_embeddings.weight")
-    shards = {path: tensors}
-    longest = config.get(MAX_POSITIONS)
     if config.get("tie_word_embeddings") and embedding in tensors:
-        shards = {path: {**tensors, huggingface_name("output.weight"): tensors[embedding]}}
+        tensors[huggingface_name("output.weight")] = tensors[embedding]
     return Source(
-        "Hugging Face",
-        "config.json",
-        params,
-        files,
-        shards,
-        huggingface_name,
+        layout="Hugging Face",
+        params_file="config.json",
+        params=params,
+        files=files,
+        shards={path: tensors},
+        name_of=huggingface_name,
         in_halves=True,
-        max_positions=longest,
+        max_positions=config.get(MAX_POSITIONS),
         added_tokens=partial(added_tokens, path),
     )
 
 
 def added_tokens(path: Path) -> dict[int, str]:
-    """Ids and texts of the tokens that a folder says were added to its vocabulary.
+    """Ids and texts of the tokens that were added to a folder's vocabulary.
 
     Raises ValueError for other JSON.
     """
     pairs: list[tuple[Any, Any]] = []
-    if (file := path / "added_tokens.json").exists():
+    file = path / "added_tokens.json"
+    if file.exists():
         pairs = [(token, text) for text, token in read_json(file).items()]
-    elif (file := path / "tokenizer.json").exists():
-        entries = read_json(file).get("added_tokens", [])
+    else:
+        file = path / "tokenizer.json"
+        entries: Any = []
+        if file.exists():
+            entries = read_json(file).get("added_tokens", [])
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise ValueError(
                 f"{file} has added_tokens that are no list of objects: download it again"
@@ -96,31 +100,43 @@ def added_tokens(path: Path) -> dict[int, str]:
 
 
 def find_files(path: Path) -> list[Path]:
-    """The files with weights: safetensors where there are any, one or as their index lists them."""
+    """The files with weights: one file, or those that an index lists; safetensors come first.
+
+    Raises FileNotFoundError for a missing file, ValueError for a broken index.
+    """
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = path / f"{name}.index.json"
         if (path / name).exists():
             return [path / name]
         if index.exists():
-            parts = read_json(index).get("weight_map")
-            if not isinstance(parts, dict) or not all(
-                isinstance(p, str) and Path(p).name == p for p in parts.values()
-            ):
-                raise ValueError(
-                    f"{index} has no weight_map of file names in its folder: download it again"
-                )
-            files = [path / part for part in sorted(set(parts.values()))]
-            for file in files:
-                if not file.exists():
-                    raise FileNotFoundError(
-                        f"{file} is missing: {index.name} lists it; download it"
-                    )
-            return files
-    if len(others := list(path.glob("*.safetensors"))) == 1:  # as gptq_model-4bit-128g.safetensors
+            return indexed_files(index)
+    others = list(path.glob("*.safetensors"))
+    if len(others) == 1:  # as gptq_model-4bit-128g.safetensors
         return others
     raise FileNotFoundError(
         f"no model.safetensors, pytorch_model.bin or index of either in {path}/: download it again"
     )
+
+
+def indexed_files(index: Path) -> list[Path]:
+    """The files that an index lists, each once.
+
+    Raises ValueError for names of files elsewhere, FileNotFoundError for a missing file.
+    """
+    parts = read_json(index).get("weight_map")
+    if not isinstance(parts, dict) or not all(map(is_file_name, parts.values())):
+        raise ValueError(
+            f"{index} has no weight_map of file names in its folder: download it again"
+        )
+    files = [index.parent / part for part in sorted(set(parts.values()))]
+    for file in files:
+        if not file.exists():
+            raise FileNotFoundError(f"{file} is missing: {index.name} lists it; download it")
+    return files
+
+
+def is_file_name(value: Any) -> bool:
+    return isinstance(value, str) and Path(value).name == value
 
 
 def params_of(config: dict[str, Any]) -> dict[str, Any]:
@@ -131,7 +147,7 @@ def params_of(config: dict[str, Any]) -> dict[str, Any]:
     given = {key: value for key, value in config.items() if value is not None}
     for key, wanted in REQUIRED_CONFIG.items():
         value = given.get(key, wanted)
-        # some have LLaMAForCausalLM
+        # Some files have LLaMAForCausalLM.
         if value != wanted and str(value).lower() != str(wanted).lower():
             raise ValueError(f"config.json has {key} {value!r}: not supported, only {wanted!r} is")
     defaults: dict[str, Any] = {
@@ -156,20 +172,23 @@ def params_of(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def feed_forward_params(dim: int, hidden_dim: int) -> dict[str, Any]:
-    """Values from which ModelArgs computes this width, rounding down and then up: the release's
-    where they give it.
+    """Values from which ModelArgs computes this width, rounding down and then up.
+
+    These are the release's own values where those give it.
     """
     base = int(8 * dim / 3)
     if base > hidden_dim:
         return {"multiple_of": hidden_dim, "ffn_dim_multiplier": (hidden_dim + 0.5) / base}
-    return {"multiple_of": 256 if -(-base // 256) * 256 == hidden_dim else hidden_dim}
+    if -(-base // 256) * 256 == hidden_dim:
+        return {"multiple_of": 256}
+    return {"multiple_of": hidden_dim}
 
 
 def rope_params(config: dict[str, Any]) -> dict[str, Any]:
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(config.get(key) or {}, dict):
             raise ValueError(f"config.json has {key} {config[key]!r}: expected a dict")
-    rope = config.get("rope_parameters") or {}  # of transformers 5, which holds all of it
+    rope = config.get("rope_parameters") or {}  # of transformers 5, theta and scaling
     scaling = config.get("rope_scaling") or rope
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "linear"):
@@ -185,23 +204,28 @@ def rope_params(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def max_positions_of(args: ModelArgs, said: int | None) -> int:
-    """What a model was made for, where its layout does not say."""
-    # Code Llama's theta, and Llama 2's length
-    return said or (16384 if args.rope_theta == 1e6 else 4096)
+    """The length that a model was made for: what its layout said, else that of its family."""
+    if said:
+        return said
+    if args.rope_theta == 1e6:  # Code Llama
+        return 16384
+    return 4096
 
 
 def config_of(
     args: ModelArgs, dtype: torch.dtype, max_positions: int | None = None
 ) -> dict[str, Any]:
     """config.json's values for a model."""
-    factor = args.rope_scaling_factor
+    scaling = None
+    if args.rope_scaling_factor != 1:
+        scaling = {"type": "linear", "factor": args.rope_scaling_factor}
     return {theirs: getattr(args, ours) for theirs, ours in CONFIG_KEYS.items()} | {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "num_key_value_heads": args.kv_heads,
         "intermediate_size": args.hidden_dim,
         "rope_theta": args.rope_theta,
-        "rope_scaling": None if factor == 1 else {"type": "linear", "factor": factor},
+        "rope_scaling": scaling,
         "hidden_act": "silu",
         MAX_POSITIONS: max_positions_of(args, max_positions),
         "tie_word_embeddings": False,

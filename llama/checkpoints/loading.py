@@ -24,7 +24,7 @@ from .quantized import Quantized
 
 logger = logging.getLogger(__name__)
 
-# Threads that pack or quantise; each holds a matrix and its temporaries beside the weights.
+# Threads that pack or quantise; each needs memory for a matrix and its temporaries.
 MAX_LOADERS = 4
 
 
@@ -55,9 +55,11 @@ def load_model(
 
 def linear_layers(model: Transformer) -> dict[str, ShardedLinear]:
     """By their weights' names."""
-    return {
-        f"{path}.weight": m for path, m in model.named_modules() if isinstance(m, ShardedLinear)
-    }
+    layers = {}
+    for path, module in model.named_modules():
+        if isinstance(module, ShardedLinear):
+            layers[f"{path}.weight"] = module
+    return layers
 
 
 def bytes_per_weight(
@@ -69,7 +71,7 @@ def bytes_per_weight(
     total = 0.0
     count = 0
     for name, layer in linear_layers(model).items():
-        # `load` tells what is missing
+        # None where it is missing, of which `load` tells.
         stored = checkpoint.source.first.get(checkpoint.source.name_of(name))
         chosen = formats.of(stored, checkpoint.adapter is not None)
         if chosen is None:
@@ -89,15 +91,15 @@ def load(
     dtype: torch.dtype,
     formats: Formats | None = None,
 ) -> None:
-    """Give `model`, built for this rank on the meta device, its weights; linear ones in their
-    `formats`.
+    """Give `model`, built for this rank on the meta device, its weights.
 
-    Copies one tensor at a time (with `formats`, one matrix per thread) and gives its mapped pages
-    back, so that memory holds this rank's weights and little more. What a file has in the format
-    that is wanted is neither copied nor rounded: 16 bits stay where they are mapped, privately, 8
-    and 4 bits are only laid out anew. Raises ValueError, before anything is read, where the files
-    do not hold exactly the model's tensors. Warns of values that are not finite, and of positions
-    that the model was not made for.
+    Linear weights become what `formats` says. Copies one tensor at a time (with `formats`, one
+    matrix per thread) and gives its mapped pages back, so that the process needs memory for this
+    rank's weights and little more. What a file has in the format that is wanted is neither copied
+    nor rounded: 16 bits stay where they are mapped, privately, 8 and 4 bits are only laid out anew.
+
+    Raises ValueError, before anything is read, unless the files have exactly the model's tensors.
+    Warns of values that are not finite, and of positions that the model was not made for.
     """
     names = list(checkpoint.check(model))
     rank = model.ranks.rank
@@ -114,13 +116,16 @@ def load(
     if formats:
         fusable = fused_names(checkpoint, model, parts)
         together = [names for names in fusable if packs(checkpoint, names, formats)]
-    together += [[name] for name in names if name not in {*chain(*together)}]
+    fused = {*chain(*together)}
+    together += [[name] for name in names if name not in fused]
     loader = Loader(checkpoint, model, device, dtype, formats, parts)
     state: dict[str, Tensor] = {}
     # Packing and quantising are slow and release the interpreter's lock; plain copies are as fast
     # from one thread.
-    workers = min(torch.get_num_threads(), MAX_LOADERS) if formats else 1
-    quiet = rank > 0 or None
+    workers = 1
+    if formats:
+        workers = min(torch.get_num_threads(), MAX_LOADERS)
+    quiet = rank > 0 or None  # None: without a terminal
     with ThreadPoolExecutor(workers) as pool:
         loaded = pool.map(loader.load, together)
         for tensors in tqdm(
@@ -133,8 +138,7 @@ def load(
 
 def warn_of_length(checkpoint: Checkpoint, model: Transformer, rank: int) -> None:
     source = checkpoint.source
-    # Whether the config's length is that before or after linear scaling, folders do not agree: the
-    # longer counts.
+    # Some configs have the length before linear scaling, some that after it: the longer counts.
     known = (source.max_positions or math.inf) * model.params.rope_scaling_factor
     asked = model.params.max_seq_len
     if rank == 0 and asked > known:
@@ -145,7 +149,7 @@ def warn_of_length(checkpoint: Checkpoint, model: Transformer, rank: int) -> Non
 
 
 def packs(checkpoint: Checkpoint, names: list[str], formats: Formats) -> bool:
-    """Whether weights become packed ones, and not parameters."""
+    """Whether weights become packed weights, and not parameters."""
     stored = checkpoint.source.tensor(names[0])
     chosen = formats.of(stored, checkpoint.adapter is not None)
     return chosen is None or chosen.pack is not None
@@ -154,8 +158,9 @@ def packs(checkpoint: Checkpoint, names: list[str], formats: Formats) -> bool:
 def fused_names(
     checkpoint: Checkpoint, model: nn.Module, parts: dict[str, Tensor | Quantized]
 ) -> list[list[str]]:
-    """The weights that multiply the same input and can be packed as one: all of one kind, and not
-    in place.
+    """The weights that multiply the same input and can be packed as one.
+
+    They are of one kind, and not used in place.
     """
     groups = []
     for path, module in model.named_modules():
@@ -176,41 +181,45 @@ class Loader(NamedTuple):
     parts: dict[str, Tensor | Quantized]  # what the file has in the format that is wanted
 
     def load(self, names: list[str]) -> dict[str, Tensor]:
-        """Pack tensors, fused along their rows, into their layers; returns those that stay
-        parameters.
+        """Pack tensors, fused along their rows, into their layers.
+
+        Returns those that stay parameters.
         """
-        modules = [self.model.get_submodule(name.removesuffix(".weight")) for name in names]
-        layers = (
-            [module for module in modules if isinstance(module, ShardedLinear)]
-            if self.formats
-            else []
-        )
+        layers = []
+        if self.formats:
+            modules = [self.model.get_submodule(name.removesuffix(".weight")) for name in names]
+            layers = [module for module in modules if isinstance(module, ShardedLinear)]
         part = self.parts.get(names[0])
         if isinstance(part, Quantized):
             fuse(layers, self.grouped(names))
             return {}
-        whole = part if part is not None else self.copied(names, exact=bool(layers))
+        whole = part
+        if whole is None:
+            whole = self.copied(names, exact=bool(layers))
         self.check_finite(names, whole)
         dtype = self.dtype
         if self.formats and layers:
             stored = self.checkpoint.source.tensor(names[0])
             chosen = self.formats.of(stored, self.checkpoint.adapter is not None)
-            # groups that could not be kept, of several shards
-            chosen = chosen or self.formats.coarse
-            packed = chosen.pack(whole) if chosen.pack else None
-            if packed is not None:
-                fuse(layers, packed)
-                return {}
+            if chosen is None:  # groups that could not be kept, of several shards
+                chosen = self.formats.coarse
+            if chosen.pack is not None:
+                packed = chosen.pack(whole)
+                if packed is not None:
+                    fuse(layers, packed)
+                    return {}
             dtype = chosen.dtype or dtype
         rows = [len(self.model.get_parameter(name)) for name in names]
         return dict(zip(names, whole.to(dtype).split(rows), strict=True))
 
     def grouped(self, names: list[str]) -> Grouped:
         """The file's own groups of weights that are fused."""
-        parts = [part for name in names if isinstance(part := self.parts[name], Quantized)]
-        groups = concatenate(
-            [self.checkpoint.groups(name, part) for name, part in zip(names, parts, strict=True)]
-        )
+        parts = []
+        for name in names:
+            part = self.parts[name]
+            assert isinstance(part, Quantized)
+            parts.append(part)
+        groups = concatenate(list(map(self.checkpoint.groups, names, parts)))
         for factors in (groups.scales, groups.mins):
             if factors is not None:
                 self.check_finite(names, factors)
@@ -220,21 +229,27 @@ class Loader(NamedTuple):
         return packed
 
     def copied(self, names: list[str], exact: bool) -> Tensor:
-        """This rank's rows of all these tensors, in the file's type if they are to be `exact`, else
-        the model's.
+        """This rank's rows of all these tensors.
+
+        In the file's type if they are to be `exact`, else in the model's.
         """
-        # of this rank's shapes, on the meta device
+        # on the meta device, with this rank's shapes
         weights = [self.model.get_parameter(name) for name in names]
-        stored = [self.checkpoint.source.tensor(name) for name in names]
-        types = [
-            torch.float32 if isinstance(tensor, Quantized) else tensor.dtype for tensor in stored
-        ]
-        dtype = reduce(torch.promote_types, types) if exact else self.dtype
+        dtype = self.dtype
+        if exact:
+            dtype = reduce(torch.promote_types, map(self.exact_type, names))
         rows = [len(weight) for weight in weights]
         whole = torch.empty(sum(rows), *weights[0].shape[1:], dtype=dtype, device=self.device)
         for name, target in zip(names, whole.split(rows), strict=True):
             self.checkpoint.copy(name, self.model.ranks.rank, target)
         return whole
+
+    def exact_type(self, name: str) -> torch.dtype:
+        """The type that has each value of a tensor as the file has it."""
+        tensor = self.checkpoint.source.tensor(name)
+        if isinstance(tensor, Quantized):
+            return torch.float32
+        return tensor.dtype
 
     def check_finite(self, names: list[str], values: Tensor) -> None:
         if not all(bound.isfinite() for bound in torch.aminmax(values)):

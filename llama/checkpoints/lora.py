@@ -1,5 +1,6 @@
-"""LoRA adapters (Hu et al. 2021, arXiv:2106.09685) in PEFT's layout, merged into the weights as
-they are loaded.
+"""LoRA adapters in PEFT's layout, merged into the weights as they are loaded.
+
+Hu et al. 2021, arXiv:2106.09685.
 """
 
 from __future__ import annotations
@@ -14,30 +15,29 @@ from torch import Tensor
 from .files import check_numbers, folder_of, map_tensors, read_json
 from .names import Shapes, huggingface_name, interleave, is_rotary
 
-# What an adapter's config may say without a change of the merged weights. Anything else has to be
-# unset.
-HARMLESS_CONFIG = (
-    {
-        "auto_mapping",
-        "base_model_name_or_path",
-        "inference_mode",
-        "megatron_core",
-        "peft_type",
-        "peft_version",
-    }
-    | {"exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"}
-    | {
-        "lora_alpha",
-        "lora_dropout",
-        "qalora_group_size",
-        "r",
-        "revision",
-        "runtime_config",
-        "task_type",
-        "use_rslora",
-    }
-)
-# others change W
+# Keys of an adapter's config that are computed with, or that do not change the merged weights. All
+# others have to be unset.
+HARMLESS_CONFIG = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "exclude_modules",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "use_rslora",
+}
+# Other values of these keys change W.
 HARMLESS_VALUES: dict[str, list[Any]] = {"bias": ["none"], "init_lora_weights": [True, "gaussian"]}
 
 
@@ -49,10 +49,10 @@ class Adapter:
 
     def __init__(self, adapter_dir: str | os.PathLike[str]):
         self.path = folder_of("adapter_dir", adapter_dir, "adapter_config.json")
-        config: dict[str, Any] = {"r": None, "lora_alpha": None} | read_json(
-            self.path / "adapter_config.json"
-        )
-        if (kind := config.get("peft_type")) != "LORA":
+        defaults: dict[str, Any] = {"r": None, "lora_alpha": None}
+        config = defaults | read_json(self.path / "adapter_config.json")
+        kind = config.get("peft_type")
+        if kind != "LORA":
             raise ValueError(
                 f"adapter_config.json has peft_type {kind!r}: not supported, only 'LORA' is"
             )
@@ -65,19 +65,25 @@ class Adapter:
         check_numbers(
             "adapter_config.json", {"r": self.rank, "lora_alpha": alpha}, real=("lora_alpha",)
         )
-        self.scale = alpha / (math.sqrt(self.rank) if config.get("use_rslora") else self.rank)
-        # 0 is a layer
+        self.scale = alpha / self.rank
+        if config.get("use_rslora"):
+            self.scale = alpha / math.sqrt(self.rank)
+        # layers_to_transform may be 0, the number of a layer.
         partial = config.get("layers_to_transform") is not None or config.get("exclude_modules")
         targets = config.get("target_modules")
-        self.whole_targets = targets if isinstance(targets, list) and not partial else []
+        # modules that have to be adapted in every layer
+        self.whole_targets: list[Any] = []
+        if isinstance(targets, list) and not partial:
+            self.whole_targets = targets
         self.tensors = map_tensors(self.path / "adapter_model.safetensors")
 
     def stem_of(self, name: str) -> str:
         return "base_model.model." + huggingface_name(name).removesuffix(".weight")
 
     def check(self, shapes: Shapes) -> None:
-        """Raise ValueError unless every tensor of the adapter belongs to a linear weight of these
-        names and shapes.
+        """Raise ValueError unless every tensor of the adapter belongs to a linear weight.
+
+        `shapes` are those of the model's tensors.
         """
         if not self.tensors:
             raise ValueError(f"adapter {self.path} has no tensors: download it again")
@@ -99,27 +105,30 @@ class Adapter:
             if name not in wanted:
                 modules = ", ".join(sorted({key.split(".")[-3] for key in wanted}))
                 raise ValueError(
-                    f"adapter {self.path} has tensor {name}: only {modules} of the model can be adapted"
+                    f"adapter {self.path} has tensor {name}: "
+                    f"only {modules} of the model can be adapted"
                 )
             if tuple(tensor.shape) != wanted[name]:
                 raise ValueError(
-                    f"adapter {self.path}: {name} has shape {tuple(tensor.shape)}, and the model asks for "
-                    f"{wanted[name]}: it is an adapter of another model"
+                    f"adapter {self.path}: {name} has shape {tuple(tensor.shape)}, "
+                    f"and the model asks for {wanted[name]}: it is an adapter of another model"
                 )
 
     def add(self, name: str, dim: int, start: int, head_dim: int, out: Tensor) -> None:
-        """Add the update of the part of a weight that begins at `start` along `dim` to `out`,
-        computed in float32.
+        """Add the update of a part of a weight to `out`, computed in float32.
+
+        The part begins at `start` along `dim`.
         """
         stem = self.stem_of(name)
         if f"{stem}.lora_B.weight" not in self.tensors:
             return
-        b, a = (
-            self.tensors[f"{stem}.lora_{factor}.weight"].to(out.device, torch.float32)
-            for factor in "BA"
-        )
+        a = self.tensors[f"{stem}.lora_A.weight"].to(out.device, torch.float32)
+        b = self.tensors[f"{stem}.lora_B.weight"].to(out.device, torch.float32)
         if is_rotary(name):
             b = interleave(b, head_dim)
         length = out.shape[dim]
-        b, a = (b.narrow(0, start, length), a) if dim == 0 else (b, a.narrow(1, start, length))
+        if dim == 0:
+            b = b.narrow(0, start, length)
+        else:
+            a = a.narrow(1, start, length)
         out.copy_(out.float().addmm_(b, a, alpha=self.scale))

@@ -1,4 +1,4 @@
-"""What a rank needs of its device's memory and what is free there, asked before anything is loaded."""
+"""What a rank needs of its device's memory and what is free there, checked before loading."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from ..model import ModelArgs
 from .files import size_text
 
-# Tokens of a pass beside one of each row: the most that are fed of prompts at once.
+# The most tokens of prompts in one pass, beside one token of each row.
 CHUNK_TOKENS = 512
 
 
@@ -35,26 +35,17 @@ def memory_needs(
 ) -> Memory:
     """`bytes_per_weight` is of the linear layers; everything else is of `dtype`."""
     attention = 2 * args.dim * args.head_dim * (args.n_heads + args.kv_heads)
-    linear = (
-        args.n_layers * (attention + 3 * args.dim * args.hidden_dim) + args.dim * args.vocab_size
-    )
-    embedding = args.dim * args.vocab_size
+    feed_forward = 3 * args.dim * args.hidden_dim
+    embedding = args.dim * args.vocab_size  # and as many weights of the output layer
+    linear = args.n_layers * (attention + feed_forward) + embedding
     norms = (2 * args.n_layers + 1) * args.dim
-    weights = (
-        linear * bytes_per_weight + embedding * dtype.itemsize
-    ) / world_size + norms * dtype.itemsize
-    cache_row = (
-        2
-        * args.n_layers
-        * args.kv_heads
-        * args.head_dim
-        * args.max_seq_len
-        * dtype.itemsize
-        // world_size
-    )
+    split = linear * bytes_per_weight + embedding * dtype.itemsize
+    weights = split / world_size + norms * dtype.itemsize
+    keys_and_values = 2 * args.n_layers * args.kv_heads * args.head_dim * args.max_seq_len
+    cache_row = keys_and_values * dtype.itemsize // world_size
     pass_tokens = min(CHUNK_TOKENS + args.max_batch_size, args.max_batch_size * args.max_seq_len)
-    # x, its norm and what is added to it; the feed-forward's gate and up, as computed and as split
-    # off, and their product: what was seen at the peak of a pass. Then, where all are asked for,
+    # At the measured peak of a pass: x, its norm and what is added to it; the feed-forward's gate
+    # and up, as computed and as split off, and their product. Then, where all are asked for,
     # logits, computed and in float32.
     layer = (4 * args.dim + 6 * args.hidden_dim // world_size) * dtype.itemsize
     logits = args.vocab_size * (dtype.itemsize + 4)
@@ -64,20 +55,21 @@ def memory_needs(
 def needed(name: str, args: ModelArgs, needs: Memory) -> str:
     rows = args.max_batch_size
     return (
-        f"{name} needs {size_text(needs.weights)} for its weights, {size_text(rows * needs.cache_row)} for a cache of "
-        f"max_batch_size {rows} × max_seq_len {args.max_seq_len} and {size_text(needs.pass_bytes)} for a pass per rank"
+        f"{name} needs {size_text(needs.weights)} for its weights, "
+        f"{size_text(rows * needs.cache_row)} for a cache of "
+        f"max_batch_size {rows} × max_seq_len {args.max_seq_len} "
+        f"and {size_text(needs.pass_bytes)} for a pass per rank"
     )
 
 
 def check_memory(name: str, args: ModelArgs, needs: Memory, device: torch.device) -> None:
-    """Raise ValueError, before anything is loaded, if what this rank needs does not fit into its
-    device.
-    """
+    """Raise ValueError if what this rank needs does not fit into its device."""
     free = free_memory(device)
     if needs.total(args.max_batch_size) <= free:
         return
     advice = "use fewer bits for each weight, more ranks or a smaller model"
-    if (fitting := (free - needs.total(0)) // needs.cache_row) > 0:
+    fitting = (free - needs.total(0)) // needs.cache_row
+    if fitting > 0:
         advice = f"build with max_batch_size {fitting} or a smaller max_seq_len"
     raise ValueError(
         f"{needed(name, args, needs)}, and {device} has {size_text(free)} free for it: {advice}"
@@ -86,26 +78,29 @@ def check_memory(name: str, args: ModelArgs, needs: Memory, device: torch.device
 
 @contextlib.contextmanager
 def allocating(name: str, args: ModelArgs, needs: Memory, device: torch.device) -> Iterator[None]:
-    """Turn the device's refusal of memory, where it gives less than it had free, into a ValueError."""
+    """Turn a failed allocation into a ValueError: a device may give less than was free."""
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(
-            error
-        ):
+        on_cpu = "DefaultCPUAllocator" in str(error)
+        if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
             raise
-        advice = "build with a smaller max_batch_size or max_seq_len, or use fewer bits for each weight or more ranks"
+        advice = (
+            "build with a smaller max_batch_size or max_seq_len, "
+            "or use fewer bits for each weight or more ranks"
+        )
         raise ValueError(
             f"{needed(name, args, needs)}, and {device} refused memory: {advice}"
         ) from error
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this rank may still use on its device; the ranks of a node share its main memory
-    evenly.
+    """Bytes that this rank may still use on its device.
+
+    The ranks of a node share its main memory evenly.
     """
     if device.type == "cuda":
-        # kept for the next tensor
+        # what PyTorch keeps for the next tensor
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     try:
@@ -120,21 +115,22 @@ def free_memory(device: torch.device) -> int:
 def container_memory(
     root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
 ) -> float:
-    """Bytes left to this process under the tightest limit on its control group or on those around
-    it; inf without one.
+    """Bytes left to this process under the tightest limit of its control groups; inf without one.
 
-    `own` names the group; inside a container the name may be the host's, and the root the
-    container's own.
+    These are the group that `own` names and those around it. Inside a container the name may be the
+    host's, and the root the container's own.
     """
-    name = re.search("^0::/(.*)", own.read_text() if own.exists() else "", re.MULTILINE)
-    group = root / name[1] if name else root
+    group = root
+    if own.exists():
+        name = re.search("^0::/(.*)", own.read_text(), re.MULTILINE)
+        if name:
+            group = root / name[1]
     left = math.inf
     for folder in (group, *group.parents):
         # no such files, or "max" for no limit
         with contextlib.suppress(OSError, KeyError, ValueError):
-            limit, used = (
-                int((folder / f"memory.{what}").read_text()) for what in ("max", "current")
-            )
+            limit = int((folder / "memory.max").read_text())
+            used = int((folder / "memory.current").read_text())
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
             # The page cache counts as free, but not what of it is shared memory or tmpfs.
             left = min(left, max(limit - used + int(stat["file"]) - int(stat["shmem"]), 0))

@@ -1,10 +1,9 @@
-"""The tensors of a Llama 2: their names in every layout, how a release splits them, and how their
-rows are ordered.
-"""
+"""The tensors of a Llama 2: names in every layout, split over shards, order of rows."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -20,7 +19,7 @@ class Entry(NamedTuple):
     rotary: bool = False
 
 
-# By their names in the release, with * for a layer's number; ".weight" folmins in every layout.
+# By their names in the release, with * for a layer's number; ".weight" follows in every layout.
 TENSORS = {
     "tok_embeddings": Entry(1, "model.embed_tokens", "token_embd"),
     "layers.*.attention_norm": Entry(None, "model.layers.*.input_layernorm", "blk.*.attn_norm"),
@@ -52,7 +51,20 @@ def shard_dim(name: str) -> int | None:
 
 def part_shape(name: str, whole: tuple[int, ...], parts: int) -> tuple[int, ...]:
     """The shape of one of so many equal parts of a tensor of this shape."""
-    return tuple(n // parts if d == shard_dim(name) else n for d, n in enumerate(whole))
+    shape = list(whole)
+    dim = shard_dim(name)
+    if dim is not None:
+        shape[dim] //= parts
+    return tuple(shape)
+
+
+def whole_shape(name: str, part: Sequence[int], parts: int) -> tuple[int, ...]:
+    """The shape of a tensor of which so many equal parts have the shape `part`."""
+    shape = list(part)
+    dim = shard_dim(name)
+    if dim is not None:
+        shape[dim] *= parts
+    return tuple(shape)
 
 
 def is_rotary(name: str) -> bool:
@@ -74,10 +86,10 @@ def with_number(stem: str, name: str) -> str:
 
 
 def interleave(weight: Tensor, head_dim: int) -> Tensor:
-    """Rotary rows (heads × head_dim, …) of whole heads, from Hugging Face's order to the release's
-    and GGUF's.
+    """Rotary rows of whole heads, from Hugging Face's order to that of the release and of GGUF.
 
-    transformers rotates channel i with i + head_dim / 2, the release 2i with 2i + 1.
+    `weight` is (heads × head_dim, …). transformers rotates channel i with i + head_dim / 2, the
+    release 2i with 2i + 1.
     """
     return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 

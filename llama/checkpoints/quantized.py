@@ -16,20 +16,26 @@ T = TypeVar("T", bound="Quantized")
 
 
 class Quantized:
-    """A part, at first all, of a matrix (rows, inputs). It has what a Checkpoint asks of a tensor."""
+    """A part, at first all, of a matrix (rows, inputs), with the methods of Tensor that are needed.
+
+    Subclasses decode one format of a file.
+    """
 
     kind: str  # what its layout calls it
-    # in which `groups` holds exactly what the file says; None: only values are to be had
+    # bits of the weight format that keeps the file's groups exactly; None: there is none, and only
+    # values can be read
     bits: int | None = None
     bytes_per_weight: float  # of these groups
-    joins: Hashable  # matrices in which it is equal can be held as one
+    joins: Hashable  # matrices in which it is equal can be packed as one
     block: int  # so many inputs of a row are decoded together
     # input order[i] of a row is the i-th of its groups; None: they stand in their order
     order: Tensor | None = None
     dtype = torch.float16  # of a copy of it in a layout without such matrices
 
     def __init__(self, rows: int, inputs: int):
-        self.rows, self.inputs, self.width = range(rows), range(inputs), inputs
+        self.rows = range(rows)
+        self.inputs = range(inputs)
+        self.width = inputs
 
     def read(self, rows: slice, inputs: slice) -> Groups:
         """Some rows' inputs, whole blocks of them, decoded."""
@@ -57,7 +63,10 @@ class Quantized:
         return part
 
     def groups(self) -> Groups:
-        """What a store of `bits` bits holds, in `order`. The part begins and ends with a group."""
+        """The groups of a packed weight of `bits` bits, in `order`.
+
+        The part has to begin and end with a group.
+        """
         parts = list(self._decode())
         first = (self.inputs.start - self._blocks.start) // GROUP
         return concatenate(parts).map(
@@ -78,11 +87,11 @@ class Quantized:
         """The inputs of the blocks that the part's inputs are in."""
         if self.order is not None:
             return slice(0, self.width)
-        return slice(
-            self.inputs.start // self.block * self.block,
-            -(-self.inputs.stop // self.block) * self.block,
-        )
+        first = self.inputs.start // self.block
+        last = -(-self.inputs.stop // self.block)
+        return slice(first * self.block, last * self.block)
 
     def _decode(self) -> Iterator[Groups]:
         for first in range(self.rows.start, self.rows.stop, QUANTISED_ROWS):
-            yield self.read(slice(first, min(first + QUANTISED_ROWS, self.rows.stop)), self._blocks)
+            last = min(first + QUANTISED_ROWS, self.rows.stop)
+            yield self.read(slice(first, last), self._blocks)

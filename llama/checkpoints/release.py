@@ -1,6 +1,4 @@
-"""The release's layout, consolidated.NN.pth and params.json, and what the other layouts have in
-common with it.
-"""
+"""The release's layout, consolidated.NN.pth and params.json, and what all layouts share."""
 
 from __future__ import annotations
 
@@ -27,15 +25,14 @@ NEWER_PARAMS = {"use_scaled_rope": " (Llama 3.1)"}
 
 
 class Source(NamedTuple):
-    """The weights of one folder, under the names of its layout, and how these differ from the
-    release's.
-    """
+    """The weights of one folder, and how its layout differs from the release's."""
 
     layout: str  # what users call it
     params_file: str
     params: dict[str, Any]  # as in params.json
     files: list[Path]
-    shards: Mapping[Path, Mapping[str, Tensor | Quantized]]  # by the path that errors name
+    # by the path that errors name, then by the layout's name of a tensor
+    shards: Mapping[Path, Mapping[str, Tensor | Quantized]]
     name_of: Callable[[str], str]  # a tensor's name in the release -> in this layout
     in_halves: bool = False  # whether rotary rows are in Hugging Face's order
     # whether tensors are certain to lie on pages of their file, which can be read in again
@@ -44,13 +41,16 @@ class Source(NamedTuple):
     max_positions: int | None = None
     vocabulary: bytes | None = None  # a whole SentencePiece model, where the layout has one
     chat_template: str | None = None  # a Jinja template, where the layout has one
-    # Ids that follow tokenizer.model's, and their texts, where an embedding may have more rows than
-    # that has pieces.
+    # ids that follow tokenizer.model's, and their texts; None: this layout cannot name any
     added_tokens: Callable[[], Mapping[int, str]] | None = None
 
     def tensor(self, name: str) -> Tensor | Quantized:
         """The first shard's part of a tensor, by its name in the release."""
         return self.first[self.name_of(name)]
+
+    def parts(self, name: str) -> list[Tensor | Quantized]:
+        """Every shard's part of a tensor, by its name in the release."""
+        return [shard[self.name_of(name)] for shard in self.shards.values()]
 
     def in_halves_of(self, name: str) -> bool:
         """Whether a tensor, by its name in the release, has rows in Hugging Face's order."""
@@ -73,9 +73,11 @@ def open_release(path: Path) -> Source:
             f"no consolidated.*.pth in {path}/: is this the folder that download.sh made?"
         )
     there = [file.name.split(".")[1] for file in files]
-    if missing := {f"{number:02}" for number in range(int(there[-1]))} - {*there}:
+    missing = {f"{number:02}" for number in range(int(there[-1]))} - {*there}
+    if missing:
         raise FileNotFoundError(
-            f"consolidated.{min(missing)}.pth is missing: shards {', '.join(there)} are there: download it again"
+            f"consolidated.{min(missing)}.pth is missing: shards {', '.join(there)} are there: "
+            "download it again"
         )
     params = read_params(path / "params.json")
     shards = {file: map_tensors(file) for file in files}
@@ -85,7 +87,7 @@ def open_release(path: Path) -> Source:
 
 
 def read_params(path: Path) -> dict[str, Any]:
-    """What params.json says.
+    """The values of params.json that are set.
 
     Raises ValueError for keys that are missing, or unknown: they may mean another model.
     """

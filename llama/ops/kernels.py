@@ -19,7 +19,7 @@ from .. import compat
 
 logger = logging.getLogger(__name__)
 
-# as in kernels.c
+# as in quantized.c
 GROUP = 32
 PANEL = 16
 # as in fused.c

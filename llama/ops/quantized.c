@@ -1,4 +1,4 @@
-/* Products of few rows of activations with weights weights in 4 or 8 bits: y (m, out) = x (m, in) times w (out, in).
+/* Products of few rows of activations with weights in 4 or 8 bits: y (m, out) = x (m, in) times w (out, in).
 
    A decoding step reads every weight once and does little with it, so a kernel's whole art is to keep up with memory.
    Weights lie in panels of 16 rows, and a panel in groups of 32 inputs, each with a scale and a minimum for every row:

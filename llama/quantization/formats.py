@@ -1,9 +1,8 @@
-"""The formats that a linear layer may keep its weight in: a parameter, packed in 16 bits, in 8 or 4
-bits.
+"""Formats of a linear layer's weight: a parameter, or packed in 16, 8 or 4 bits.
 
 Each class is a packed weight: made from one rank's (out_features, in_features), it multiplies (...,
 in_features) activations and gives back, dequantised, the weight that it multiplies by. Activations
-keep 16 bits: Llama's outlier channels do not survive 8.
+keep 16 bits: 8 are too few for Llama's outlier channels.
 """
 
 from __future__ import annotations
@@ -24,20 +23,23 @@ from .groups import QUANTISED_ROWS, Groups, quantize
 
 logger = logging.getLogger(__name__)
 
-# Quantised weights are expanded so many rows at a time: temporaries stay in the processor's cache.
+# Rows of quantised weights that are expanded at a time: temporaries stay in the processor's cache.
 BLOCK_ROWS = 512
 
-# What a decode step in 16 bits takes on top for little: it is bound by reading the weights.
+# Tokens that a decode step in 16 bits computes in addition at little cost: it is bound by reading
+# the weights.
 SPARE_TOKENS = 3
 
 
 def expand_dtype() -> torch.dtype:
     """The type that this CPU multiplies fastest."""
-    return torch.bfloat16 if compat.has_bfloat16_products() else torch.float32
+    if compat.has_bfloat16_products():
+        return torch.bfloat16
+    return torch.float32
 
 
 class PackedWeight(nn.Module):
-    """What packed weights have in common: they move between devices, and keep their own types."""
+    """A packed weight. It moves between devices with its model, and keeps its own types."""
 
     def dequantize(self) -> Tensor:
         """The weight, (out_features, in_features)."""
@@ -69,9 +71,7 @@ class Rows(nn.Module):
 
 
 class Opaque(PackedWeight):
-    """A weight in a form that PyTorch neither copies nor pickles: it is packed anew where a copy of
-    it comes to.
-    """
+    """A weight in a form that PyTorch neither copies nor pickles: a copy packs it again."""
 
     packed: Any
 
@@ -81,8 +81,9 @@ class Opaque(PackedWeight):
 
 @transparent
 class PackedBFloat16(Opaque):
-    """bfloat16 in oneDNN's blocks: x is rounded to bfloat16 and so is the product; sums are
-    float32.
+    """bfloat16 in oneDNN's blocks.
+
+    x is rounded to bfloat16 and so is the product; sums are float32.
     """
 
     def __init__(self, weight: Tensor):
@@ -99,8 +100,9 @@ class PackedBFloat16(Opaque):
 
 @transparent
 class PackedFloat16(Opaque):
-    """float16 in FBGEMM's panels, float32 in and out: at the limit of memory for one row, of
-    arithmetic for many.
+    """float16 in FBGEMM's panels, float32 in and out.
+
+    Its speed is limited by memory for one row, by arithmetic for many.
     """
 
     def __init__(self, weight: Tensor):
@@ -118,13 +120,15 @@ class PackedFloat16(Opaque):
 
 @transparent
 class Grouped(PackedWeight):
-    """8 or 4 bits with a scale for every 32 inputs of a row, for our own kernels (ops/quantized.c
-    says how they lie).
+    """8 or 4 bits with a scale for every 32 inputs of a row, for this library's own kernels.
+
+    ops/quantized.c describes the layout.
     """
 
     def __init__(self, groups: Groups, columns: int | None = None, order: Tensor | None = None):
-        """`columns`: how many inputs there are where the last group was filled up; `order`: input
-        order[i] is the groups' i-th.
+        """`columns` is the number of inputs, where the last group was filled up.
+
+        `order`: input order[i] is the groups' i-th.
         """
         super().__init__()
         self.order = None if order is None else nn.Buffer(order, persistent=False)
@@ -134,13 +138,13 @@ class Grouped(PackedWeight):
         # Neighbouring inputs make a pair, and the pairs of a panel's rows a line: (panels, groups,
         # lines, 16 pairs).
         pairs = in_panels(groups.q.view(torch.int16)).permute(0, 2, 3, 1).contiguous()
-        self.q = nn.Buffer(
-            pairs.view(torch.uint8 if self.bits == 4 else torch.int8), persistent=False
-        )
-        # (panels, groups, 16)
+        self.q = nn.Buffer(pairs.view(groups.q.dtype), persistent=False)
+        # scales and minimums are (panels, groups, 16)
         self.scales = nn.Buffer(in_panels(groups.scales).mT.contiguous(), persistent=False)
-        mins = None if groups.mins is None else in_panels(groups.mins).mT.contiguous()
-        self.mins = None if mins is None else nn.Buffer(mins, persistent=False)
+        mins = groups.mins
+        if mins is not None:
+            mins = nn.Buffer(in_panels(mins).mT.contiguous(), persistent=False)
+        self.mins = mins
 
     def forward(self, x: Tensor) -> Tensor:
         few = x.is_cpu and x.shape[-2] < expand_tokens() and x.shape[-1] == self.columns
@@ -154,47 +158,54 @@ class Grouped(PackedWeight):
         return y[..., : self.rows].to(x.dtype)
 
     def _expand(self, first: int, dtype: torch.dtype) -> Tensor:
-        """(BLOCK_ROWS, in_features) of the weight, from a panel on."""
+        """(BLOCK_ROWS, in_features) of the weight, from panel `first` on."""
         last = first + BLOCK_ROWS // PANEL
         q = self.q[first:last]
         scales = self.scales[first:last]
-        mins = None if self.mins is None else self.mins[first:last]
+        mins: Tensor | None = self.mins
+        if mins is not None:
+            mins = mins[first:last]
         if q.is_cpu and not torch.compiler.is_compiling() and kernels.available():
             return kernels.expand(q, scales, mins, dtype)[:, : self.columns]
         if self.bits == 4:
             q = torch.cat((q & 15, q >> 4), dim=2)
+            if mins is None:
+                mins = -8 * scales.float()
         weight = q.unflatten(3, (PANEL, 2)).to(torch.float32) * scales.float()[:, :, None, :, None]
-        if mins is not None or self.bits == 4:
-            weight += (-8 * scales.float() if mins is None else mins.float())[:, :, None, :, None]
+        if mins is not None:
+            weight += mins.float()[:, :, None, :, None]
         return weight.permute(0, 3, 1, 2, 4).flatten(2).flatten(0, 1)[:, : self.columns].to(dtype)
 
     def dequantize(self) -> Tensor:
         blocks = range(0, len(self.q), BLOCK_ROWS // PANEL)
         weight = torch.cat([self._expand(first, torch.float32) for first in blocks])[: self.rows]
-        return weight if self.order is None else weight[:, self.order.argsort()]
+        if self.order is not None:
+            weight = weight[:, self.order.argsort()]
+        return weight
 
 
 def in_panels(rows: Tensor) -> Tensor:
     """(panels, 16, ...) for (rows, ...), the last panel filled up with zeros."""
     missing = -len(rows) % PANEL
-    filled = torch.cat((rows, rows.new_zeros(missing, *rows.shape[1:]))) if missing else rows
-    return filled.unflatten(0, (-1, PANEL))
+    if missing:
+        rows = torch.cat((rows, rows.new_zeros(missing, *rows.shape[1:])))
+    return rows.unflatten(0, (-1, PANEL))
 
 
 @functools.cache
 def few_rows_on_gpu(dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    """Our kernel of int8 weights, for inputs of this type; None where it does not run, and one line
-    says why.
+    """This library's kernel of int8 weights on a GPU, for inputs of this type.
 
-    PyTorch's own operation is not used there: on an H200 it made a step of one row 5.6 times as
-    long as in 16 bits, and one of 16 rows 18 times.
+    None where it does not run; a warning says why. PyTorch's own operation is not used: on an H200
+    it made a step of one row 5.6 times as long as in 16 bits, and one of 16 rows 18 times.
     """
     try:
         from ..ops.triton_int8 import multiply
 
         one = torch.ones(1, 32, device="cuda")
         multiply(one.to(dtype), one.to(torch.int8), one[0, :1].bfloat16())
-    except Exception as error:  # no Triton, as on Windows; no compiler for what starts its kernels; a GPU too small
+    # No Triton, as on Windows; no compiler for the code that starts its kernels; a GPU too small.
+    except Exception as error:
         logger.warning("int8 expands its weights at every step: %s", error)
         return None
     return multiply
@@ -202,26 +213,23 @@ def few_rows_on_gpu(dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Te
 
 @transparent
 class Int8(PackedWeight):
-    """8 bits where there are no kernels of ours: weight ≈ q × scale, q in [-127, 127], one scale
-    per output row.
+    """8 bits without this library's CPU kernels: weight ≈ q × scale, one scale per output row.
 
-    |error| <= scale / 2, scale = max |row| / 127. Scales are rounded to bfloat16, which the kernel
-    wants, before q is computed, so that this rounding costs nothing.
+    q is in [-127, 127], |error| <= scale / 2, scale = max |row| / 127. Scales are rounded to
+    bfloat16, the kernel's type, before q is computed, so that this rounding adds no error.
     """
 
     def __init__(self, weight: Tensor):
         super().__init__()
-        # 126.5, for bfloat16 may round a scale down by a 512th, and the largest value must still
-        # not exceed 127.
-        self.q = nn.Buffer(
-            torch.empty(weight.shape, dtype=torch.int8, device=weight.device), persistent=False
-        )
-        self.scales = nn.Buffer(
-            weight.new_empty(weight.shape[0], dtype=torch.bfloat16), persistent=False
-        )
+        q = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        self.q = nn.Buffer(q, persistent=False)
+        scales = weight.new_empty(weight.shape[0], dtype=torch.bfloat16)
+        self.scales = nn.Buffer(scales, persistent=False)
         blocks = (t.split(QUANTISED_ROWS) for t in (weight, self.q, self.scales))
         for rows, q, scales in zip(*blocks, strict=True):
             rows = rows.float()
+            # 126.5: bfloat16 may round a scale down by a 512th, and the largest value must still
+            # not exceed 127.
             scales.copy_(rows.abs().amax(dim=1).clamp(min=1e-30) / 126.5)
             q.copy_((rows / scales.float()[:, None]).round_().clamp_(-127, 127))
 
@@ -239,9 +247,7 @@ class Int8(PackedWeight):
         return y.to(x.dtype) * self.scales.to(x.dtype)
 
     def expanded(self, x: Tensor) -> Tensor:
-        """The product with the scaled weight: sums of unscaled integers may be beyond float16's
-        range.
-        """
+        """The product with the scaled weight: sums of unscaled integers may overflow float16."""
         return F.linear(x, self.q.to(x.dtype) * self.scales.to(x.dtype)[:, None])
 
     def dequantize(self) -> Tensor:
@@ -258,10 +264,10 @@ def check_groups(weight: Tensor) -> None:
 
 @transparent
 class Int4(PackedWeight):
-    """4 bits where there are no kernels of ours: weight ≈ (q - 8) × scale + zero, q in [0, 15].
+    """4 bits without this library's CPU kernels: weight ≈ (q - 8) × scale + zero, q in [0, 15].
 
     A scale and a zero for every `group_size` inputs of a row; |error| <= scale / 2. The kernel
-    wants both in bfloat16, which is coarse beside a group of weights that are nearly the same: the
+    takes both in bfloat16, which is coarse for a group of weights that are nearly the same: the
     scale is as large as the rounded zero needs.
     """
 
@@ -271,31 +277,26 @@ class Int4(PackedWeight):
         self.group_size = group_size
         self.rows, self.in_features = weight.shape
         padded = F.pad(weight, (0, 0, 0, -self.rows % 16))  # the kernels' tiles
-        packed, scales_and_zeros = zip(
-            *map(self._quantise, padded.split(QUANTISED_ROWS)), strict=True
-        )
+        blocks = map(self._quantise, padded.split(QUANTISED_ROWS))
+        packed, scales_and_zeros = zip(*blocks, strict=True)
         self.q = nn.Buffer(torch.cat(packed), persistent=False)
         self.scales_and_zeros = nn.Buffer(torch.cat(scales_and_zeros, dim=1), persistent=False)
 
     def _quantise(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The kernels' layouts: rows in tiles of q, and scales and zeros (in_features / group_size,
-        rows, 2).
+        """Rows in the kernel's layout: q in tiles, then scales and zeros.
+
+        The latter are (in_features / group_size, rows, 2).
         """
         # (rows, in_features / group_size, group_size)
         groups = weight.float().unflatten(1, (-1, self.group_size))
         low, high = groups.aminmax(dim=2)
         zeros = (low + 8 * (high - low) / 15).bfloat16()
-        scales = torch.maximum((zeros.float() - low) / 8, (high - zeros.float()) / 7).clamp(
-            min=1e-30
-        )
+        scales = torch.maximum((zeros.float() - low) / 8, (high - zeros.float()) / 7)
+        scales = scales.clamp(min=1e-30)
         scales = (scales * (1 + 2**-8)).bfloat16()  # rounded, it is not smaller
-        q = (
-            ((groups - zeros.float()[..., None]) / scales.float()[..., None])
-            .round_()
-            .add_(8)
-            .clamp_(0, 15)
-        )
-        # Of 16 inputs each, packed together.
+        q = (groups - zeros.float()[..., None]) / scales.float()[..., None]
+        q = q.round_().add_(8).clamp_(0, 15)
+        # tiles of 16 inputs that are packed together
         tiles = next((n for n in (8, 4, 2) if self.in_features % (16 * n) == 0), 1)
         packed = compat.pack_int4(q.flatten(1).to(torch.int32), tiles)
         return packed, torch.stack((scales, zeros), dim=-1).transpose(0, 1)
@@ -306,8 +307,7 @@ class Int4(PackedWeight):
         return y[:, : self.rows].to(x.dtype).unflatten(0, x.shape[:-1])
 
     def dequantize(self) -> Tensor:
-        # The layout of q is each kernel's own, so that it is the kernel that is asked, for some
-        # columns at a time.
+        # Each kernel has its own layout of q: the kernel itself expands it, some columns at a time.
         eye = torch.eye(self.in_features, device=self.q.device)
         return torch.cat([self(columns) for columns in eye.split(QUANTISED_ROWS)]).T.contiguous()
 
@@ -321,8 +321,9 @@ class WeightFormat(NamedTuple):
     bytes_per_weight: float
     pack: Callable[[Tensor], nn.Module | None] | None = None
     dtype: torch.dtype | None = None  # of the parameter; None: the model's
-    draft_tokens: int = 0  # so many beside a row's next token take little longer than it does alone
-    # so many of a prompt take some three times as long as one; 0: not measured
+    # so many tokens beside a row's next one take little longer than that alone
+    draft_tokens: int = 0
+    # so many tokens of a prompt take some three times as long as one; 0: not measured
     chunk_tokens: int = 0
 
 
@@ -330,18 +331,19 @@ class Formats(NamedTuple):
     """The format of each linear weight of a model."""
 
     wide: WeightFormat  # of weights that the file has in 16 bits or more
-    coarse: WeightFormat  # of weights that it has in fewer bits, which no format holds exactly
-    kept_bits: tuple[int, ...] = ()  # of weights that keep the file's own groups
+    coarse: WeightFormat  # of weights that it has in fewer bits and that no format keeps exactly
+    kept_bits: tuple[int, ...] = ()  # bits of weights that keep the file's own groups
 
     def of(self, stored: Any, adapted: bool) -> WeightFormat | None:
         """The format of one weight, as a file has it; None: in the file's own groups.
 
         `adapted`: whether an adapter is merged into the weights.
         """
-        bits = getattr(stored, "bits", None)
         if adapted or not hasattr(stored, "kind"):
             return self.wide
-        return None if bits in self.kept_bits else self.coarse
+        if getattr(stored, "bits", None) in self.kept_bits:
+            return None
+        return self.coarse
 
     @property
     def in_place(self) -> torch.dtype | None:
@@ -363,11 +365,11 @@ def pack_int4(weight: Tensor) -> nn.Module:
 
 
 def pack_float16(weight: Tensor) -> nn.Module | None:
-    """Packed float16, or None for a weight with values beyond float16's range, which stays as it
-    is.
-    """
+    """Packed float16; None for a weight with values beyond float16's range, which is kept."""
     low, high = torch.aminmax(weight)
-    return PackedFloat16(weight) if max(-low, high) <= torch.finfo(torch.float16).max else None
+    if max(-low, high) <= torch.finfo(torch.float16).max:
+        return PackedFloat16(weight)
+    return None
 
 
 INT8 = WeightFormat(1 + 2 / GROUP, pack_int8, chunk_tokens=12)
@@ -378,16 +380,19 @@ QUANTIZED = {"int8": Formats(INT8, INT8, (8,)), "int4": Formats(INT4, INT4, (4,)
 def select_dtype(
     dtype: str | torch.dtype, stored: torch.dtype, device: torch.device
 ) -> torch.dtype:
-    """The type to compute in. "auto" is the checkpoint's own 16-bit type on a GPU, and float32 on a
-    CPU.
+    """The type to compute in; `stored` is the checkpoint's.
 
-    On a CPU 16-bit products of many rows are several times slower unless it has instructions for
-    them. Raises ValueError for any but float32, bfloat16 and float16, by name or as PyTorch's.
+    "auto" is the checkpoint's own 16-bit type on a GPU, and float32 on a CPU: there 16-bit products
+    of many rows are several times slower, unless it has instructions for them.
+
+    Raises ValueError for any but float32, bfloat16 and float16, by name or as PyTorch's.
     """
     if isinstance(dtype, str) and dtype == "auto":
         if device.type == "cpu":
             return torch.float32
-        return stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
+        if stored in (torch.bfloat16, torch.float16):
+            return stored
+        return torch.bfloat16
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     for name, kind in kinds.items():
         if dtype in (name, kind):
@@ -404,35 +409,36 @@ def select_formats(
 ) -> Formats | None:
     """The formats of linear weights; None: parameters of the model's type.
 
-    The compiler cannot see into packed weights of 16 bits. `stored_bits` are those of a file with
-    fewer than 16: with nothing else asked for it is kept in its own, and in 8 what no format holds
-    exactly.
+    `stored_bits` are those of a file with fewer than 16. By default its weights keep the file's own
+    bits; those that no format keeps exactly become 8 bits. With `compile`, weights of 16 bits are
+    not packed: the compiler cannot optimise the operations of packed ones.
     """
     if quantize is not None:
         if quantize not in QUANTIZED:
             raise ValueError(f"quantize is {quantize!r}: use 'int8', 'int4' or None")
         formats = QUANTIZED[quantize]
-        ours = device.type == "cpu" and kernels.available()
-        return formats if ours else formats._replace(kept_bits=())
+        if device.type == "cpu" and kernels.available():
+            return formats
+        return formats._replace(kept_bits=())
     if dtype != "auto" or device.type != "cpu":
         return None
     wide = None if compile else fastest_16_bits()
     if stored_bits is None or not kernels.available():
         return None if wide is None else Formats(wide, wide)
-    chunk_tokens = (INT4 if stored_bits == 4 else INT8).chunk_tokens
-    plain = wide or WeightFormat(4)
-    return Formats(plain._replace(draft_tokens=0, chunk_tokens=chunk_tokens), INT8, (4, 8))
+    most = INT4 if stored_bits == 4 else INT8  # the format of most weights
+    wide = wide or WeightFormat(4)
+    wide = wide._replace(draft_tokens=0, chunk_tokens=most.chunk_tokens)
+    return Formats(wide, INT8, (4, 8))
 
 
 def fastest_16_bits() -> WeightFormat | None:
-    """What decoded and prefilled fastest where it was measured (benchmarks/README.md); None
-    elsewhere.
+    """The format that was measured to be the fastest on such a CPU (benchmarks/README.md), or None.
 
-    With bfloat16 instructions, bfloat16 parameters where the file has them: a row takes 0.7 of
-    packed bfloat16's time, 4 rows 0.8, 16 rows 0.9, a prompt 1.05 times it, and nothing is copied.
-    Packed where our kernel was not built, for PyTorch's own product in place reads at 0.6 of its
-    speed. Without such instructions bfloat16 is converted value by value, and packed float16 is
-    several times faster.
+    With bfloat16 instructions, bfloat16 parameters where the file has them: one row takes 0.7 times
+    as long as with packed bfloat16, 4 rows 0.8, 16 rows 0.9 and a prompt 1.05 times, and nothing is
+    copied. Where this library's kernel was not built, packed bfloat16: PyTorch's own product in
+    place reads at 0.6 times the speed. Without such instructions, packed float16: it is several
+    times faster than bfloat16, which is converted value by value.
     """
     if compat.has_bfloat16_products() and torch.backends.mkldnn.is_available():
         if kernels.multiplies_bfloat16():

@@ -1,5 +1,6 @@
-"""Weights of 8 or 4 bits with a scale, and maybe a minimum, for every 32 inputs of a row: rounded
-here, or as files have them. Stores multiply by them; checkpoints read them.
+"""Weights of 8 or 4 bits with a scale, and maybe a minimum, for every 32 inputs of a row.
+
+They are rounded here, or read from files by the checkpoints package. formats.py packs them.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ QUANTISED_ROWS = 128
 
 
 class Groups(NamedTuple):
-    """weight = q × scale + min.
+    """weight = q × scale + minimum.
 
-    Without mins they are 0 in 8 bits and -8 × scale in 4, where q stands in [0, 15].
+    Without `mins`, minimums are 0 in 8 bits and -8 × scale in 4 bits, where q is in [0, 15].
     """
 
     # (rows, groups, 32) int8; in 4 bits (rows, groups, 16) uint8: inputs j and, in the higher half,
@@ -35,20 +36,23 @@ class Groups(NamedTuple):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Groups:
         """Groups of what the function makes of each tensor."""
-        return Groups(
-            function(self.q),
-            function(self.scales),
-            None if self.mins is None else function(self.mins),
-        )
+        mins = self.mins
+        if mins is not None:
+            mins = function(mins)
+        return Groups(function(self.q), function(self.scales), mins)
 
     def dequantize(self) -> Tensor:
-        """(rows, inputs) float32: each value as exactly as float32 has it, for q × scale is exact."""
-        q = self.q if self.bits == 8 else torch.cat((self.q & 15, self.q >> 4), dim=2)
+        """(rows, inputs) float32, each value rounded once at most: q × scale is exact."""
+        q = self.q
         mins = self.mins
-        if mins is None and self.bits == 4:
-            mins = -8 * self.scales.float()
+        if self.bits == 4:
+            q = torch.cat((q & 15, q >> 4), dim=2)
+            if mins is None:
+                mins = -8 * self.scales.float()
         weight = q * self.scales.float()[..., None]
-        return (weight if mins is None else weight.add_(mins.float()[..., None])).flatten(1)
+        if mins is not None:
+            weight += mins.float()[..., None]
+        return weight.flatten(1)
 
 
 def concatenate(parts: Sequence[Groups]) -> Groups:
@@ -64,7 +68,7 @@ def concatenate(parts: Sequence[Groups]) -> Groups:
 def quantize(weight: Tensor, bits: int) -> Groups:
     """The groups nearest to a weight (rows, inputs); the last of a row is filled up with zeros.
 
-    Off by at most half a scale: scales and, in 4 bits, mins are rounded to float16 before q is
+    Off by at most half a scale: scales and, in 4 bits, minimums are rounded to float16 before q is
     computed.
     """
     return concatenate([_quantize(rows, bits) for rows in weight.split(QUANTISED_ROWS)])
@@ -74,18 +78,18 @@ def _quantize(weight: Tensor, bits: int) -> Groups:
     groups = F.pad(weight.float(), (0, -weight.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
     low, high = groups.aminmax(dim=2)
     if bits == 8:
-        scale = float16_towards(torch.maximum(high, -low) / 127, torch.inf)
-        return Groups(
-            (groups / scale.clamp(min=1e-30)[..., None]).round_().to(torch.int8), scale.half(), None
-        )
-    low = float16_towards(low, -torch.inf)
-    scale = float16_towards((high - low) / 15, torch.inf)
-    q = ((groups - low[..., None]) / scale.clamp(min=1e-30)[..., None]).round_().to(torch.uint8)
-    return Groups(q[..., :16] | q[..., 16:] << 4, scale.half(), low.half())
+        scales = float16_towards(torch.maximum(high, -low) / 127, torch.inf)
+        divisors = scales.clamp(min=1e-30)[..., None]
+        return Groups((groups / divisors).round_().to(torch.int8), scales.half(), None)
+    mins = float16_towards(low, -torch.inf)
+    scales = float16_towards((high - mins) / 15, torch.inf)
+    divisors = scales.clamp(min=1e-30)[..., None]
+    q = ((groups - mins[..., None]) / divisors).round_().to(torch.uint8)
+    return Groups(q[..., :16] | q[..., 16:] << 4, scales.half(), mins.half())
 
 
 def float16_towards(x: Tensor, bound: float) -> Tensor:
-    """x in float16's values, rounded towards infinity or its negative."""
+    """x in float16's values, rounded towards `bound`, which is infinity or its negative."""
     near = x.half()
     short = near < x if bound > 0 else near > x
     return torch.where(short, near.nextafter(torch.full_like(near, bound)), near).float()
