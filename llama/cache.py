@@ -25,8 +25,6 @@ class KVCache:
     before, and lengthens them once the keys and values are written.
     """
 
-    # a tensor made in inference mode could not be written to outside of it
-    @torch.inference_mode(False)
     def __init__(
         self,
         n_layers: int,
@@ -37,15 +35,32 @@ class KVCache:
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ):
-        shape = (n_slots, n_kv_heads, length, head_dim)
-        # Zeros, not empty: masked positions are multiplied by 0, and 0 × NaN would be NaN.
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
-        self.token_ids: list[list[int]] = [[] for _ in range(n_slots)]
         self.n_slots = n_slots
         self.length = length
-        self.device = self.k[0].device
-        self.dtype = self.k[0].dtype
+        self.shape = (n_slots, n_kv_heads, length, head_dim)
+        self.k: list[Tensor] = []
+        self.v: list[Tensor] = []
+        self.allocate(n_layers, dtype, device)
+
+    def allocate(
+        self, n_layers: int, dtype: torch.dtype | None, device: torch.device | None
+    ) -> None:
+        """Take memory of a type on a device, and hold nothing."""
+        like = torch.empty(0, dtype=dtype, device=device)
+        self.dtype = like.dtype
+        self.device = like.device
+        self.k.clear()
+        self.v.clear()
+        self.clear()
+        self.grow(n_layers)
+
+    @torch.inference_mode(False)  # a tensor made in inference mode could not be written to outside
+    def grow(self, n_layers: int) -> None:
+        """Have at least so many layers."""
+        while len(self.k) < n_layers:
+            # Zeros, not empty: masked positions are multiplied by 0, and 0 × NaN would be NaN.
+            self.k.append(torch.zeros(self.shape, dtype=self.dtype, device=self.device))
+            self.v.append(torch.zeros(self.shape, dtype=self.dtype, device=self.device))
 
     def prefix_length(self, slot: int, ids: list[int]) -> int:
         """How many of `ids`, from the first on, a slot holds."""
@@ -58,7 +73,7 @@ class KVCache:
 
     def clear(self) -> None:
         """Forget everything."""
-        self.token_ids = [[] for _ in range(self.n_slots)]
+        self.token_ids: list[list[int]] = [[] for _ in range(self.n_slots)]
 
     def truncate(self, slot: int, length: int) -> None:
         """Keep no more than the first `length` tokens of a slot."""
@@ -100,11 +115,13 @@ class KVCache:
 
     def apply(self, layer: int, function: Callable[[Tensor], Tensor]) -> None:
         """Move or convert one layer's part, as Module.to does with parameters."""
-        self.k[layer] = function(self.k[layer])
+        before = self.k[layer]
+        self.k[layer] = function(before)
         self.v[layer] = function(self.v[layer])
         self.device = self.k[layer].device
         self.dtype = self.k[layer].dtype
-        self.clear()
+        if self.k[layer] is not before:
+            self.clear()
 
 
 class KeyValues(NamedTuple):
@@ -154,17 +171,29 @@ class Sequences(View):
 
     def update(self, cache: KVCache | None, layer: int, xk: Tensor, xv: Tensor) -> list[KeyValues]:
         assert cache is not None
+        start = self.start
         bsz, seqlen = xk.shape[:2]
-        end = self.start + seqlen
+        end = start + seqlen
+        if start < 0 or end > cache.length or bsz > cache.n_slots:
+            raise ValueError(
+                f"{bsz} rows reach position {end}, and the cache has {cache.n_slots} rows of "
+                f"{cache.length} positions: pass fewer"
+            )
+        for slot in range(bsz):
+            cache.truncate(slot, start)  # what else the slots held is overwritten
         keys = cache.k[layer][:bsz, :, :end]
         values = cache.v[layer][:bsz, :, :end]
         # Without gradients, which would hold on to every pass that ever wrote to the cache.
-        keys[:, :, self.start :] = xk.detach().transpose(1, 2)
-        values[:, :, self.start :] = xv.detach().transpose(1, 2)
+        keys[:, :, start:] = xk.detach().transpose(1, 2)
+        values[:, :, start:] = xv.detach().transpose(1, 2)
+        if torch.is_grad_enabled() and xk.requires_grad:  # but to these tokens they go
+            keys = torch.cat((keys[:, :, :start], xk.transpose(1, 2)), dim=2)
+            values = torch.cat((values[:, :, :start], xv.transpose(1, 2)), dim=2)
         mask: CausalMask | Tensor | None = self.mask
-        # sees all there is; kernels that go by positions do it sooner
-        if mask is None and seqlen == 1:
-            positions = torch.full((bsz, 1), self.start, device=xk.device)
+        if (
+            mask is None and seqlen == 1
+        ):  # sees all there is; kernels that go by positions are sooner
+            positions = torch.full((bsz, 1), start, device=xk.device)
             mask = CausalMask(positions, end, 1)
         return [KeyValues(slice(None), keys, values, mask)]
 

@@ -66,6 +66,12 @@ class Ranks:
         dist.all_gather(parts, x.contiguous(), group=self.group)
         return torch.cat(parts, dim=-1)
 
+    def all(self, value: bool) -> bool:
+        """Whether it is so on every rank. Only for several ranks."""
+        flag = torch.tensor(int(value))
+        dist.all_reduce(flag, dist.ReduceOp.MIN, group=self.group)
+        return bool(flag)
+
     def check_gradients(self, x: Tensor) -> None:
         """Raise RuntimeError where gradients are wanted: plain collectives do not carry them."""
         if torch.is_grad_enabled() and x.requires_grad:

@@ -79,7 +79,7 @@ def is_list(value: Any) -> bool:
 def as_integer(name: str, value: Any, index: int | None = None) -> int:
     """Any kind of integer, NumPy's and PyTorch's among them."""
     try:
-        return operator.index(value)
+        return int(operator.index(value))
     except TypeError:
         raise ArgumentTypeError(name, index, f"is {value!r}: use an integer") from None
 

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -99,6 +99,9 @@ class Piece(Prediction, total=False):
     text: str
 
 
+DTYPES = ["auto", "float32", "bfloat16", "float16", torch.float32, torch.bfloat16, torch.float16]
+
+
 @dataclass(frozen=True)
 class BuildOptions:
     """How a model is built.
@@ -117,10 +120,16 @@ class BuildOptions:
     seed: int = option(1, "the same seed draws the same text")
     device: Any = option("auto", "cuda, mps, cpu, or auto for the first of them that there is")
     dtype: Any = option(
-        "auto", "float32, bfloat16, float16, or auto for the fastest of 16 bits or more"
+        "auto",
+        "float32, bfloat16, float16, or auto for the fastest of 16 bits or more",
+        valid=lambda value: value in DTYPES,
+        use="'auto', 'float32', 'bfloat16', 'float16'",
     )
     quantize: Literal["int8", "int4"] | None = option(
-        None, "int8 or int4: keep linear weights in 8 or 4 bits"
+        None,
+        "int8 or int4: keep linear weights in 8 or 4 bits",
+        valid=lambda value: value in ("int8", "int4"),
+        use="'int8', 'int4' or None",
     )
     compile: bool = option(False, "compile the decode step, which takes minutes once")
     cuda_graph: bool = option(True, "capture the decode step as a CUDA graph")
@@ -408,6 +417,9 @@ def prompts_of(
         ids = encode()
         try:
             params = params_of(len(ids), asked)
+            params = [
+                own if own.seed is not None else replace(own, seed=llm.seed) for own in params
+            ]
         except ArgumentError as error:
             if error.name != "max_tokens":
                 raise
@@ -479,7 +491,7 @@ def stream(
                 if over and output_check is not None:
                     apply_check(llm, request, output_check)
                     text, _ = delta(request, 0)
-                if over or request.over:
+                if over or request.error is not None or request.cancelled:
                     going.remove(i)
                 # A check sees all of an answer before anybody else does.
                 if over or (text and output_check is None):

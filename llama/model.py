@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +120,7 @@ class Attention(nn.Module):
         self.wv = ColumnParallelLinear(args.dim, kv_dim, bias=False, gather_output=False)
         self.wo = RowParallelLinear(q_dim, args.dim, bias=False, input_is_parallel=True)
         self.cache: KVCache | None = None
-        self.layer_id = 0
+        self.layer_id = 0  # its layer of the cache
 
     def forward(
         self, x: Tensor, start_pos: int | View, freqs_cis: Tensor, mask: Tensor | None
@@ -153,14 +154,15 @@ class Attention(nn.Module):
 
     @property
     def cache_k(self) -> Tensor:
-        """This layer's keys, (max_batch_size, max_seq_len, n_local_kv_heads, head_dim): a view of
-        the cache.
+        """This layer's keys: a view of the cache.
+
+        (max_batch_size, max_seq_len, n_local_kv_heads, head_dim). What is assigned is copied there.
         """
         return self._cached().k[self.layer_id].transpose(1, 2)
 
     @cache_k.setter
     def cache_k(self, value: Tensor) -> None:
-        self._cached().k[self.layer_id] = value.transpose(1, 2)
+        overwrite(self._cached(), self.cache_k, value)
 
     @property
     def cache_v(self) -> Tensor:
@@ -169,19 +171,30 @@ class Attention(nn.Module):
 
     @cache_v.setter
     def cache_v(self, value: Tensor) -> None:
-        self._cached().v[self.layer_id] = value.transpose(1, 2)
+        overwrite(self._cached(), self.cache_v, value)
 
     def _cached(self) -> KVCache:
         if self.cache is None:
-            weight = self.wk.weight
-            self.cache = self.own_cache(weight.dtype, weight.device)
+            like = next(self.parameters())
+            self.cache = self.own_cache(like.dtype, like.device)
         return self.cache
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the cache: a copy of a layer makes its own, one of a model gives it its part."""
+        return {**self.__dict__, "cache": None, "layer_id": 0}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Attention:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.cache is not None:  # .half() and .to(...) take it along
             self.cache.apply(self.layer_id, fn)
         return self
+
+
+def overwrite(cache: KVCache, held: Tensor, value: Tensor) -> None:
+    """Put other keys or values into a part of the cache, which then holds no known tokens."""
+    if value.data_ptr() != held.data_ptr():
+        held.copy_(value)
+        cache.clear()
 
 
 @ops.transparent
@@ -255,7 +268,7 @@ class Transformer(nn.Module):
         self.n_rep = params.n_heads // params.kv_heads  # how many query heads share a key head
         # Not a buffer, whose angles .bfloat16() would round. On the meta device, where a
         # checkpoint's weights are to come, allocate_cache computes it: memory is checked before.
-        self.freqs_cis = torch.empty(0, dtype=torch.complex64)
+        self.freqs_cis = torch.empty(0, dtype=torch.complex64, device="cpu")
         self.rotary = (params.rope_theta, params.rope_scaling_factor)  # what it was computed from
         if not self.tok_embeddings.weight.is_meta:
             self.freqs_cis = self.angles()
@@ -269,12 +282,13 @@ class Transformer(nn.Module):
         stands, what it attends to, and of which tokens logits are wanted. Raises ValueError for
         more rows or positions than fit.
         """
-        if self.rotary != (self.params.rope_theta, self.params.rope_scaling_factor):
+        rotary = (self.params.rope_theta, self.params.rope_scaling_factor)
+        if self.rotary != rotary or not len(self.freqs_cis):
             self.freqs_cis = self.angles().to(self.freqs_cis.device)
         if self.training:
             return self._train(tokens, start_pos)
-        # in the caller's inference mode
         if torch.compiler.is_compiling() and isinstance(start_pos, View):
+            # In the caller's inference mode.
             return self._run(tokens, start_pos, self.freqs_cis[start_pos.positions], None)
         with torch.inference_mode():
             fused = ops.path.fused
@@ -291,14 +305,8 @@ class Transformer(nn.Module):
         start = self._check(tokens, start_pos)
         cache = self.cache or self.allocate_cache()
         end = start + tokens.shape[1]
-        before = [ids[:start] for ids in cache.token_ids[: len(tokens)]]
-        cache.token_ids[: len(tokens)] = [[] for _ in tokens]
         mask = causal_mask(tokens.shape[1], start, cache.k[0])
-        logits = self._run(tokens, start, self.freqs_cis[start:end], mask)
-        for slot, ids in enumerate(tokens.tolist()):
-            if len(before[slot]) == start:  # else it is not known what stands before them
-                cache.token_ids[slot] = before[slot] + ids
-        return logits
+        return self._run(tokens, start, self.freqs_cis[start:end], mask)
 
     def _run(
         self, tokens: Tensor, start_pos: int | View, freqs_cis: Tensor, mask: Tensor | None
@@ -318,7 +326,9 @@ class Transformer(nn.Module):
 
     def _train(self, tokens: Tensor, start_pos: int | View) -> Tensor:
         """A differentiable pass over whole sequences."""
-        if isinstance(start_pos, View) or start_pos != 0:
+        if isinstance(start_pos, View):
+            raise ValueError("the model is in training, which keeps no cache: call eval() first")
+        if start_pos != 0:
             raise ValueError(
                 f"start_pos is {start_pos!r} in training, which keeps no cache: call eval() first"
             )
@@ -357,37 +367,53 @@ class Transformer(nn.Module):
             return precompute_freqs_cis(args.head_dim, args.max_seq_len, *self.rotary)
 
     def allocate_cache(self) -> KVCache:
-        """Attach this rank's cache, empty, for `max_batch_size` sequences of `max_seq_len`
-        positions.
+        """Attach this rank's cache, empty, for `max_batch_size` sequences of `max_seq_len` tokens.
+
+        Activations and cache have the type of the norms' weights, whatever the others have. A cache
+        that is attached already is emptied, and remains the same object.
         """
         args = self.params
+        like = getattr(self.norm, "weight", None)
+        if like is None:
+            like = next(p for p in self.parameters() if p.is_floating_point())
+        if not len(self.freqs_cis):
+            self.freqs_cis = self.angles()
+        self.freqs_cis = self.freqs_cis.to(like.device)
         heads = self.ranks.split(args.kv_heads)
-        # Activations have the type of the norms' weights, whatever the others have.
-        like = getattr(self.norm, "weight", self.tok_embeddings.weight)
-        angles = self.freqs_cis if len(self.freqs_cis) else self.angles()
-        self.freqs_cis = angles.to(like.device)
-        self.cache = KVCache(
-            args.n_layers,
-            args.max_batch_size,
-            heads,
-            args.max_seq_len,
-            args.head_dim,
-            like.dtype,
-            like.device,
-        )
-        for layer_id, layer in enumerate(self.layers):
-            attention = getattr(layer, "attention", None)
-            if isinstance(attention, Attention):
-                attention.cache = self.cache
-                attention.layer_id = layer_id
+        shape = (args.max_batch_size, heads, args.max_seq_len, args.head_dim)
+        layers = max(args.n_layers, len(attentions_of(self)))
+        if self.cache is None:
+            self.cache = KVCache(layers, *shape, like.dtype, like.device)
+        else:
+            self.cache.allocate(layers, like.dtype, like.device)
+        self.attach_cache()
         return self.cache
 
+    def attach_cache(self) -> None:
+        """Give each attention its layer of the cache, also those that came later."""
+        for number, attention in enumerate(attentions_of(self)):
+            attention.cache = self.cache
+            attention.layer_id = number
+        if self.cache is not None:
+            self.cache.grow(len(attentions_of(self)))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.attach_cache()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformer:
+        before = [(p.data_ptr(), p.dtype) for p in self.parameters()]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # Moved, but never rounded
-        self.freqs_cis = self.freqs_cis.to(self.tok_embeddings.weight.device)
-        self.moves += 1
+        if len(self.freqs_cis):  # moved, but never rounded
+            probe = torch.empty(0, device=self.freqs_cis.device)
+            self.freqs_cis = self.freqs_cis.to(fn(probe).device)
+        if before != [(p.data_ptr(), p.dtype) for p in self.parameters()]:
+            self.moves += 1
         return self
+
+
+def attentions_of(model: nn.Module) -> list[Attention]:
+    return [module for module in model.modules() if isinstance(module, Attention)]
 
 
 def causal_mask(seqlen: int, start_pos: int, like: Tensor) -> Tensor | None:

@@ -62,25 +62,27 @@ def check_fields(options: Any) -> None:
         if type(value) not in kinds[name]:
             value = converted(name, kinds[name], value)
             object.__setattr__(options, name, value)
+        if kinds[name][0] is tuple and not all(isinstance(part, str) for part in value):
+            raise strings_wanted(name, value)
         valid = field.metadata["valid"]
         if value is not None and valid is not None and not valid(value):
             shown = list(value) if isinstance(value, tuple) else value
             raise ArgumentError(name, None, f"is {shown!r}: use {field.metadata['use']}")
-        if kinds[name][0] is tuple and not all(isinstance(part, str) for part in value):
-            raise strings_wanted(name, value)
 
 
 def converted(name: str, kinds: tuple[type, ...], value: Any) -> Any:
     """A value in one of its field's types. Raises ArgumentTypeError where it cannot be."""
     value = plain(value)
     if bool in kinds:
-        if value not in (0, 1):
+        if value is None:
+            return False
+        if not isinstance(value, Real):
             raise ArgumentTypeError(name, None, f"is {value!r}: use True or False")
         return bool(value)
     if float in kinds:
         if not isinstance(value, Real):
             raise ArgumentTypeError(name, None, f"is {value!r}: use a number")
-        return value if isinstance(value, int) else float(value)
+        return int(value) if isinstance(value, int) else float(value)
     if int in kinds:
         return as_integer(name, value)
     if tuple in kinds:

@@ -36,6 +36,7 @@ class ShardedLinear(nn.Module):
         self.ranks = ranks
         self.packed: nn.Module | None = None
         self.weight = new_weight(rows, columns, init_method)
+        self.register_parameter("bias", None)  # as fairscale's layers have it
 
     def pack(self, packed: nn.Module) -> None:
         """Multiply by a packed weight in place of the parameter."""
@@ -54,6 +55,14 @@ class ShardedLinear(nn.Module):
             self._modules.pop("packed", None)
             self.packed = None
         super().register_parameter(name, param)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        packed = "packed" in self.__dict__.get("_modules", ())
+        if name == "weight" and packed and not isinstance(value, nn.Parameter):
+            raise TypeError(
+                "the layer's weight is packed: assign a torch.nn.Parameter in its place"
+            )
+        super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and self._modules.get("packed") is not None:

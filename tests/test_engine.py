@@ -15,9 +15,10 @@ from conftest import TINY, build_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama import Llama, encode_dialog
+from llama import Llama, encode_dialog, generation
 from llama.cache import DecodeBatch, PrefillBatch
 from llama.engine import Engine, Prompt, ScoredToken, make_prompts
+from llama.engine.engine import ModelVersion
 from llama.engine.scheduler import CHUNK, SCORE_CHUNK
 from llama.sampling import params_of, streams_of
 
@@ -342,8 +343,10 @@ class Interrupter:
         "llama/cache.py",
     )
 
-    def __init__(self, line: int):
+    def __init__(self, line: int, functions: tuple[str, ...] = ()):
+        """`functions`: whose lines count; all of these files' by default."""
         self.left = line
+        self.functions = functions
 
     def __enter__(self) -> Interrupter:
         sys.settrace(self.trace)
@@ -353,14 +356,52 @@ class Interrupter:
         sys.settrace(None)
 
     def trace(self, frame: Any, event: str, _: Any) -> Any:
-        if not frame.f_code.co_filename.endswith(self.FILES):
+        reads_only = isinstance(frame.f_locals.get("self"), ModelVersion)
+        if reads_only or not frame.f_code.co_filename.endswith(self.FILES):
             return None
-        if event == "line":
+        if event == "line" and (not self.functions or frame.f_code.co_name in self.functions):
             self.left -= 1
             if self.left == 0:
                 sys.settrace(None)
                 raise KeyboardInterrupt
         return self.trace
+
+
+def test_an_interrupt_at_any_line_of_a_call_leaves_the_engine_usable(llm: Llama) -> None:
+    want = llm.generate([[1, 30, 40]], 3, 0)
+    other = llm.text_completion(["a text"], 0, max_gen_len=6)
+    line = 0
+    interrupted = True
+    while interrupted:
+        line += 1
+        stream = llm.stream_text_completion(["a text"], 0, max_gen_len=6)
+        begun = [next(stream)]
+        try:
+            with Interrupter(line, ("progress", "running", "submit", "cancel", "step")):
+                assert llm.generate([[1, 30, 40]], 3, 0) == want
+            interrupted = False
+        except KeyboardInterrupt:
+            pass
+        assert llm.generate([[1, 30, 40]], 3, 0) == want, line
+        assert joined(iter([*begun, *stream]), 1)[0] == [other[0]["generation"]], line
+    assert line > 50
+
+
+def test_a_stream_that_another_thread_finishes_keeps_its_end(
+    llm: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want = llm.text_completion(["a text"], 0, max_gen_len=20)[0]["generation"]
+    inner = generation.delta
+
+    def late(request: Any, sent: int) -> tuple[str, bool]:
+        found = inner(request, sent)
+        for _ in llm.engine.progress([request]):  # as another thread may, just now
+            pass
+        return found
+
+    monkeypatch.setattr(generation, "delta", late)
+    texts, reasons = joined(llm.stream_text_completion(["a text"], 0, max_gen_len=20), 1)
+    assert texts == [want] and reasons == ["length"]
 
 
 @pytest.mark.parametrize("drafts", [0, 3])

@@ -278,7 +278,7 @@ BAD_CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str
         ValueError,
         "prompt 0 has token id -1, and the vocabulary has 512 pieces",
     ),
-    ("generate", ([["1"]], 5), {}, TypeError, "a token id of prompt 0 is '1': use an integer"),
+    ("generate", ([["1"]], 5), {}, TypeError, "prompt 0 has token id '1': use integers"),
     ("generate", ([[1]], -1), {}, ValueError, "max_gen_len is -1: use 0 or more"),
     (
         "generate",

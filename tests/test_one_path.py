@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, build_golden, expected, run_ranks
+from conftest import GOLDEN, ROOT, build_golden, expected, random_state, run_ranks
 from torch import Tensor, nn
 from workers.hand_made import compare
 
@@ -390,3 +390,167 @@ def test_a_packed_layers_weight_is_a_read_only_copy_until_one_is_assigned(
     again = pickle.loads(pickle.dumps(llm.model))
     tokens = torch.tensor([expected("gqa")["prompt_tokens"][0]])
     torch.testing.assert_close(again(tokens), llm.model(tokens))
+
+
+def logprobs_of(llm: Llama, prompt: list[int] = PROMPT) -> list[float]:
+    return (llm.generate([prompt], 6, 0, logprobs=True)[1] or [[]])[0]
+
+
+def other_block(llm: Llama) -> None:
+    llm.model.layers[0](torch.ones(2, 1, 64), 3, llm.model.freqs_cis[3:4], None)
+
+
+def hooked_pass(llm: Llama) -> None:
+    handle = llm.model.layers[0].attention.wv.register_forward_hook(lambda module, x, y: -y)
+    llm.model(torch.tensor([PROMPT] * 4), 0)
+    handle.remove()
+
+
+def other_weight_for_a_pass(llm: Llama) -> None:
+    layer = llm.model.layers[0].attention.wv
+    kept = layer.weight
+    layer.weight = nn.Parameter(-kept, requires_grad=False)
+    llm.model(torch.tensor([PROMPT] * 4), 0)
+    layer.weight = kept
+
+
+def other_forward_amid_a_stream(llm: Llama) -> None:
+    stream = llm.stream_text_completion(["The model is"], 0, max_gen_len=12)
+    next(stream)
+    layer = llm.model.layers[0]
+    inner = layer.forward
+    layer.forward = lambda *args: inner(*args) * 2
+    llm.engine.step()
+    del layer.forward
+    list(stream)
+
+
+def another_cache(llm: Llama) -> None:
+    llm.model.allocate_cache()
+
+
+def copied_layer(llm: Llama) -> None:
+    llm.model.layers[1] = copy.deepcopy(llm.model.layers[1])
+
+
+def zeroed_cache(llm: Llama) -> None:
+    attention = llm.model.layers[0].attention
+    attention.cache_k = torch.zeros(attention.cache_k.shape)
+
+
+def moved_nowhere(llm: Llama) -> None:
+    llm.model.to("cpu")
+
+
+def forgetting_amid_a_pass(llm: Llama) -> None:
+    handle = llm.model.layers[1].register_forward_hook(lambda *_: llm.clear_cache())
+    llm.generate([[1, 50, 51, 52]], 3, 0)
+    handle.remove()
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        *(other_block, hooked_pass, other_weight_for_a_pass, other_forward_amid_a_stream),
+        *(another_cache, copied_layer, zeroed_cache, moved_nowhere, forgetting_amid_a_pass),
+    ],
+)
+def test_what_comes_between_two_calls_leaves_no_trace(between: Callable[[Llama], None]) -> None:
+    llm = build_golden()
+    text = llm.text_completion(["The model is"], 0, max_gen_len=12)
+    want = logprobs_of(llm)
+    between(llm)
+    assert logprobs_of(llm) == pytest.approx(want, abs=1e-4)
+    again = llm.text_completion(["The model is"] * 3, 0, max_gen_len=12)
+    assert again == text * 3
+
+
+def test_a_new_block_joins_the_cache(args: ModelArgs) -> None:
+    llm = build_golden()
+    before = logprobs_of(llm)
+    state = llm.model.layers[1].state_dict()
+    llm.model.layers[1] = TransformerBlock(1, llm.model.params)
+    llm.model.layers[1].load_state_dict(state)
+    assert logprobs_of(llm) == pytest.approx(before, abs=1e-4)
+    llm.model.layers.append(copy.deepcopy(llm.model.layers[1]))
+    longer = logprobs_of(llm)
+    assert longer != pytest.approx(before, abs=1e-2)
+    whole = llm.model(torch.tensor([PROMPT]), 0).log_softmax(-1)[0, -1].max()
+    assert longer[0] == pytest.approx(float(whole), abs=1e-4)
+
+
+def test_copies_of_layers_and_models_have_caches_of_their_own() -> None:
+    llm = build_golden()
+    want = logprobs_of(llm)
+    assert copy.deepcopy(llm.model.layers[0]).attention.cache is None
+    copied = Llama(copy.deepcopy(llm.model), llm.tokenizer)
+    assert all(layer.attention.cache is copied.model.cache for layer in copied.model.layers)
+    assert logprobs_of(copied) == pytest.approx(want, abs=1e-4)
+    assert logprobs_of(llm) == pytest.approx(want, abs=1e-4)
+
+
+def test_settings_of_a_users_own_module_count() -> None:
+    class Scaled(nn.Module):
+        def __init__(self, inner: nn.Module):
+            super().__init__()
+            self.inner, self.factor = inner, 1.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) * self.factor
+
+    llm = build_golden()
+    scaled = llm.model.layers[0].attention.wv = Scaled(llm.model.layers[0].attention.wv)
+    before = logprobs_of(llm)
+    scaled.factor = -1.0
+    assert logprobs_of(llm) != pytest.approx(before, abs=1e-2)
+    scaled.factor = 1.0
+    assert logprobs_of(llm) == pytest.approx(before, abs=1e-4)
+
+
+@pytest.mark.parametrize("how", ["to_empty", "assigned"])
+def test_a_model_made_on_the_meta_device_runs_once_it_has_weights(
+    args: ModelArgs, how: str
+) -> None:
+    state = random_state(args)
+    with torch.device("meta"):
+        model = Transformer(args)
+    if how == "to_empty":
+        model.to_empty(device="cpu").load_state_dict(state)
+    else:
+        model.load_state_dict(state, assign=True)
+    plain = Transformer(args)
+    plain.load_state_dict(state)
+    tokens = torch.tensor([PROMPT])
+    torch.testing.assert_close(model(tokens), plain(tokens))
+    torch.testing.assert_close(model.train()(tokens), plain.train()(tokens))
+    assert model.eval().half()(tokens).isfinite().all()
+
+
+def test_blocks_by_hand_are_differentiable_and_refuse_what_their_cache_cannot_hold(
+    args: ModelArgs,
+) -> None:
+    attention = Attention(args)
+    freqs_cis = torch.ones(1, 4, dtype=torch.complex64)
+    attention(torch.ones(1, 1, 64), 0, freqs_cis, None).sum().backward()
+    assert all(parameter.grad is not None for parameter in attention.parameters())
+    for start, rows in ((64, 1), (0, 5), (-1, 1)):
+        with pytest.raises(ValueError, match="the cache has 4 rows of 64 positions: pass fewer"):
+            attention(torch.ones(rows, 1, 64), start, freqs_cis, None)
+
+
+def test_training_under_inference_mode_equals_training() -> None:
+    params = ModelArgs(dim=64, n_layers=1, n_heads=4, vocab_size=50, multiple_of=32)
+    model = Transformer(params).train()
+    tokens = torch.tensor([[3, 4, 5, 6]])
+    want = model(tokens).detach()
+    with torch.inference_mode():
+        torch.testing.assert_close(model(tokens), want)
+
+
+def test_a_packed_layers_weight_is_replaced_by_parameters_only() -> None:
+    layer = build_golden(quantize="int8").model.layers[0].attention.wv
+    with pytest.raises(
+        TypeError, match="the layer's weight is packed: assign a torch.nn.Parameter"
+    ):
+        layer.weight = torch.zeros(32, 64)
+    assert layer.bias is None

@@ -312,3 +312,25 @@ llm.generate([[1, 30]], 5)
 """)
     job = run_ranks(2, script, timeout=100)
     assert job.returncode == 0, job.stderr
+
+
+def test_a_hook_on_one_rank_leaves_the_ranks_on_one_schedule(tmp_path: Path) -> None:
+    script = tmp_path / "hooked.py"
+    script.write_text("""
+import torch.distributed as dist
+from conftest import build_golden
+llm = build_golden("gqa-mp2")
+prompt = [1, 30, 31, 32, 33, 34, 35, 36]
+want = llm.generate([prompt], 8, 0)
+seen = []
+if dist.get_rank() == 0:
+    llm.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
+stream = llm.stream_text_completion(["a text"], 0, max_gen_len=20)
+next(stream)
+assert llm.generate([prompt], 8, 0) == want
+assert llm.generate([prompt], 8, 0) == want
+assert list(stream)
+assert bool(seen) == (dist.get_rank() == 0)
+""")
+    job = run_ranks(2, script, timeout=100)
+    assert job.returncode == 0, job.stderr

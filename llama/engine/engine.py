@@ -1,14 +1,18 @@
 """The loop of steps. Requests come in at any time, share passes, and leave when they are over.
 
-A step, in order: 1. Where a request waits, the model's version is compared with that which filled
-the cache; for another the cache is cleared. 2. `Scheduler.schedule` lets go what is over, gives
-waiting requests slots, compares each slot's ids with its request's, and returns what they lack as
-spans: of one token and maybe a draft (decode), or a chunk of a prompt (prefill). 3.
-`ModelRunner.decode` runs the decode spans through `Transformer.forward`, and `choose` draws a token
-of each row from the logits; drafts are kept as far as they agree. 4. `ModelRunner.prefill` runs the
-chunk; prompts that it completes get their first token. 5. Each pass ends with a commit: the slot's
-ids, then the request's new Output, one assignment each. An interrupt between the two costs a
-token's computation, which the next step repeats with the same draw.
+A step, in order:
+
+1. `Scheduler.schedule` lets go what is over, gives waiting requests slots, compares each slot's ids
+   with its request's, and returns what they lack as spans: of one token and maybe a draft (decode),
+   or a chunk of a prompt (prefill).
+2. The model's version is compared with that which filled the cache. For another the cache is
+   cleared, and the spans are scheduled again.
+3. `ModelRunner.decode` runs the decode spans through `Transformer.forward`, and `choose` draws a
+   token of each row from the logits. Drafts are kept as far as they agree.
+4. `ModelRunner.prefill` runs the chunk. Prompts that it completes get their first token.
+5. Each pass ends with a commit: the slot's ids, then the request's new Output, one assignment each.
+   An interrupt between the two costs a token's computation, which the next step repeats with the
+   same draw.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from torch import Tensor
 
 from .. import compat, ops
 from ..cache import Span
+from ..distributed import Ranks
 from ..model import Transformer
 from ..sampling import sample, token_logprobs, uniform
 from ..tokenizer import Tokenizer
@@ -66,8 +71,8 @@ class Engine:
         self.share: Callable[[Tensor], Tensor] = (lambda x: x) if alone else model.ranks.share
         self.passes = 0  # how many passes were run, and over how many tokens, for those who measure
         self.tokens = 0
-        self.turn = threading.Condition()
-        self.stepping: int | None = None  # the thread that does
+        self.turn = threading.Lock()  # held during a step
+        self.stepping: int | None = None  # the thread that stepped last
 
     @property
     def busy(self) -> bool:
@@ -109,35 +114,28 @@ class Engine:
                     raise request.error
             if all(request.over for request in requests):
                 return
-            if self.stepping == me:
+            if self.turn.locked() and self.stepping == me:
                 raise RuntimeError(
                     "a hook on the model's pass asked the model itself: wait until the pass is done"
                 )
-            try:
-                with self.turn:
-                    if self.stepping is None:
-                        self.stepping = me
-                    else:
-                        self.turn.wait(1)  # another thread's step is for our requests too
-                if self.stepping == me:
-                    self.step()
-            finally:
-                if self.stepping == me:
-                    self.stepping = None
-                    with self.turn:
-                        self.turn.notify_all()
+            # Another thread's step is for our requests too. In one line, for an interrupt that came
+            # between two would leave the lock held.
+            with self.turn: self.step()  # fmt: skip  # noqa: E701
             yield
 
     @torch.inference_mode()
     def step(self) -> None:
         """One decode step for every running request, then at most one chunk of prefill."""
-        if self.scheduler.waiting:  # and may find a prefix
-            version = ModelVersion(self.model)
-            if not version.equals(self.version):  # trained, loaded, written to or hooked
-                self.cache.clear()
-                self.runner.reset()
-                self.version = version
+        self.stepping = threading.get_ident()
         decoding, prefilling = self.scheduler.schedule()
+        version = ModelVersion(self.model)
+        if not version.equals(self.version, self.model.ranks):
+            # Trained, loaded, written to or hooked. After the admission of whoever came since then.
+            self.model.attach_cache()
+            self.cache.clear()
+            self.runner.reset()
+            self.version = ModelVersion(self.model)
+            decoding, prefilling = self.scheduler.schedule()
         for run_pass, spans in ((self._decode, decoding), (self._prefill, prefilling)):
             if not spans:
                 continue
@@ -159,7 +157,9 @@ class Engine:
             lookup = self.scheduler.running[span.slot].lookup
             if lookup is not None and len(span.ids) > 1 and own.tokens:
                 lookup.judge(own.tokens - 1)
-        drafts_finite = logits.shape[1] == 1 or bool(logits.sum(dim=-1).isfinite().all())
+        drafts_finite = True
+        if logits.shape[1] > 1:
+            drafts_finite = bool(self.share(logits.sum(dim=-1).isfinite().all().int()))
         if not drafts_finite or any(own.output is None for own in drawn):
             self._wipe(spans)
 
@@ -223,7 +223,9 @@ class Engine:
             request.error = not_finite(request, span, self.cache.dtype)
             self.cache.truncate(span.slot, 0)
             return
-        self.cache.token_ids[span.slot].extend(span.ids)
+        ids = self.cache.token_ids[span.slot]
+        if len(ids) == span.start:  # else somebody cleared the cache meanwhile
+            ids.extend(span.ids)
         request.output = output
 
     def _wipe(self, spans: list[Span]) -> None:
@@ -356,6 +358,10 @@ def not_finite(request: Request, span: Span, dtype: torch.dtype) -> ValueError:
     )
 
 
+# The types of attributes of a user's own modules that count.
+SETTINGS = (bool, int, float, str)
+
+
 class ModelVersion:
     """What a pass of a model reads, at one moment.
 
@@ -381,13 +387,16 @@ class ModelVersion:
                 modules += [child for child in part["_modules"].values() if child is not None]
         # The numbers of hooks, which are never given twice.
         hooks = [*map(ops.FORWARD_HOOKS, parts), *map(ops.PRE_HOOKS, parts), *compat.GLOBAL_HOOKS]
-        self.numbers = [
+        self.numbers: list[Any] = [
             (model.moves, model.params.rope_theta, model.params.rope_scaling_factor),
             list(map(tuple, filter(None, hooks))),
             [part.get("eps") for part in parts],
             list(map(Tensor.data_ptr, tensors)),
             writes_to(tensors),
         ]
+        if set(map(type, modules)) - ops.TRANSPARENT.keys():  # modules of a user's own
+            for part in parts:
+                self.numbers.append([part[n] for n in part if isinstance(part[n], SETTINGS)])
         # Compared by identity; kept, so that no other object takes a former one's place. The weak
         # reference to a tensor is the same object for as long as the tensor lives.
         self.things: list[Any] = [
@@ -397,13 +406,11 @@ class ModelVersion:
             *map(weakref.ref, tensors),
         ]
 
-    def equals(self, other: ModelVersion) -> bool:
-        same_length = len(self.things) == len(other.things)
-        return (
-            same_length
-            and self.numbers == other.numbers
-            and all(map(operator.is_, self.things, other.things))
-        )
+    def equals(self, other: ModelVersion, ranks: Ranks | None = None) -> bool:
+        """Whether nothing has changed: on any of the ranks, which have to run one schedule."""
+        same = len(self.things) == len(other.things) and self.numbers == other.numbers
+        same = same and all(map(operator.is_, self.things, other.things))
+        return same if ranks is None or ranks.size == 1 else ranks.all(same)
 
 
 def writes_to(tensors: list[Tensor]) -> list[int]:

@@ -215,13 +215,21 @@ def check_ids(tokenizer: Tokenizer, name: str, index: int, ids: Any, max_seq_len
         raise PromptTooLong(name, index, reason)
     tokens = []
     for token in ids:
-        if not isinstance(token, int):
-            token = as_integer(f"a token id of {name} {index}", token)
+        if type(token) is not int:
+            token = as_token_id(name, index, token)
         tokens.append(token)
         if not 0 <= token < tokenizer.n_used:
             reason = f"has token id {token}, and the vocabulary has {tokenizer.n_used} pieces"
             raise PromptError(name, index, reason)
     return tokens
+
+
+def as_token_id(name: str, index: int, token: Any) -> int:
+    try:
+        return as_integer("", token)
+    except TypeError:
+        reason = f"has token id {token!r}: use integers"
+        raise PromptTypeError(name, index, reason) from None
 
 
 def extended(output: Output, prompt: Prompt, token: ScoredToken) -> Output:

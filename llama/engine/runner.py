@@ -62,6 +62,7 @@ class ModelRunner:
         """
         cache = self.cache
         seqlen = max(len(span.ids) for span in spans)
+        filler = spans[0].ids[0]  # an id whose keys and values are written anyway
         static = (self.compile or self.cuda_graph) and not ops.must_run_plain(self.model)
         count = spans[-1].slot + 1
         if static:
@@ -74,7 +75,7 @@ class ModelRunner:
             if not ids:
                 cache.truncate(slot, cache.length - seqlen)
             starts.append(len(cache.token_ids[slot]))
-            tokens.append(ids + [0] * (seqlen - len(ids)))
+            tokens.append(ids + [filler] * (seqlen - len(ids)))
         rows = torch.tensor(tokens, device=cache.device)
         first = torch.tensor(starts, device=cache.device)[:, None]
         positions = first + torch.arange(seqlen, device=cache.device)

@@ -132,10 +132,11 @@ class Scheduler:
             request = self.running[slot]
             start = len(self.cache.token_ids[slot])
             room = size
-            if request.scores_prompt and request.computed is not None:
+            scores = request.scores_prompt and request.computed is not None
+            if scores:
                 room = min(size, scored)
             ids = request.output.ids[start : start + room]
-            if request.scores_prompt:
+            if scores:
                 scored -= len(ids)
             size -= len(ids)
             if ids:

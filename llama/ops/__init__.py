@@ -23,6 +23,7 @@ from .kernels import GROUP, PANEL
 __all__ = [
     "GROUP",
     "PANEL",
+    "TRANSPARENT",
     "CausalMask",
     "apply_rotary_emb",
     "attention",
@@ -39,14 +40,14 @@ __all__ = [
 M = TypeVar("M", bound=type[nn.Module])
 
 # The `forward` of each class of which a fused form may skip a call, as it was defined.
-_transparent: dict[type[nn.Module], Any] = {nn.ModuleList: nn.ModuleList.forward}
+TRANSPARENT: dict[type[nn.Module], Any] = {nn.ModuleList: nn.ModuleList.forward}
 
 
 def transparent(module: M) -> M:
     """Class decorator: while nobody watches modules of this class, a fused form may skip their
     calls.
     """
-    _transparent[module] = module.forward
+    TRANSPARENT[module] = module.forward
     return module
 
 
@@ -72,7 +73,7 @@ def must_run_plain(model: nn.Module) -> bool:
             modules += [child for child in part["_modules"].values() if child is not None]
     kinds: set[Any] = set(map(type, modules))
     for kind in kinds:
-        if _transparent.get(kind) is not kind.forward:
+        if TRANSPARENT.get(kind) is not kind.forward:
             return True
     # Maps over all modules: a loop in Python would take three times as long.
     hooked = any(map(FORWARD_HOOKS, parts)) or any(map(PRE_HOOKS, parts))
@@ -138,6 +139,7 @@ def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor,
     if fits:  # and the angles are the original's
         known = freqs_cis.shape in ((seqlen, dim // 2), (bsz, seqlen, dim // 2))
         fits = known and freqs_cis.dtype is torch.complex64 and not freqs_cis.is_conj()
+        fits = fits and freqs_cis.is_cpu
     rotated = []
     if not fits:
         for x in (xq, xk):
@@ -232,7 +234,8 @@ def attention(xq: Tensor, keys: Tensor, values: Tensor, mask: CausalMask | Tenso
     kv_heads = keys.shape[1]
     few = seqlen * heads // kv_heads <= kernels.FEW_QUERIES
     suits = few and dim % kernels.LANES == 0 and dim <= kernels.LARGEST_HEAD
-    if isinstance(mask, CausalMask) and suits and kernels.fits(xq, keys):
+    dense = keys.stride()[2:] == (dim, 1) and values.stride() == keys.stride()
+    if isinstance(mask, CausalMask) and suits and dense and kernels.fits(xq, keys, values):
         xq = xq.contiguous()
         y = torch.empty_like(xq)
         sizes = (bsz, seqlen, heads, kv_heads, dim)
