@@ -1,7 +1,7 @@
 """Draft tokens by prompt-lookup decoding: what followed the last tokens where they occurred before.
 
-Speculative decoding without a second model: the drafts are run in the same pass as the next token,
-and kept as far as the model itself says the same.
+Speculative decoding without a second model: drafts are run in the pass of the next token, and kept
+as far as the model says the same.
 """
 
 from __future__ import annotations

@@ -55,9 +55,8 @@ class ScoredToken(NamedTuple):
 class Output:
     """What was generated so far.
 
-    Frozen: each token makes a new Output, which takes the place of the old one in a single
-    assignment. So an interrupt, wherever it comes, leaves a request with all of a token or with
-    nothing of it.
+    Frozen: each token makes a new Output, which replaces the old one in a single assignment. So an
+    interrupt, wherever it comes, leaves a request with all of a token or nothing of it.
     """
 
     detokenizer: Detokenizer
@@ -70,10 +69,7 @@ class Output:
 
 
 class Request:
-    """A prompt and what has come of it.
-
-    It is over once it has a `finish_reason` or an `error`, or was `cancelled`.
-    """
+    """A prompt and what has come of it. Over with a `finish_reason` or an `error`, or cancelled."""
 
     def __init__(self, prompt: Prompt, tokenizer: Tokenizer):
         self.prompt = prompt

@@ -56,9 +56,8 @@ class ModelRunner:
         """Logits (len(spans), seqlen, vocab_size) after each id of spans that are among the first
         slots.
 
-        A slot between them runs along, and so does one behind them where rows are rounded up:
-        something has to be written, beyond what the slot holds. Shorter spans are filled up. The
-        next call may write over the logits.
+        A slot between them runs along, as one behind them does where rows are rounded up: something
+        is written beyond what it holds. The next call may write over the logits.
         """
         cache = self.cache
         seqlen = max(len(span.ids) for span in spans)

@@ -24,9 +24,8 @@ GPU_CHUNK = 256
 # And while nobody waits. More gained nothing, and would need more memory.
 LONG_CHUNK = 512
 
-# Requests from which on chunks grow no further. With 16 of them, of `1b` in bfloat16, 128 tokens
-# instead of 64 answered 16 clients at 52 tokens/s instead of 42; 192 gained 1 more, and the longest
-# gaps grew from 0.46 to 0.63 s.
+# Requests from which on chunks grow no further. With 16, of `1b` in bfloat16, 128 tokens answered
+# 16 clients at 52 tokens/s, 64 at 42; 192 gained 1 more, with longer gaps.
 MOST_BUSY = 16
 
 # Positions of a prompt whose logits are held at once while it is scored: 256 × 32,000 float32 are

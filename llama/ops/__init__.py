@@ -65,16 +65,14 @@ def must_run_plain(model: nn.Module) -> bool:
     if not torch.is_inference_mode_enabled():
         return True
     modules: list[Any] = [model]
-    parts = []
     for module in modules:
-        part = module.__dict__
-        parts.append(part)
-        if part["_modules"]:
-            modules += [child for child in part["_modules"].values() if child is not None]
+        if module.__dict__["_modules"]:
+            modules += [child for child in module._modules.values() if child is not None]
     kinds: set[Any] = set(map(type, modules))
     for kind in kinds:
         if TRANSPARENT.get(kind) is not kind.forward:
             return True
+    parts = list(map(vars, modules))
     # Maps over all modules: a loop in Python would take three times as long.
     hooked = any(map(FORWARD_HOOKS, parts)) or any(map(PRE_HOOKS, parts))
     return hooked or any("forward" in part for part in parts)
