@@ -161,8 +161,9 @@ class View:
 
 
 class Sequences(View):
-    """What an integer start_pos means: slots 0 to bsz - 1, each from `start_pos` on, under the
-    caller's mask.
+    """The view of an integer start_pos: slots 0 to bsz - 1, each from `start_pos` on.
+
+    The mask is the caller's.
     """
 
     def __init__(self, start_pos: int, mask: Tensor | None):
@@ -199,8 +200,9 @@ class Sequences(View):
 
 
 class Uncached(View):
-    """A pass over whole sequences from position 0 on, without a cache: tokens attend to each other
-    alone.
+    """A pass over whole sequences from position 0 on, without a cache.
+
+    Tokens attend to each other alone.
     """
 
     def __init__(self, tokens: Tensor):
@@ -245,8 +247,7 @@ class Span(NamedTuple):
 
 
 class PrefillBatch(View):
-    """A pass over spans of several slots, put one after another as tokens (1, total), without
-    padding.
+    """A pass over spans of several slots, one after another as tokens (1, total), without padding.
 
     `wanted` are the places in that row whose logits are wanted; each is multiplied by `output` as
     if it were a row's next token. The pass leaves the final norm's output of all its tokens,

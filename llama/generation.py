@@ -38,7 +38,7 @@ from .errors import ArgumentError, ArgumentTypeError, check_positive
 from .model import ModelArgs, Transformer
 from .options import check_fields, check_names, option
 from .original import sample_top_p
-from .quantization.formats import select_dtype, select_formats
+from .quantization.formats import DTYPES, select_dtype, select_formats
 from .sampling import SamplingOptions, params_of, streams_of
 from .tokenizer import Tokenizer
 
@@ -99,9 +99,6 @@ class Piece(Prediction, total=False):
     text: str
 
 
-DTYPES = ["auto", "float32", "bfloat16", "float16", torch.float32, torch.bfloat16, torch.float16]
-
-
 @dataclass(frozen=True)
 class BuildOptions:
     """How a model is built.
@@ -122,7 +119,7 @@ class BuildOptions:
     dtype: Any = option(
         "auto",
         "float32, bfloat16, float16, or auto for the fastest of 16 bits or more",
-        valid=lambda value: value in DTYPES,
+        valid=lambda value: value in ("auto", *DTYPES, *DTYPES.values()),
         use="'auto', 'float32', 'bfloat16', 'float16'",
     )
     quantize: Literal["int8", "int4"] | None = option(

@@ -57,8 +57,9 @@ class ModelArgs:
 
 
 def feed_forward_dim(hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:
-    """Two thirds of `hidden_dim`, as SwiGLU has three matrices in place of two; times the
-    multiplier, rounded up.
+    """The width of a SwiGLU layer for `hidden_dim`, that of a layer with two matrices.
+
+    Two thirds of it, as SwiGLU has three matrices; times the multiplier, rounded up.
     """
     hidden_dim = int(2 * hidden_dim / 3)
     if ffn_dim_multiplier is not None:
@@ -82,11 +83,10 @@ class RMSNorm(nn.Module):
 def precompute_freqs_cis(
     dim: int, end: int, theta: float = 10000.0, scaling_factor: float = 1.0
 ) -> Tensor:
-    """cis(position / scaling_factor × theta^(-2i / dim)) for i < dim / 2: (end, dim / 2) complex64,
-    on the CPU.
+    """cis(position / scaling_factor × theta^(-2i / dim)) for i < dim / 2.
 
-    (Su et al. 2021, RoFormer, section 3.2.2; the linear scaling is of Chen et al. 2023,
-    arXiv:2306.15595.)
+    Returns (end, dim / 2) complex64, on the CPU. Su et al. 2021, RoFormer, section 3.2.2; the
+    linear scaling is of Chen et al. 2023, arXiv:2306.15595.
     """
     exponents = torch.arange(0, dim, 2, device="cpu", dtype=torch.float32) / dim
     freqs = theta**-exponents / scaling_factor
@@ -125,8 +125,9 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, start_pos: int | View, freqs_cis: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """(bsz, seqlen, dim) for x of the same shape; a `mask` is added to the scores (seqlen,
-        start_pos + seqlen).
+        """(bsz, seqlen, dim) for x of the same shape.
+
+        A `mask`, (seqlen, start_pos + seqlen), is added to the scores.
         """
         bsz, seqlen, _ = x.shape
         xq, xk, xv = fused_linear(x, self.wq, self.wk, self.wv)
@@ -381,21 +382,21 @@ class Transformer(nn.Module):
         self.freqs_cis = self.freqs_cis.to(like.device)
         heads = self.ranks.split(args.kv_heads)
         shape = (args.max_batch_size, heads, args.max_seq_len, args.head_dim)
-        layers = max(args.n_layers, len(attentions_of(self)))
         if self.cache is None:
-            self.cache = KVCache(layers, *shape, like.dtype, like.device)
+            self.cache = KVCache(args.n_layers, *shape, like.dtype, like.device)
         else:
-            self.cache.allocate(layers, like.dtype, like.device)
+            self.cache.allocate(args.n_layers, like.dtype, like.device)
         self.attach_cache()
         return self.cache
 
     def attach_cache(self) -> None:
         """Give each attention its layer of the cache, also those that came later."""
-        for number, attention in enumerate(attentions_of(self)):
+        attentions = attentions_of(self)
+        for number, attention in enumerate(attentions):
             attention.cache = self.cache
             attention.layer_id = number
         if self.cache is not None:
-            self.cache.grow(len(attentions_of(self)))
+            self.cache.grow(len(attentions))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

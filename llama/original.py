@@ -9,8 +9,9 @@ from .errors import Refusal as Refusal
 
 
 def repeat_kv(x: Tensor, n_rep: int) -> Tensor:
-    """Each key or value head n_rep times: (bsz, seqlen, heads, head_dim) -> (bsz, seqlen, heads ×
-    n_rep, head_dim).
+    """Each key or value head n_rep times.
+
+    (bsz, seqlen, heads, head_dim) -> (bsz, seqlen, heads × n_rep, head_dim).
     """
     return x.repeat_interleave(n_rep, dim=2)
 

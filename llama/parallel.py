@@ -65,9 +65,11 @@ class ShardedLinear(nn.Module):
         super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "weight" and self._modules.get("packed") is not None:
-            with torch.inference_mode():
-                return self._modules["packed"].dequantize().clone()  # type: ignore[operator, union-attr]
+        if name == "weight":
+            packed: Any = self._modules.get("packed")
+            if packed is not None:
+                with torch.inference_mode():
+                    return packed.dequantize().clone()
         return super().__getattr__(name)
 
     def _save_to_state_dict(
@@ -102,8 +104,9 @@ def fuse(layers: Sequence[ShardedLinear], packed: nn.Module) -> None:
 
 @ops.transparent
 class ColumnParallelLinear(ShardedLinear, fs_layers.ColumnParallelLinear):
-    """y = x Wᵀ with W split by rows: weight (out_features / ranks, in_features); each rank has its
-    part of y.
+    """y = x Wᵀ with W split by rows.
+
+    weight: (out_features / ranks, in_features). Each rank has its part of y.
 
     Takes fairscale's arguments. Raises ValueError for those that Llama has no use for.
     """
@@ -134,8 +137,9 @@ class ColumnParallelLinear(ShardedLinear, fs_layers.ColumnParallelLinear):
 
 @ops.transparent
 class RowParallelLinear(ShardedLinear, fs_layers.RowParallelLinear):
-    """y = x Wᵀ with W split by columns: weight (out_features, in_features / ranks); y is whole on
-    each rank.
+    """y = x Wᵀ with W split by columns.
+
+    weight: (out_features, in_features / ranks). y is whole on each rank.
 
     With `input_is_parallel` each rank passes its part of x. Takes fairscale's arguments, as above.
     """
@@ -168,8 +172,9 @@ class RowParallelLinear(ShardedLinear, fs_layers.RowParallelLinear):
 
 @ops.transparent
 class ParallelEmbedding(fs_layers.ParallelEmbedding):
-    """Token embeddings split along the model dimension: weight (num_embeddings, embedding_dim /
-    ranks).
+    """Token embeddings split along the model dimension.
+
+    weight: (num_embeddings, embedding_dim / ranks).
 
     Takes fairscale's arguments. Raises ValueError for those that Llama has no use for.
     """

@@ -138,7 +138,7 @@ def with_own(shared: SamplingParams, index: int, listed: dict[str, list[Any]]) -
 
 def streams_of(count: int, seed: Any) -> Streams:
     """Prompts that share a seed draw from its streams 0, 1, …; each of a list has stream 0."""
-    return range(count) if type(seed) is int or not is_list(seed) else [0] * count
+    return [0] * count if is_list(seed) else range(count)
 
 
 def uniform(seed: int, stream: int, number: int) -> float:
@@ -176,8 +176,9 @@ def sample(logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[
 
 
 def sample_top_p(probs: Tensor, top_p: Tensor, uniforms: Tensor) -> Tensor:
-    """Nucleus sampling (Holtzman et al. 2019, section 3.1) by inverting the cumulative
-    distribution.
+    """Nucleus sampling by inverting the cumulative distribution.
+
+    Holtzman et al. 2019, section 3.1.
 
     probs: (n, vocab_size); top_p and uniforms: (n, 1). The nucleus is the likeliest tokens whose
     mass before each one does not exceed `top_p`. Each row takes the first token of its nucleus, in
@@ -189,7 +190,7 @@ def sample_top_p(probs: Tensor, top_p: Tensor, uniforms: Tensor) -> Tensor:
     outside = torch.zeros_like(probs, dtype=torch.bool).scatter_(-1, tokens, before > top_p)
     cumulative = probs.masked_fill(outside, 0.0).cumsum(dim=-1)
     mass = cumulative[:, -1:].contiguous()
-    # the last token of the nucleus, where rounding goes beyond
+    # The last token of the nucleus, where rounding goes beyond it.
     last = torch.searchsorted(cumulative, mass)
     choice = torch.searchsorted(cumulative, uniforms * mass, right=True)
     return choice.minimum(last)[:, 0]

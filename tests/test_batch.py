@@ -25,6 +25,8 @@ from llama.sampling import SamplingParams
 QUESTION = {"role": "user", "content": "Where does the owl live?"}
 BUILD = BuildOptions(max_seq_len=128, max_batch_size=4, device="cpu", dtype="float32")
 
+FLAGS = ["--max_seq_len", "128", "--max_batch_size", "4", "--dtype", "float32"]
+
 
 def write(path: Path, lines: list[Any]) -> Path:
     path.write_text(
@@ -230,16 +232,6 @@ def test_two_runs_do_not_write_one_output(tmp_path: Path) -> None:
 def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", prompts(400))
     run(source, tmp_path / "whole.jsonl", max_tokens=None)
-    flags = [
-        "--max_seq_len",
-        "128",
-        "--max_batch_size",
-        "4",
-        "--dtype",
-        "float32",
-        "--device",
-        "cpu",
-    ]
     command = [
         sys.executable,
         "-m",
@@ -248,7 +240,9 @@ def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
         str(TINY),
         str(source),
         str(tmp_path / "out.jsonl"),
-        *flags,
+        *FLAGS,
+        "--device",
+        "cpu",
     ]
     rng, sizes = random.Random(0), [0]
     for _ in range(3):
@@ -357,17 +351,8 @@ def test_a_disk_that_fills_is_told_and_what_was_written_stays(
 def test_groups_of_ranks_take_shares_of_the_lines(tmp_path: Path) -> None:
     source, out = write(tmp_path / "in.jsonl", [*prompts(40), "broken\n"]), tmp_path / "out.jsonl"
     run(source, tmp_path / "whole.jsonl", max_tokens=None)
-    flags = [
-        "--max_seq_len",
-        "128",
-        "--max_batch_size",
-        "4",
-        "--dtype",
-        "float32",
-        "--model_parallel_size",
-        "1",
-    ]
-    job = run_ranks(2, "-m", "llama", "batch", TINY, source, out, *flags)
+    groups = ["--model_parallel_size", "1"]
+    job = run_ranks(2, "-m", "llama", "batch", TINY, source, out, *FLAGS, *groups)
     assert job.returncode == 0, job.stderr
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -377,7 +362,7 @@ def test_groups_of_ranks_take_shares_of_the_lines(tmp_path: Path) -> None:
     ]
     assert job.stdout.startswith(f"{out}: 41 lines, 0 of them from before, ")
     (tmp_path / "out.jsonl.part-2-of-2").touch()
-    job = run_ranks(2, "-m", "llama", "batch", TINY, source, out, *flags)
+    job = run_ranks(2, "-m", "llama", "batch", TINY, source, out, *FLAGS, *groups)
     assert job.stdout == f"{out}: 41 lines, all of them from before\n", job.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "in.jsonl",

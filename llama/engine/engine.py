@@ -236,8 +236,9 @@ class Engine:
 
 
 class Drawn(NamedTuple):
-    """What a pass gave a request: its output, or None where logits are not finite, and how many
-    tokens.
+    """What a pass gave a request, and how many tokens.
+
+    The output is None where logits are not finite.
     """
 
     output: Output | None

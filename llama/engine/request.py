@@ -261,8 +261,7 @@ def finished(output: Output, prompt: Prompt, reason: FinishReason) -> Output:
 
 
 def cut_at_stop(output: Output, stop: Sequence[str], new: int) -> Output | None:
-    """The output up to its first stop string, finished; None where its `new` last characters
-    complete none.
+    """The output up to its first stop string; None if its `new` last characters complete none.
 
     Of two stop strings that overlap, the one that ends first counts, however the text was split
     into tokens. Tokens whose text lies wholly behind the cut go; a token that holds wanted text

@@ -53,8 +53,7 @@ class ModelRunner:
         self.programs = {}
 
     def decode(self, spans: Sequence[Span]) -> Tensor:
-        """Logits (len(spans), seqlen, vocab_size) after each id of spans that are among the first
-        slots.
+        """Logits (len(spans), seqlen, vocab_size) after each id of spans among the first slots.
 
         A slot between them runs along, as one behind them does where rows are rounded up: something
         is written beyond what it holds. The next call may write over the logits.
@@ -97,8 +96,7 @@ class ModelRunner:
         return self.programs[key](ids, positions)
 
     def prefill(self, spans: Sequence[Span], wanted: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """A pass over spans, one after another: logits (len(wanted), vocab_size) and states (total,
-        dim).
+        """A pass over spans in a row: logits (len(wanted), vocab_size) and states (total, dim).
 
         `wanted` are places in the row of all spans' ids. States are the final norm's output.
         """

@@ -51,8 +51,8 @@ class Scheduler:
         self.chunk = chunk
         self.long_chunk = LONG_CHUNK
         self.waiting: deque[Request] = deque()
-        # By slot. Replaced as a whole: an interrupt must not leave a request in two slots, or in
-        # none.
+        # By slot. An interrupt must not leave a request in two slots, or in none: a change is one
+        # operation of the dict, or a new dict where two slots change places.
         self.running: dict[int, Request] = {}
         self.used = [0] * cache.n_slots  # the step at which each slot was let go
         self.steps = 0
@@ -64,8 +64,7 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def schedule(self) -> tuple[list[Span], list[Span]]:
-        """Admit what waits; returns the spans of a decode pass and those of a prefill pass after
-        it.
+        """Admit what waits; the spans of a decode pass, and of a prefill pass after it.
 
         Requests that were admitted together begin to answer together; those that answer do not wait
         for newer ones.

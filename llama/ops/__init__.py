@@ -1,5 +1,4 @@
-"""The operations of a layer: each in plain PyTorch and, where there is a faster form, in C or
-Triton.
+"""A layer's operations: each in plain PyTorch and, where there is a faster form, in C or Triton.
 
 The only place that knows what a device does fast. The model calls an operation; whether its tensors
 suit our kernels is decided here. The plain form of an operation is also its tests' judge.
@@ -44,16 +43,13 @@ TRANSPARENT: dict[type[nn.Module], Any] = {nn.ModuleList: nn.ModuleList.forward}
 
 
 def transparent(module: M) -> M:
-    """Class decorator: while nobody watches modules of this class, a fused form may skip their
-    calls.
-    """
+    """Class decorator: a fused form may skip calls of modules of this class that nobody watches."""
     TRANSPARENT[module] = module.forward
     return module
 
 
 def must_run_plain(model: nn.Module) -> bool:
-    """Whether a pass has to call every module: the one question that fused forms and CUDA graphs
-    ask.
+    """Whether a pass has to call every module. Fused forms and CUDA graphs ask nothing else.
 
     Yes where somebody's Python is in the model (a hook, a `forward` replaced on an instance or on a
     class, a module of another class) and where PyTorch looks on (gradients, tracing, compilation).
@@ -92,8 +88,7 @@ path = Path()
 
 
 def expand_tokens() -> int:
-    """From so many tokens of a row on, expanding quantised weights is faster than the kernels for
-    few rows.
+    """How many tokens of a row make expanding quantised weights faster than the few-row kernels.
 
     Rows do not count: the next token of a row is rounded in one way, however many are decoded
     beside it.
@@ -102,8 +97,7 @@ def expand_tokens() -> int:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x Wᵀ in x's type, for x (..., in_features) and W (out_features, in_features) of the same or
-    another type.
+    """x Wᵀ in x's type, for x (..., in_features) and W (out_features, in_features) of any type.
 
     Where the weight has 16 bits and x has 32, x is rounded to the weight's type; sums are float32.
     """
@@ -126,8 +120,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate neighbouring pairs of each head's channels, of queries and keys (bsz, seqlen, n_heads,
-    head_dim).
+    """Rotate neighbouring pairs of each head's channels.
+
+    Queries and keys: (bsz, seqlen, n_heads, head_dim).
 
     freqs_cis: (seqlen, head_dim / 2), or (bsz, seqlen, head_dim / 2) where rows are at positions of
     their own, complex64 (Su et al. 2021, RoFormer, section 3.2.2).
@@ -182,8 +177,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def write_cache(x: Tensor, positions: Tensor, cached: Tensor) -> None:
-    """Put x (bsz, seqlen, n_kv_heads, head_dim) to positions (bsz, seqlen) of the slots of
-    `cached`.
+    """Put x (bsz, seqlen, n_kv_heads, head_dim) to positions (bsz, seqlen) of the slots.
 
     cached: (bsz, n_kv_heads, length, head_dim).
     """
@@ -198,8 +192,7 @@ def write_cache(x: Tensor, positions: Tensor, cached: Tensor) -> None:
 
 @dataclass
 class CausalMask:
-    """Tokens at `positions` (bsz, seqlen) see the first `length` positions of their slot up to
-    their own.
+    """Tokens at `positions` (bsz, seqlen) see their slot's first `length` up to their own.
 
     `n_rep` query heads share a key head.
     """

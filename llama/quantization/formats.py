@@ -23,6 +23,9 @@ from .groups import QUANTISED_ROWS, Groups, quantize
 
 logger = logging.getLogger(__name__)
 
+# The types that a model computes in, by the names that options give them.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 # Rows of quantised weights that are expanded at a time: temporaries stay in the processor's cache.
 BLOCK_ROWS = 512
 
@@ -393,11 +396,10 @@ def select_dtype(
         if stored in (torch.bfloat16, torch.float16):
             return stored
         return torch.bfloat16
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    for name, kind in kinds.items():
+    for name, kind in DTYPES.items():
         if dtype in (name, kind):
             return kind
-    raise ValueError(f"dtype is {dtype!r}: use 'auto', {', '.join(map(repr, kinds))}")
+    raise ValueError(f"dtype is {dtype!r}: use 'auto', {', '.join(map(repr, DTYPES))}")
 
 
 def select_formats(
