@@ -1,28 +1,28 @@
 #!/usr/bin/env bash
-# Fetches Llama 2 models with the signed link from Meta's e-mail; see usage below. Runs on bash 3.2 and newer.
+# Downloads Llama 2 models with the signed link from Meta's e-mail. See usage below. Runs on bash 3.2 and newer.
 set -u -o pipefail
 
 usage() {
   cat <<'USAGE'
 usage: bash download.sh [--url URL] [--models NAMES] [--out DIR] [--list] [--dry-run] [--help]
 
-  --url URL       the signed link from the e-mail, with a * in it; default: LLAMA_URL, or you are asked
-  --models NAMES  with commas, of 7B,13B,70B,7B-chat,13B-chat,70B-chat, or "all"; you are asked if it is not given
-  --out DIR       where the model folders go; default: the current folder
-  --list          print the models, their folders and sizes
-  --dry-run       print what would be fetched, and fetch nothing
+  --url URL       the signed link from the e-mail, which contains a *; default: LLAMA_URL, else you are asked
+  --models NAMES  comma-separated list of 7B,13B,70B,7B-chat,13B-chat,70B-chat, or "all"; you are asked if it is missing
+  --out DIR       the folder for the model folders; default: the current folder
+  --list          print the models with their folders and sizes
+  --dry-run       print the files that would be downloaded, and exit
 
-Each file is fetched to NAME.part and moved into place when it is whole. Run the same command again to go on with an
-interrupted download; a new link goes on with what an old one began. Files whose checksum holds are not fetched again.
+Each file is downloaded to NAME.part and renamed when it is complete. To resume an interrupted download, run the same
+command again, with a new link if the old one has expired. Files with the correct checksum are not downloaded again.
 
-exit status: 0 all is whole, 1 a transfer failed after several attempts, 2 a wrong argument or link, 3 a tool is
-missing, 4 too little disk space, 5 the server refuses the link, 6 a checksum does not match, 130 interrupted
+exit status: 0 success, 1 a transfer failed after several attempts, 2 invalid argument or link, 3 a required tool is
+missing, 4 not enough disk space, 5 the server refused the link, 6 checksum mismatch, 130 interrupted
 USAGE
 }
 
 names="7B 13B 70B 7B-chat 13B-chat 70B-chat"
-attempts=5                     # without progress, for each file
-pause=${LLAMA_RETRY_PAUSE:-5}  # seconds before another attempt
+attempts=5                     # per file, without progress
+pause=${LLAMA_RETRY_PAUSE:-5}  # seconds between attempts
 
 fail() {
   status=$1
@@ -41,7 +41,7 @@ shards_of() {
   esac
 }
 
-# Megabytes of a whole model.
+# The size of a model in megabytes.
 size_of() {
   case $1 in
     7B*) echo 13480 ;;
@@ -73,18 +73,18 @@ check_url() {
   case $1 in
     '') fail 2 "no link: pass --url, set LLAMA_URL, or paste the link from the e-mail when asked" ;;
     *l.facebook.com/* | *lm.facebook.com/* | *l.php\?u=*)
-      fail 2 "this link is the e-mail program's wrapper around Meta's: copy the link's text, not its address" ;;
+      fail 2 "this link is the e-mail program's wrapper around Meta's link: copy the link's text, not its address" ;;
     http://* | https://*) ;;
     *) fail 2 "the link does not begin with https://: copy all of it from the e-mail" ;;
   esac
   case $1 in
-    *[[:space:]]*) fail 2 "the link has spaces or line ends in it: copy it as one line" ;;
+    *[[:space:]]*) fail 2 "the link has spaces or line breaks in it: copy it as one line" ;;
     *\**) ;;
-    *) fail 2 "the link has no * in it: copy the one that has, for each file's name takes its place" ;;
+    *) fail 2 "the link has no * in it: copy the one that has a *, which stands for each file's name" ;;
   esac
 }
 
-# Prints the chosen names, one a line.
+# Prints the chosen names, one per line.
 check_models() {
   local given name
   given=$(printf '%s' "$1" | tr ',' ' ')
@@ -102,7 +102,7 @@ check_models() {
   done | sort -u
 }
 
-# Prints the one of two programs that is installed.
+# Prints the first of two programs that is installed.
 either() {
   local tool
   for tool in "$1" "$2"; do
@@ -135,7 +135,8 @@ check_space() {
 
 bytes_of() { if [ -f "$1" ]; then wc -c <"$1" | tr -d ' '; else echo 0; fi; }
 
-# transfer URL PART: appends what PART lacks. Sets `code` and `type` to the answer's; fails as the client does.
+# transfer URL PART: appends the missing bytes to PART. Sets `code` and `type` to the response's status and content
+# type. Returns the client's exit status.
 transfer() {
   local arguments
   if [ "$client" = curl ]; then
@@ -149,7 +150,7 @@ transfer() {
     if [ -t 2 ]; then arguments+=(--show-progress); fi
     wget "${arguments[@]}" -- "$1" &
   fi
-  # In the background, so that a signal is not held up until the transfer ends.
+  # The client runs in the background: otherwise bash would not handle a signal until the transfer ends.
   child=$!
   wait "$child"
   local result=$?
@@ -167,7 +168,7 @@ web_page() {
   fail 5 "the server sent a web page in place of $1: the link has expired or is not a download link; request a new one"
 }
 
-# fetch REMOTE LOCAL [MD5]: LOCAL is whole when it returns.
+# fetch REMOTE LOCAL [MD5]: returns when LOCAL is complete, else exits.
 fetch() {
   local part="$2.part" tries=0 most=0 result before got
   if [ -f "$2" ]; then
@@ -186,7 +187,7 @@ fetch() {
     result=$?
     case $code$type in
       20?text/html*)
-        if [ "$before" -eq 0 ]; then rm -f "$part"; fi  # else it is still what an earlier run fetched
+        if [ "$before" -eq 0 ]; then rm -f "$part"; fi  # else it has an earlier run's data
         web_page "$1" ;;
     esac
     if [ "$result" -eq 0 ] && [ "$code" != 416 ]; then
@@ -195,20 +196,20 @@ fetch() {
     case $code in
       403) fail 5 "the server refuses $1 (403): the link has expired, which it does after 24 hours or several" \
         "downloads, or is for another family of models; request a new one and run this again" ;;
-      416) rm -f "$part" ;;  # there is nothing after what we have, and it was not whole
+      416) rm -f "$part" ;;  # no bytes follow the part, but it is not known to be complete
       408 | 429) ;;
       4*) fail 5 "the server has no $1 ($code): the link is for another family of models" ;;
     esac
     case $client$result in
-      curl33) rm -f "$part" ;;  # the server sends files from their beginning only
-      curl23 | wget3) fail 4 "$part could not be written: is the disk full? Run the same command again to go on" ;;
+      curl33) rm -f "$part" ;;  # the server cannot resume
+      curl23 | wget3) fail 4 "$part could not be written: is the disk full? Run the same command again to resume" ;;
     esac
     before=$(bytes_of "$part")
     if [ "$before" -gt "$most" ]; then most=$before tries=0; fi
     tries=$((tries + 1))
     if [ "$tries" -ge "$attempts" ]; then
       fail 1 "$1 could not be fetched (status ${code:-none}) in $attempts attempts: check the connection, and run the" \
-        "same command again to go on"
+        "same command again to resume"
     fi
     sleep "$pause"
   done
@@ -220,7 +221,7 @@ fetch() {
     got=$(md5_of "$part")
     if [ "$got" != "$3" ]; then
       rm -f "$part"
-      fail 6 "$1 has MD5 $got, and $3 is expected: it is removed; run the same command again to fetch it anew"
+      fail 6 "$1 has MD5 $got, but $3 is expected: it was removed; run the same command again to download it"
     fi
   fi
   mv "$part" "$2" || fail 4 "$part could not be moved to $2"
@@ -228,20 +229,20 @@ fetch() {
 
 would_fetch() { if [ ! -f "$2" ]; then printf '%s -> %s\n' "$1" "$2"; fi; }
 
-# The MD5 that a checklist gives for a file.
+# Prints a file's MD5 from a checklist.
 expected() {
   local sum
   sum=$(awk -v name="$2" '{ sub(/^\*/, "", $2); if ($2 == name) print $1 }' "$1")
   if [ -z "$sum" ]; then
     rm -f "$1"
-    fail 6 "${1##*/} has no checksum of $2: it is removed; run the same command again to fetch it anew"
+    fail 6 "${1##*/} has no checksum for $2: it was removed; run the same command again to download it"
   fi
   printf '%s' "$sum"
 }
 
 fetch_all() {
   local name folder file sum
-  # Under names of their own, so that no project's licence is overwritten.
+  # Use separate names, so that a project's own LICENSE is not overwritten.
   fetch LICENSE "$out/LLAMA-2-LICENSE"
   fetch USE_POLICY.md "$out/LLAMA-2-USE_POLICY.md"
   fetch tokenizer_checklist.chk "$out/tokenizer_checklist.chk"
@@ -249,7 +250,7 @@ fetch_all() {
   fetch tokenizer.model "$out/tokenizer.model" "$sum"
   for name in $models; do
     folder=$(folder_of "$name")
-    mkdir -p "$out/$folder" || fail 4 "$out/$folder cannot be made: choose another --out"
+    mkdir -p "$out/$folder" || fail 4 "$out/$folder cannot be created: choose another --out"
     for file in $(files_of "$name"); do
       sum=
       if [ "$file" != checklist.chk ]; then
@@ -289,7 +290,7 @@ if [ -z "$url" ]; then
 fi
 check_url "$url"
 if [ -z "$models_given" ]; then
-  printf 'Models, with commas, of %s; Enter for all: ' "${names// /,}" >&2
+  printf 'Models, comma-separated, from %s; Enter for all: ' "${names// /,}" >&2
   read -r models || fail 2 "no models: pass --models"
   models=${models:-all}
 fi
@@ -310,11 +311,11 @@ if [ -n "$dry_run" ]; then
   exit
 fi
 
-mkdir -p "$out" || fail 4 "$out cannot be made: choose another --out"
+mkdir -p "$out" || fail 4 "$out cannot be created: choose another --out"
 check_space
 child=
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 trap 'if [ -n "$child" ]; then kill "$child" 2>/dev/null; fi
-  echo "stopped: run the same command again to go on" >&2; exit 130' INT TERM
+  echo "stopped: run the same command again to resume" >&2; exit 130' INT TERM
 fetch_all

@@ -20,7 +20,7 @@ PROMPTS = [
     "The owl lives in",
     "Once upon a time, there was a little fox who",
     "Every morning, the rabbit",
-    # Few-shot: two examples show the pattern that the third is to follow.
+    # Few-shot: two examples show the pattern for the third.
     """Question: Where does the bear live?
 Answer: The bear lives in the cave.
 

@@ -1,8 +1,7 @@
-"""One contender's times, in a process of its own: python benchmarks/contender.py NAME FOLDER.
-Prints JSON.
+"""Measure one contender and print JSON: python benchmarks/contender.py NAME FOLDER
 
-Every contender gets the same token ids and decodes greedily through the interface that its users
-call.
+speed.py runs each contender in a process of its own. Every contender gets the same token ids and
+decodes greedily through the interface that its users call.
 """
 
 from __future__ import annotations
@@ -32,9 +31,7 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
 
 
 class Ours:
-    """This library; `kind` is a dtype, a quantisation, or a type of GGUF's, whose file is read as
-    it is.
-    """
+    """This library. `kind` is a dtype, a quantization, or the type of a GGUF file."""
 
     @staticmethod
     def convert(folder: Path, kind: str) -> Path:
@@ -48,7 +45,7 @@ class Ours:
         if kind.startswith("q"):
             options = {}
         self.llm = build_llama(folder, BuildOptions(None, context, rows, **options))
-        # Random weights end a text by chance; no contender may stop before the others.
+        # Random weights generate EOS by chance, but no contender may stop early.
         self.llm.tokenizer.eos_id = -1
 
     def generate(self, prompts: list[list[int]], new: int) -> list[list[int]]:
@@ -56,7 +53,7 @@ class Ours:
 
 
 class Transformers:
-    """Left-padded batches through model.generate."""
+    """transformers: left-padded batches through model.generate."""
 
     @staticmethod
     def convert(folder: Path, kind: str) -> Path:
@@ -91,11 +88,12 @@ class Transformers:
 
 
 class LlamaCpp:
-    """llama-cpp-python's low-level interface: rows are sequences of one batch, as in llama.cpp's
-    own servers.
+    """llama-cpp-python's low-level interface.
+
+    Rows are sequences of one batch, as in llama.cpp's own server.
     """
 
-    BATCH = 512  # tokens in one call, llama.cpp's own default for what it multiplies at once
+    BATCH = 512  # tokens per call; llama.cpp's default for its physical batch
 
     @staticmethod
     def convert(folder: Path, kind: str) -> Path:
@@ -137,7 +135,7 @@ class LlamaCpp:
     def decode(
         self, prompts: list[list[int]], fed: list[tuple[int, int, int]], answers: list[list[int]]
     ) -> None:
-        """Run tokens at positions of rows, and take the likeliest that follows each row's last."""
+        """Run tokens (row, position, id); append the likeliest next token to each row's answer."""
         batch = self.batch
         last = []
         batch.n_tokens = len(fed)
@@ -172,7 +170,7 @@ CONTENDERS: dict[str, tuple[type[Any], str]] = {
 
 
 def names(given: tuple[str, ...] | str) -> list[str]:
-    """Names with commas; fire makes a tuple of some."""
+    """Split comma-separated names, which fire may have made a tuple."""
     return [
         name.strip()
         for name in (given.split(",") if isinstance(given, str) else given)
@@ -181,9 +179,9 @@ def names(given: tuple[str, ...] | str) -> list[str]:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Of one run: medians are taken over rounds.
+    """Return the seconds that one run takes.
 
-    Every contender returns token ids that the host has read.
+    There is no need to synchronize a GPU: contenders return token ids that the host has read.
     """
     start = time.perf_counter()
     work()
@@ -191,9 +189,9 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def peak_resident() -> int:
-    """Bytes, of this process alone:
+    """Return the peak resident memory of this process, in bytes.
 
-    Linux counts into ru_maxrss what the parent held when it forked.
+    Linux's ru_maxrss is not used: it includes the parent's memory at the time of the fork.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -202,16 +200,19 @@ def peak_resident() -> int:
 
 
 def measure(name: str, folder: str, quick: bool = False, only: tuple[str, ...] | str = ()) -> None:
-    """`only`: names of works, with commas; all by default."""
+    """Measure one contender and print JSON.
+
+    `only`: names of measurements, separated by commas; default: all.
+    """
     wanted = names(only)
     kind, option = CONTENDERS[name]
     steps = 8 if quick else 24
 
-    # no prompt begins as one before it, whose keys and values may still be held
+    # No prompt shares a prefix with an earlier one, whose keys and values may still be cached.
     seeds = itertools.count(1)
 
     def prefill(length: int) -> float:
-        if torch.cuda.is_available():  # the first product of a shape looks for its kernel
+        if torch.cuda.is_available():  # the first product of a shape selects its kernel
             contender.generate([prompt_of(length, next(seeds))], 1)
         prompt = prompt_of(length, next(seeds))
         return length / seconds(lambda: contender.generate([prompt], 1))
@@ -220,7 +221,7 @@ def measure(name: str, folder: str, quick: bool = False, only: tuple[str, ...] |
         ready, one, more = (
             [prompt_of(DECODE_PROMPT, next(seeds)) for _ in range(batch)] for _ in range(3)
         )
-        contender.generate(ready, 2)  # the first step of a shape is recorded, captured or compiled
+        contender.generate(ready, 2)  # the first step of a shape is captured or compiled
         first = seconds(lambda: contender.generate(one, 1))
         return (seconds(lambda: contender.generate(more, 1 + steps)) - first) / steps * 1e3
 
@@ -238,10 +239,10 @@ def measure(name: str, folder: str, quick: bool = False, only: tuple[str, ...] |
     }
     if wanted:
         works = {work: run for work, run in works.items() if work in wanted}
-    # A cache that is allocated ahead is as large as the works need.
+    # A preallocated cache is as large as the measurements need.
     context = 1024 if works.keys() & {"prefill_512", "ragged"} else 256
     rows = 16 if works.keys() & {"decode_4", "decode_16", "ragged"} else 1
-    converted = kind.convert(Path(folder), option)  # once, and not part of loading
+    converted = kind.convert(Path(folder), option)  # only once, and not part of loading
     start = time.perf_counter()
     contender = kind(converted, option, context, rows)
     result: dict[str, object] = {"load": time.perf_counter() - start}

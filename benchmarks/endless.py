@@ -1,9 +1,8 @@
-"""Servers, and this library's own loop, whose texts no id ends: python benchmarks/endless.py llama
-FOLDER PORT ROWS
+"""Servers that never stop at EOS: python benchmarks/endless.py llama FOLDER PORT ROWS
 
-Random weights end a text by chance; no contender of serving.py may stop before the others. Nor has
-the checkpoint a tokenizer that all of them read, so where a server takes no ids its prompts are ids
-with spaces, `1 17 350`.
+serving.py starts them. Random weights generate EOS by chance, but no contender may stop early.
+`loop` is this library without a server. No tokenizer file works for all contenders, so prompts are
+token ids. For servers that only take text, they are ids separated by spaces: `1 17 350`.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ def llama_cpp(file: str, port: int, threads: int) -> None:
         n_batch=512,
         verbose=False,
     )
-    # A stream is not given up for the next request that comes.
+    # A new request must not interrupt a stream.
     app = create_app(
         server_settings=ServerSettings(interrupt_requests=False), model_settings=[model]
     )
@@ -59,8 +58,9 @@ def llama_cpp(file: str, port: int, threads: int) -> None:
 
 
 def loop(folder: str, rows: int, new: int) -> None:
-    """The seconds that each batch of prompts took, as JSON; batches come as JSON too, and the first
-    one warms up.
+    """Read batches of prompts from standard input and print the seconds of each, both as JSON.
+
+    The first batch is a warm-up.
     """
     from llama import Llama
 

@@ -1,9 +1,10 @@
-"""What others wait for, and what is not computed twice: python benchmarks/engine.py --shape 110m
+"""Measure scheduling, drafts and prefix reuse: python benchmarks/engine.py --shape 110m
 
-Pauses of an answering row while a long prompt is prefilled; time per token with and without draft
-tokens, of texts that repeat themselves and texts that do not; what eight conversations compute,
-turn by turn; how long the import takes. Random weights quote nothing, so the choice of tokens is
-forced for the drafts; everything else is as users run it.
+- pause: the longest gap between two tokens of one request while a long prompt is prefilled.
+- drafts: time per token with and without draft tokens, for outputs that repeat earlier text and
+  outputs that do not. Random weights do not quote, so the engine is made to generate given tokens.
+- conversations: how many tokens eight conversations of several turns compute.
+- import: how long `import llama` takes.
 """
 
 from __future__ import annotations
@@ -36,16 +37,15 @@ def build(folder: Path, kind: str, context: int, rows: int, **options: Any) -> L
     quantised = kind in ("int8", "int4")
     own = {"dtype": "auto" if quantised else kind, "quantize": kind if quantised else None}
     llm = Llama.build(folder, folder / "tokenizer.model", context, rows, **own, **options)
-    llm.tokenizer.eos_id = -1  # random weights end a text by chance
+    llm.tokenizer.eos_id = -1  # random weights generate EOS by chance
     return llm
 
 
 def pause(folder: Path, kind: str) -> tuple[float, float]:
-    """Seconds of the longest gap between two tokens of a row while a long prompt joins, and of its
-    usual step.
+    """Return the longest gap between two tokens of a request, and its usual step, in seconds.
 
-    Three prompts share two rows: one answers all the time, one ends soon, and the long one takes
-    its place.
+    Three prompts share two slots. The first request runs all the time, the second finishes early,
+    and the long prompt takes its slot.
     """
     llm = build(folder, kind, 2048, 2)
     words = [
@@ -60,7 +60,7 @@ def pause(folder: Path, kind: str) -> tuple[float, float]:
 
 
 class Forced:
-    """Makes an engine say given ids, whatever its logits are."""
+    """Makes an engine generate given ids, whatever its logits are."""
 
     def __init__(self, llm: Llama, texts: list[list[int]]):
         engine = llm.engine
@@ -77,7 +77,7 @@ class Forced:
 
 
 def unlucky(n: int, rng: random.Random) -> list[int]:
-    """The same three ids over and over, each time before a new one: every draft is wrong."""
+    """Return the same three ids again and again, each time before a new one: no draft is right."""
     phrase = [rng.randrange(3, weights.VOCAB_SIZE) for _ in range(3)]
     return [x for _ in range(n // 4 + 1) for x in (*phrase, rng.randrange(3, weights.VOCAB_SIZE))][
         :n
@@ -85,7 +85,7 @@ def unlucky(n: int, rng: random.Random) -> list[int]:
 
 
 def texts_of(kind: str, rows: int, seed: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts and answers of `rows` rows."""
+    """Return prompts and forced outputs for `rows` requests."""
     rng = random.Random(seed)
     prompts = [prompt_of(200, rng.randrange(2**31)) for _ in range(rows)]
     if kind == "quotes":
@@ -96,8 +96,9 @@ def texts_of(kind: str, rows: int, seed: int) -> tuple[list[list[int]], list[lis
 
 
 def drafts(folder: Path, kind: str, rows: int, rounds: int) -> Iterator[str]:
-    """Rows of a table: milliseconds per token without and with drafts, in turns, and tokens of a
-    row per pass.
+    """Yield table rows: milliseconds per token without and with drafts, and tokens per pass.
+
+    Runs without and with drafts alternate.
     """
     llm = build(folder, kind, 512, rows)
     for text in ("quotes", "new", "unlucky"):
@@ -107,7 +108,7 @@ def drafts(folder: Path, kind: str, rows: int, rounds: int) -> Iterator[str]:
             for n in taken if seed % 2 else reversed(taken):
                 llm.engine.scheduler.draft_tokens = n
                 prompts, answers = texts_of(text, rows, 2 * seed + bool(n))
-                # the prompts are in the cache: what follows is decoding
+                # Put the prompts into the cache, so that the timed call only decodes.
                 llm.generate(prompts, 1, 0)
                 Forced(llm, answers)
                 before = llm.engine.passes
@@ -116,7 +117,7 @@ def drafts(folder: Path, kind: str, rows: int, rounds: int) -> Iterator[str]:
                 taken[n].append((time.perf_counter() - start) / NEW_TOKENS * 1e3)
                 passes = llm.engine.passes - before if n else passes
         without, with_drafts = (statistics.median(taken[n]) for n in (0, 3))
-        # Of neighbours in time, for a machine's speed drifts by more than what is asked.
+        # Compare neighbouring runs: the speed of a machine drifts by more than the difference.
         ratio = statistics.median(b / a for a, b in zip(taken[0], taken[3], strict=True))
         yield (
             f"| {text} | {rows} | {without:.2f} | {with_drafts:.2f} | {ratio:.3f} | {NEW_TOKENS / passes:.2f} |"
@@ -124,8 +125,9 @@ def drafts(folder: Path, kind: str, rows: int, rounds: int) -> Iterator[str]:
 
 
 def conversations(folder: Path, kind: str) -> tuple[int, int]:
-    """Tokens computed, and tokens that were new, in eight conversations of four turns on eight
-    rows.
+    """Return how many tokens eight conversations compute, and how many of their tokens are new.
+
+    Each conversation has four turns, and there are eight slots.
     """
     llm = build(folder, kind, 1024, 8)
     dialogs: list[list[int]] = [[1] for _ in range(8)]
@@ -156,7 +158,9 @@ def main(
     folder: str | None = None,
     only: str = "",
 ) -> None:
-    """`kind`: a dtype, int8 or int4; `folder` keeps the weights; `only`: pause, drafts,
+    """Print the measurements.
+
+    `kind`: a dtype, int8 or int4. `folder`: keep the weights there. `only`: pause, drafts,
     conversations or import.
     """
     print(
@@ -170,11 +174,13 @@ def main(
                 (pause(checkpoint, kind) for _ in range(3)), key=lambda gaps: gaps[0] / gaps[1]
             )
             print(
-                f"longest pause {longest * 1e3:.1f} ms, {longest / usual:.1f} times the step of {usual * 1e3:.1f} ms"
+                f"longest pause {longest * 1e3:.1f} ms, {longest / usual:.1f} times the usual step of {usual * 1e3:.1f} ms"
             )
 
         def show_drafts() -> None:
-            print("| text | rows | ms per token without drafts | with | ratio | tokens per pass |")
+            print(
+                "| text | rows | ms per token without drafts | with drafts | ratio | tokens per pass |"
+            )
             print("| --- | --- | --- | --- | --- | --- |")
             for rows in (1, 4):
                 for line in drafts(checkpoint, kind, rows, rounds):
@@ -183,14 +189,14 @@ def main(
         def show_conversations() -> None:
             computed, new = conversations(checkpoint, kind)
             print(
-                f"eight conversations: {computed} tokens computed, {new} new: {computed / new:.3f}"
+                f"eight conversations: {computed} tokens computed, {new} new, ratio {computed / new:.3f}"
             )
 
         def show_import() -> None:
             torch_alone = import_seconds("torch")
             ours = import_seconds("llama")
             print(
-                f"import llama {ours:.2f} s, import torch {torch_alone:.2f} s: {ours / torch_alone:.2f}"
+                f"import llama {ours:.2f} s, import torch {torch_alone:.2f} s, ratio {ours / torch_alone:.2f}"
             )
 
         shows: dict[str, Callable[[], None]] = {

@@ -1,8 +1,7 @@
-"""What only a GPU can show: python benchmarks/gpu_check.py prints pass or fail for each, on an
-NVIDIA GPU.
+"""Check the library on an NVIDIA GPU: python benchmarks/gpu_check.py
 
-With --device cpu it runs what a CPU can show of the same checks, so that the script itself is known
-to work.
+Prints pass or FAIL for each check. With `--device cpu`, the checks run as far as a CPU supports
+them, which tests the script itself.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ QUESTIONS = [
 
 
 class Checks:
-    """Each method is a check, which raises where it fails and may return what is worth telling."""
+    """Each method is a check. It raises an exception on failure, and may return a note to print."""
 
     def __init__(self, device: str):
         self.device = device
@@ -75,9 +74,9 @@ class Checks:
 
     def int8_of_few_rows_equals_float64(self) -> str:
         if self.device != "cuda":
-            return "on cuda only"
+            return "skipped: needs a GPU"
         assert few_rows_on_gpu(torch.float32), (
-            "Triton does not run here: int8 expands every weight at every step"
+            "Triton does not run here: int8 dequantizes every weight at every step"
         )
         torch.manual_seed(0)
         for dtype, near in (torch.float32, 1e-5), (torch.bfloat16, 4e-3), (torch.float16, 5e-4):
@@ -93,7 +92,7 @@ class Checks:
                 error = float((store(x) - want).norm() / want.norm())
                 assert error < near, (dtype, n, rows, columns, error)
                 assert torch.equal(store(x[-1:]), store(x)[-1:]), (
-                    "a row's product depends on how many there are"
+                    "a row's product depends on the number of rows"
                 )
         return "within rounding"
 
@@ -116,7 +115,7 @@ class Checks:
 
     def memory_is_what_is_said_before_loading(self) -> str:
         if self.device != "cuda":
-            return "on cuda only"
+            return "skipped: needs a GPU"
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         llm = self.build(rows=8, dtype="bfloat16")
@@ -124,7 +123,7 @@ class Checks:
         said = memory_needs(llm.model.params, 1, torch.bfloat16, 2).total(8)
         seen = torch.cuda.max_memory_allocated() - before
         assert seen <= 1.2 * said + 64 * 2**20, (seen, said)
-        return f"{seen / 1e6:.0f} MB, and {said / 1e6:.0f} MB were said"
+        return f"{seen / 1e6:.0f} MB used, {said / 1e6:.0f} MB predicted"
 
     def a_gguf_file_runs(self) -> None:
         from llama.checkpoints.convert import convert
@@ -182,13 +181,13 @@ class Checks:
         if self.device == "cuda":
             assert times["bfloat16"] <= times["without graphs"], told
             assert times["int8"] <= 1.3 * times["bfloat16"], told
-        return told + " a step; this model is small: see speed.py --shape 7b"
+        return told + " per step; this model is small: see speed.py --shape 7b"
 
 
 def main(device: str = "cuda", only: str = "") -> None:
-    """Run all checks, or those whose names have `only` in them; exits with how many failed."""
+    """Run the checks whose names contain `only`; the exit status is the number of failures."""
     if device == "cuda" and not torch.cuda.is_available():
-        sys.exit("no GPU is here: --device cpu runs what a CPU can show")
+        sys.exit("no GPU found: use --device cpu to run the checks that a CPU supports")
     names = [
         name
         for name in vars(Checks)

@@ -1,7 +1,7 @@
-"""How fast a checkpoint loads, beside a plain read of its bytes: python benchmarks/load.py
+"""Compare loading a checkpoint with a plain read of its bytes: python benchmarks/load.py
 
-The shape 1b in bfloat16, as 1, 2 and 4 shards and in the Hugging Face layout, and as GGUF files
-that are held in their own bits; from a warm page cache. Prints Markdown.
+Loads the shape 1b in bfloat16, as 1, 2 and 4 shards and in the Hugging Face layout, and as GGUF
+files that stay quantized. The page cache is warm. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ def main(
     folder: str | None = None,
     only: tuple[str, ...] | str = ("",),
 ) -> None:
-    """`folder` keeps the weights; `only`: parts of the layouts' names, with commas."""
+    """Print the table.
+
+    `folder`: keep the weights there. `only`: parts of layout names, separated by commas.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         base = weights.make(shape, Path(folder or scratch))
 
@@ -75,7 +78,7 @@ def main(
                 **kind,
             )
 
-        build(next(iter(folders.values())))  # imports, and the page cache
+        build(next(iter(folders.values())))  # warms up imports and the page cache
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in folders}
         for _ in range(rounds):
             for name, path in folders.items():

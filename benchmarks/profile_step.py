@@ -1,5 +1,4 @@
-"""Where the time of one decode step and of one prompt goes: python benchmarks/profile_step.py
---shape 1b
+"""Profile one decode step and one prompt: python benchmarks/profile_step.py --shape 1b
 
 Prints, for each, the operations that take the most time on the CPU or the GPU, and the share of
 matrix products.
@@ -18,10 +17,10 @@ from contender import Ours, prompt_of
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-# What multiplies by a weight, by the names that the stores' kernels have in a profile.
+# Products with weights, by the names of their kernels in a profile.
 PRODUCTS = (
     *("llama::multiply", "linear_pointwise", "linear_dynamic_fp16", "aten::mm", "aten::addmm"),
-    # on a GPU, by the names of kernels
+    # On a GPU.
     *("int8pack_mm", "int4pack_mm", "_multiply", "gemm", "nvjet", "splitK"),
 )
 
@@ -35,7 +34,7 @@ def show(what: str, profiled: profile, repeats: int, rows: int = 12) -> None:
     ]
 
     def own(event: Any) -> float:
-        """Milliseconds in the operation itself, or in the kernel where there is a GPU."""
+        """Return the milliseconds in the operation itself, or in the kernel on a GPU."""
         return (
             float(event.self_device_time_total if gpu else event.self_cpu_time_total)
             / repeats
@@ -59,7 +58,10 @@ def main(
     length: int = 128,
     folder: str | None = None,
 ) -> None:
-    """`kind`: a dtype, int8 or int4; `batch`: rows of the step; `length`: tokens of the prompt."""
+    """Print the profiles.
+
+    `kind`: a dtype, int8 or int4. `batch`: rows per step. `length`: tokens in the prompt.
+    """
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
     repeats = 16
     with tempfile.TemporaryDirectory() as scratch:
@@ -67,7 +69,7 @@ def main(
         contender.generate([prompt_of(length)], 1)  # the first pass allocates
         with profile(activities=activities) as prompt:
             contender.generate([prompt_of(length, 1)], 1)
-        show(f"prompt of {length}", prompt, 1)
+        show(f"prompt of {length} tokens", prompt, 1)
         texts = [f"{seed}" for seed in range(batch)]
         steps = contender.llm.stream_text_completion(texts, temperature=0, max_gen_len=repeats + 8)
         for _ in range(4 * batch):

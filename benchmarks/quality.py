@@ -1,8 +1,8 @@
-"""What fewer bits cost: python benchmarks/quality.py
+"""Measure the accuracy and speed of each weight format: python benchmarks/quality.py
 
-Of each weight format: the error of a product against float64 of the same weights, activations
-having outliers; its time for one row; and the perplexity of llama-2-tiny on documents of its world
-that it was not trained on.
+Prints for each format the error of a product against float64 with the same weights and with
+outliers in the activations, the time of this product for one row, and the perplexity of
+llama-2-tiny on documents that it was not trained on.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from llama.cli.perplexity import Window, score
 from llama.quantization.formats import INT4, INT8, WeightFormat, fastest_16_bits
 
 TINY = Path(__file__).resolve().parents[1] / "llama-2-tiny"
-# of 1b's feed-forward, so many in turn that none stays in a cache
+# Matrices of 1b's feed-forward, and enough of them that none stays in a CPU cache.
 ROWS = 5632
 COLUMNS = 2048
 MATRICES = 12
@@ -45,7 +45,7 @@ def documents(count: int) -> list[str]:
 
 
 class Parameter(torch.nn.Module):
-    """A weight that no format packs."""
+    """A weight that is not packed."""
 
     def __init__(self, weight: torch.Tensor):
         super().__init__()
@@ -59,13 +59,13 @@ class Parameter(torch.nn.Module):
 
 
 def packed(weight: torch.Tensor, format: WeightFormat) -> Any:
-    """A linear weight in its format."""
+    """Return a module that multiplies by a weight in this format."""
     module = None if format.pack is None else format.pack(weight)
     return module or Parameter(weight.to(format.dtype or weight.dtype))
 
 
 def product(format: WeightFormat) -> tuple[float, float]:
-    """Relative error, and milliseconds of one row."""
+    """Return the relative error, and the milliseconds for one row."""
     generator = torch.Generator().manual_seed(0)
     matrices = []
     for _ in range(MATRICES):
@@ -81,7 +81,7 @@ def product(format: WeightFormat) -> tuple[float, float]:
 
 @torch.inference_mode()
 def main(count: int = 300) -> None:
-    """Print the table. `count`: documents."""
+    """Print the table. `count`: number of documents."""
     texts = documents(count)
     formats = {"int8": INT8, "int4": INT4}
     sixteen = fastest_16_bits()

@@ -1,10 +1,9 @@
-"""How many clients a server answers, and how soon, against other servers: python
-benchmarks/serving.py --shape 1b
+"""Compare the server with other servers: python benchmarks/serving.py --shape 1b
 
-1, 4 and 16 clients each send several prompts of 33 to 256 tokens in turn, and read 32 tokens of
-each as a stream. Every server is a process of its own on 127.0.0.1, in turns over several rounds;
-this library's own loop, given the same prompts in batches of as many, shows what HTTP costs.
-Medians go to results/, as Markdown and as a chart.
+1, 4 and 16 clients each send several prompts of 33 to 256 tokens, one after another, and stream 32
+tokens for each. Every server is a process of its own on 127.0.0.1; the servers take turns over
+several rounds. This library's own loop without HTTP, with one batch per turn of the clients, shows
+what HTTP costs. Medians go to results/, as Markdown and as a chart.
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ from endless import CONTEXT
 from speed import HERE, cpu_name
 
 NEW_TOKENS = 32
-ROWS = 16  # of this library's server
-TURNS = {1: 6, 4: 4, 16: 3}  # clients -> prompts that each sends
+ROWS = 16  # slots of this library's server
+TURNS = {1: 6, 4: 4, 16: 3}  # clients -> prompts per client
 OWN = "llama auto"
 LOOP = "llama auto without HTTP"
 TOKENS = "tokens"
@@ -48,17 +47,17 @@ FIRST = "first"
 FIRST_95 = "first_95"
 BETWEEN = "between"
 BETWEEN_95 = "between_95"
-WORKS = {TOKENS: "tokens/s in all", FIRST: "first token, s", BETWEEN: "between tokens, ms"}
+WORKS = {TOKENS: "total tokens/s", FIRST: "first token, s", BETWEEN: "between tokens, ms"}
 GREEDY = {"stream": True, "temperature": 0, "max_tokens": NEW_TOKENS}
 
 
 class Contender(NamedTuple):
-    # of its server: from a checkpoint, a port and how many clients
+    # (checkpoint, port, number of clients) -> command line of the server
     command: Callable[[Path, int, int], list[str]]
     needs: list[str]  # packages
-    ready: str = "/health"  # answers 200 once the model is there
-    texts: bool = False  # its prompts are texts of ids
-    fields: dict[str, Any] = {}  # of its requests, beside GREEDY  # noqa: RUF012
+    ready: str = "/health"  # returns 200 once the model is loaded
+    texts: bool = False  # prompts are ids as text
+    fields: dict[str, Any] = {}  # of its requests, in addition to GREEDY  # noqa: RUF012
 
 
 def endless(*arguments: Any) -> list[str]:
@@ -112,8 +111,9 @@ def transformers(*options: str) -> Contender:
 
 
 def of_ids(huggingface: Path) -> Path:
-    """Those weights with a tokenizer that reads ids with spaces, and without an id that ends a
-    text.
+    """Make a copy with a tokenizer that reads ids separated by spaces, and without EOS.
+
+    The weights are symbolic links.
     """
     folder = huggingface.with_name("huggingface-ids")
     folder.mkdir(exist_ok=True)
@@ -158,10 +158,10 @@ CONTENDERS = {
 
 
 def batches_of(clients: int, seed: int) -> list[list[list[int]]]:
-    """A prompt of each client for each turn.
+    """Return one prompt per client for each turn.
 
-    Their lengths are the same for all seeds, and on average for all clients; none begins as
-    another.
+    The lengths are the same for all seeds, and their mean is the same for all numbers of clients.
+    No two prompts share more than BOS as a prefix.
     """
     turns = TURNS[clients]
     rng = random.Random(f"{clients} {seed}")
@@ -174,14 +174,14 @@ def batches_of(clients: int, seed: int) -> list[list[list[int]]]:
 
 @contextlib.contextmanager
 def running(command: list[str], port: int, ready: str) -> Iterator[None]:
-    """A server that answers; its end when the block is left."""
+    """Start a server and wait until it is ready; end it when the block is left."""
     with tempfile.TemporaryFile("w+") as log:
         server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
             for _ in range(1200):
                 if server.poll() is not None:
                     log.seek(0)
-                    raise RuntimeError(f"ended at once: {log.read().strip()[-300:]}")
+                    raise RuntimeError(f"exited before it was ready: {log.read().strip()[-300:]}")
                 with contextlib.suppress(OSError):
                     urllib.request.urlopen(f"http://127.0.0.1:{port}{ready}", timeout=5).close()
                     break
@@ -197,7 +197,7 @@ def running(command: list[str], port: int, ready: str) -> Iterator[None]:
 
 
 def ask(port: int, body: dict[str, Any]) -> list[float]:
-    """When the request was sent, and when each of its tokens came."""
+    """Return the time at which the request was sent, and the time of each of its tokens."""
     times = [time.perf_counter()]
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     connection.request(
@@ -218,12 +218,14 @@ def ask(port: int, body: dict[str, Any]) -> list[float]:
                 reason = choice.get("finish_reason") or reason
     connection.close()
     if reason != "length":
-        raise RuntimeError(f"ended by {reason!r} after {len(times) - 1} pieces of text")
+        raise RuntimeError(
+            f"finish_reason {reason!r} instead of 'length' after {len(times) - 1} pieces of text"
+        )
     return times
 
 
 def talk(contender: Contender, port: int, batches: list[list[list[int]]]) -> list[list[float]]:
-    """The times of every request, from clients that all begin at once."""
+    """Run all clients at the same time; return the times of every request."""
     times: list[list[float]] = []
     errors: list[Exception] = []
 
@@ -248,7 +250,7 @@ def talk(contender: Contender, port: int, batches: list[list[list[int]]]) -> lis
 
 
 def measure(contender: Contender, checkpoint: Path, clients: int, seed: int) -> dict[str, float]:
-    """Of one server, or of the own loop, which tells no more than its seconds."""
+    """Measure one server, or the loop without HTTP, which only reports its seconds."""
     warming = [[p[:33] for p in batches_of(clients, -1 - seed)[0]]]
     batches = batches_of(clients, seed)
     tokens = sum(map(len, batches)) * NEW_TOKENS
@@ -278,7 +280,7 @@ def percentile(values: list[float], percent: int) -> float:
     return sorted(values)[min(len(values) - 1, len(values) * percent // 100)]
 
 
-# a contender and its clients -> what each round saw
+# (contender, number of clients) -> the results of each round
 Results = dict[tuple[str, int], list[dict[str, float]]]
 
 
@@ -291,14 +293,14 @@ def report(title: str, text: str, results: Results) -> str:
         "server",
         "clients",
         WORKS[TOKENS],
-        "of the loop without HTTP",
-        f"{WORKS[FIRST]} (95 %)",
+        "relative to the loop without HTTP",
+        f"{WORKS[FIRST]} (95th percentile)",
     ]
-    heads.append(f"{WORKS[BETWEEN]} (95 %)")
+    heads.append(f"{WORKS[BETWEEN]} (95th percentile)")
     lines = [f"## {title}", "", text, "", f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
     for (name, clients), rounds in results.items():
         loop = results.get((LOOP, clients), [])
-        # Of neighbours in time, for a machine's speed drifts.
+        # Compare neighbouring runs: the speed of a machine drifts.
         shares = [a[TOKENS] / b[TOKENS] for a, b in zip(rounds, loop, strict=False)]
         cells = [name, str(clients), f"{median(rounds, TOKENS):.1f}"]
         cells.append(f"{statistics.median(shares):.2f}" if shares else "–")
@@ -362,12 +364,12 @@ def main(
     folder: str | None = None,
     llama_server: str | None = None,
 ) -> None:
-    """Measure.
+    """Measure the servers and write the results.
 
-    `quick`: shape tiny, one round. `contenders`, `clients`: with commas; `folder` keeps the
-    weights; `llama_server`: where llama.cpp's is, if not on the PATH.
+    `quick`: shape tiny, one round. `contenders`, `clients`: separated by commas. `folder`: keep the
+    weights there. `llama_server`: path of llama.cpp's server if it is not on PATH.
     """
-    # Unwinds, so that the server that runs is ended too
+    # Unwind the stack, so that the running server ends too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if quick:
         shape = "tiny"
@@ -378,13 +380,13 @@ def main(
         )
     chosen = names(contenders) or list(CONTENDERS)
     for name in [name for name in chosen if not available(name)]:
-        print(f"{name} is skipped: see benchmarks/README.md for what it needs", file=sys.stderr)
+        print(f"{name} is skipped: see benchmarks/README.md for its requirements", file=sys.stderr)
         chosen.remove(name)
     results: Results = {}
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = weights.make(shape, Path(folder or scratch))
         for name in chosen:
-            # what it reads is made now, and not between two measurements
+            # Convert the checkpoint now and not between two measurements.
             CONTENDERS[name].command(checkpoint, 0, 1)
         for seed in range(rounds):
             for count in [clients] if isinstance(clients, int) else clients:
@@ -416,9 +418,9 @@ def main(
     )
     text = (
         f"{machine}, {threads} threads, torch {torch.__version__}; prompts of 33 to 256 tokens, {NEW_TOKENS} new ones "
-        f"each; medians, in brackets what 95 % are below."
+        f"each; medians, with the 95th percentile in parentheses."
     )
-    table = report(f"{shape}, served", text, results)
+    table = report(f"{shape}, server", text, results)
     print(table)
     if not quick:
         stem = re.sub(
@@ -426,7 +428,7 @@ def main(
         ).strip("-")
         (HERE / "results").mkdir(exist_ok=True)
         (HERE / "results" / f"{stem}.md").write_text(table)
-        chart(f"{shape}, served: blue is this library", results, HERE / "results" / f"{stem}.png")
+        chart(f"{shape}, server. Blue: this library", results, HERE / "results" / f"{stem}.png")
 
 
 if __name__ == "__main__":

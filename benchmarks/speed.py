@@ -1,8 +1,8 @@
-"""How fast, against what users would pick instead: python benchmarks/speed.py --shape 1b
+"""Compare the library's speed with alternatives: python benchmarks/speed.py --shape 1b
 
-Makes a random checkpoint of the shape, measures every contender in a process of its own, in turns
-over several rounds, and writes medians beside the machine's own limits to results/, as Markdown and
-as a chart for each kind of work.
+Makes a random checkpoint of the shape and measures every contender in a process of its own; the
+contenders take turns over several rounds. Writes medians and the limits of the machine to results/,
+as Markdown and as a chart.
 """
 
 from __future__ import annotations
@@ -28,15 +28,21 @@ from contender import CONTENDERS, DECODE_PROMPT, RAGGED_LENGTHS, RAGGED_NEW, nam
 HERE = Path(__file__).resolve().parent
 WORKS = {
     "load": "load, s",
-    "prefill_128": "prefill of 128, tokens/s",
-    "prefill_512": "prefill of 512, tokens/s",
+    "prefill_128": "prefill of 128 tokens, tokens/s",
+    "prefill_512": "prefill of 512 tokens, tokens/s",
     "decode_1": "decode, 1 row, ms/step",
     "decode_4": "decode, 4 rows, ms/step",
     "decode_16": "decode, 16 rows, ms/step",
-    "ragged": f"16 prompts of 8 to 512, {RAGGED_NEW} new each, s",
+    "ragged": f"16 prompts of 8 to 512 tokens, {RAGGED_NEW} new tokens each, s",
     "peak": "peak memory, GB",
 }
-# Of equal bits; q8_0 and q4_0 are the same file in both programs.
+# The works in the chart, with the titles of its panels.
+CHARTED = {
+    "decode_1": "1 row: ms per token\n(less is better)",
+    "decode_16": "16 rows: ms per step\n(less is better)",
+    "prefill_512": "512-token prompt: tokens/s\n(more is better)",
+}
+# Pairs to compare. q8_0 and q4_0 are the same file in both programs.
 PAIRS = [
     ("llama auto", "llama.cpp f16"),
     ("llama int8", "llama.cpp q8_0"),
@@ -62,9 +68,9 @@ def median_seconds(work: Callable[[], object], repeats: int) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """Read bandwidth in bytes/s and the best matrix rate in operations/s of any type, measured now."""
+    """Measure the read bandwidth in bytes/s and the matrix rate of each type in operations/s."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # far larger than any cache
+    # Far larger than any cache.
     data = torch.ones(2**27 if device == "cpu" else 2**31, device=device)
     bandwidth = data.nbytes / median_seconds(data.sum, 9)
     rates = {}
@@ -86,7 +92,7 @@ def cpu_name() -> str:
     capability = torch.backends.cpu.get_cpu_capability()
     flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     brand = flags.get("cpu_name") or platform.processor() or platform.machine()
-    # a process may be held to less than the CPU has
+    # A process may be limited to fewer instructions than the CPU has.
     native = "AVX512" in capability and flags.get("avx512_bf16")
     return f"{brand} {capability}{' BF16' if native else ''}"
 
@@ -104,8 +110,9 @@ def bytes_per_weight(contender: str) -> float:
 
 
 def floor(work: str, contender: str, folder: Path, limits: dict[str, Any]) -> float | None:
-    """The least that the machine could take: bytes read over bandwidth, or operations over the
-    matrix rate.
+    """Return the machine's limit for a kind of work, in the unit of its result.
+
+    The limit is set by bytes read and the bandwidth, or by operations and the matrix rate.
     """
     args = weights.args_of(folder)
     layer = (
@@ -137,8 +144,8 @@ def run(contender: str, folder: Path, quick: bool, only: str) -> dict[str, Any] 
     ] * bool(only)
     job = subprocess.run(command + ["--quick"] * quick, capture_output=True, text=True)
     if job.returncode < 0:
-        died = f"{contender} died of {signal.Signals(-job.returncode).name}"
-        advice = "its build may use instructions that this machine lacks: benchmarks/README.md has another"
+        died = f"{contender} was killed by {signal.Signals(-job.returncode).name}"
+        advice = "its build may use instructions that this machine lacks: see benchmarks/README.md for a portable build"
         print(f"{died}: {advice}" if contender.startswith("llama.cpp") else died, file=sys.stderr)
         return None
     if job.returncode:
@@ -156,9 +163,9 @@ def report(
         f"## {shape}",
         "",
         f"{limits['name']}, {limits['threads']} threads, torch {torch.__version__}; read bandwidth "
-        f"{limits['bandwidth'] / 1e9:.1f} GB/s; matrix rate, GFLOP/s: {rates}. In brackets: the share of the floor, "
-        "which is bytes of weights and cache over bandwidth for a step, operations over the best matrix rate for a "
-        "prompt.",
+        f"{limits['bandwidth'] / 1e9:.1f} GB/s; matrix rate, GFLOP/s: {rates}. In parentheses: floor / time. "
+        "The floor of a decode step is (bytes of weights + bytes of cache) / read bandwidth; the floor of a prompt is "
+        "operations / best matrix rate.",
         "",
         "| " + " | ".join(["contender", *WORKS.values()]) + " |",
         "| " + " | ".join(["---"] * (1 + len(WORKS))) + " |",
@@ -184,12 +191,12 @@ def report(
 
 
 def ratios(medians: dict[str, dict[str, float]]) -> str:
-    """The peer's time over ours for the same work, at equal bits and on the same files."""
+    """Return a table of the ratios peer's time / our time for the same work."""
     pairs = {
         (ours, peer): f"{ours}: {peer}" for ours, peer in PAIRS if {ours, peer} <= medians.keys()
     }
     lines = [
-        "| peer's time over ours | " + " | ".join(pairs.values()) + " |",
+        "| peer's time / our time | " + " | ".join(pairs.values()) + " |",
         "| --- " * (1 + len(pairs)) + "|",
     ]
     for work, title in WORKS.items():
@@ -206,7 +213,8 @@ def ratios(medians: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines) + "\n" if pairs else ""
 
 
-def charts(shape: str, medians: dict[str, dict[str, float]], target: Path) -> None:
+def charts(shape: str, medians: dict[str, dict[str, float]], limits: str, target: Path) -> None:
+    """Draw the works of CHARTED, 830 pixels wide (1,660 for high-resolution screens)."""
     if importlib.util.find_spec("matplotlib") is None:
         print("no charts: matplotlib is not installed", file=sys.stderr)
         return
@@ -215,26 +223,31 @@ def charts(shape: str, medians: dict[str, dict[str, float]], target: Path) -> No
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = [work for work in WORKS if any(work in result for result in medians.values())]
-    figure, axes = pyplot.subplots(2, -(-len(shown) // 2), figsize=(4.2 * -(-len(shown) // 2), 7))
-    for axis, work in zip(axes.flat, shown, strict=False):
-        values = {name: result[work] for name, result in medians.items() if work in result}
-        # of equal bits together
-        values = dict(sorted(values.items(), key=lambda item: -bytes_per_weight(item[0])))
-        colours = ["#3b6ea5" if name.startswith("llama ") else "#b9b9b9" for name in values]
-        scale = 1e9 if work == "peak" else 1
-        axis.barh(list(values), [value / scale for value in values.values()], color=colours)
-        axis.invert_yaxis()
-        axis.set_title(
-            f"{WORKS[work]} ({'more' if work.startswith('prefill') else 'less'} is better)",
-            fontsize=9,
-        )
-        axis.tick_params(labelsize=7)
-    for axis in axes.flat[len(shown) :]:
-        axis.set_visible(False)
-    figure.suptitle(f"{shape}: blue is this library")
+    order = sorted(medians, key=lambda name: -bytes_per_weight(name))
+    labels = [re.sub("^llama ", "ours: ", name) for name in order]
+    shown = [work for work in CHARTED if any(work in medians[name] for name in order)]
+    if not shown:
+        return
+    height = 1.1 + 0.26 * len(order)
+    figure, axes = pyplot.subplots(1, len(shown), figsize=(8.3, height), sharey=True, squeeze=False)
+    for axis, work in zip(axes[0], shown, strict=True):
+        values = [medians[name].get(work, 0.0) for name in order]
+        colours = ["#1f6fb4" if label.startswith("ours") else "#c4c4c4" for label in labels]
+        bars = axis.barh(labels, values, color=colours)
+        axis.bar_label(bars, fmt="%.0f", padding=2, fontsize=9)
+        axis.set_xlim(0, 1.2 * max(values))
+        axis.set_title(CHARTED[work], fontsize=10)
+        axis.set_xticks([])
+        axis.spines[["top", "right", "bottom"]].set_visible(False)
+        axis.tick_params(left=False, labelsize=9.5)
+    for label in axes[0][0].get_yticklabels():
+        if label.get_text().startswith("ours"):
+            label.set_color("#1f6fb4")
+            label.set_fontweight("bold")
+    axes[0][0].invert_yaxis()
+    figure.suptitle(f"Shape {shape}, {limits}. Blue: this library", fontsize=10)
     figure.tight_layout()
-    figure.savefig(target, dpi=110)
+    figure.savefig(target, dpi=200)
 
 
 def main(
@@ -245,10 +258,10 @@ def main(
     only: tuple[str, ...] | str = (),
     folder: str | None = None,
 ) -> None:
-    """Measure.
+    """Measure the contenders and write the results.
 
-    `quick`: shape tiny, one round. `contenders`, `only`: names with commas; `folder` keeps the
-    weights.
+    `quick`: shape tiny, one round. `contenders`, `only`: names separated by commas. `folder`: keep
+    the weights there.
     """
     if quick:
         shape = "tiny"
@@ -290,7 +303,8 @@ def main(
         ).strip("-")
         (HERE / "results").mkdir(exist_ok=True)
         (HERE / "results" / f"{stem}.md").write_text(text)
-        charts(shape, medians, HERE / "results" / f"{stem}.png")
+        title = f"{limits['name']}, {limits['threads']} threads"
+        charts(shape, medians, title, HERE / "results" / f"{stem}.png")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What a reader passes through who follows one call of text_completion: python benchmarks/visit.py
+"""Print the functions that one call of text_completion enters: python benchmarks/visit.py
 
-Prints the functions of `llama/` in the order in which a second call, in a warm process, first
-enters them, and counts them and the changes of file between one and the next.
+The call is the second one in its process. The functions of `llama/` are in the order in which it
+first enters them. The last line counts functions, files, and changes of file between one function
+and the next.
 """
 
 from __future__ import annotations
@@ -22,9 +23,7 @@ TINY = ROOT.parent / "llama-2-tiny"
 
 
 def visited(call: Callable[[], object]) -> list[tuple[str, str]]:
-    """(file, function) of each function of the package that a call enters, in the order first
-    entered.
-    """
+    """Return (file, function) for each function of the package, in the order first entered."""
     seen: dict[tuple[str, str], None] = {}
 
     def note(frame: FrameType, event: str, _: Any) -> None:
@@ -55,7 +54,7 @@ def main() -> None:
         print(f"{file:28} {name}")
     files = [file for file, _ in functions]
     changes = sum(before != after for before, after in itertools.pairwise(files))
-    print(f"\n{len(functions)} functions of {len(set(files))} files, {changes} changes of file")
+    print(f"\n{len(functions)} functions in {len(set(files))} files, {changes} changes of file")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""A random checkpoint of a named shape, in each layout that a contender reads.
+"""Make a random checkpoint of a named shape, in each layout that a contender reads.
 
-Equal weights, made once.
+Every layout has the same weights and is made once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ VOCAB_SIZE = 32000
 
 
 def make(shape: str, folder: Path) -> Path:
-    """The release's layout: bfloat16, one shard, and a tokenizer of 32,000 made-up words."""
+    """Make a release folder: bfloat16, one shard, and a tokenizer of 32,000 made-up words."""
     target = folder / shape
     if not (target / "tokenizer.model").exists():
         target.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def make(shape: str, folder: Path) -> Path:
         with torch.device("meta"):
             shapes = {name: tensor.shape for name, tensor in Transformer(args).state_dict().items()}
         torch.manual_seed(0)
-        device = "cuda" if torch.cuda.is_available() else "cpu"  # billions of numbers
+        device = "cuda" if torch.cuda.is_available() else "cpu"  # faster for billions of numbers
         state = {
             name: torch.ones(size, dtype=torch.bfloat16)
             if len(size) == 1
@@ -86,7 +86,7 @@ def args_of(folder: Path) -> ModelArgs:
 
 
 def as_huggingface(folder: Path) -> Path:
-    """What transformers reads."""
+    """Return the Hugging Face layout, for transformers."""
     target = folder / "huggingface"
     if not target.exists():
         convert(str(folder), str(target), "hf")
@@ -94,7 +94,7 @@ def as_huggingface(folder: Path) -> Path:
 
 
 def as_gguf(folder: Path, kind: str) -> Path:
-    """What llama.cpp reads, with linear weights and embeddings as f16, bf16, q8_0, q4_0 or q4_1."""
+    """Return a GGUF file for llama.cpp: weights in f16, bf16, q8_0, q4_0 or q4_1."""
     target = folder / f"{kind}.gguf"
     if not target.exists():
         convert(str(folder), str(target), "gguf", kind)

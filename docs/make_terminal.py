@@ -1,5 +1,6 @@
-"""Makes docs/terminal.svg from a real conversation: python docs/make_terminal.py (needs pexpect and
-rich).
+"""Make docs/terminal.svg from a real conversation: python docs/make_terminal.py
+
+Needs pexpect and rich.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ SAID = [
 
 
 def conversation() -> list[tuple[str, str]]:
-    """What is typed and what is printed, in turn; each with the style that it is shown in."""
+    """Styles and texts of what is typed and printed, in order."""
     job = pexpect.spawn(
         sys.executable,
         COMMAND.split()[1:],
@@ -31,10 +32,10 @@ def conversation() -> list[tuple[str, str]]:
         timeout=120,
         echo=False,
     )
-    job.expect("ends.\r\n\r\n")
+    job.expect("(Ctrl-C stops .*ends.)\r\n\r\n")
     shown = [
         ("bold", f"$ {COMMAND}\n"),
-        ("dim", "Ctrl-C stops an answer, /help shows what else there is.\n\n"),
+        ("dim", f"{job.match[1]}\n\n"),
     ]
     for line in SAID:
         job.expect("> ")

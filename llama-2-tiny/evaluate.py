@@ -1,5 +1,6 @@
-"""Measures llama-2-tiny on questions whose wordings it was not trained on: python
-llama-2-tiny/evaluate.py
+"""Evaluates llama-2-tiny on questions with wordings that were held out from training.
+
+Run it with: python llama-2-tiny/evaluate.py
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from llama import Llama  # noqa: E402
 def evaluate(
     folder: Path = FOLDER, count: int = 100, show_wrong: bool = False
 ) -> dict[str, tuple[int, int, int]]:
-    """Of each kind of task, greedily answered: how many right, how many ended by EOS, and how many
-    in all.
+    """Answer tasks of each kind greedily. Returns (right, ended, total) for each kind.
 
-    An answer is right if it is word for word the one that its fact and its system message ask for.
+    An answer is right if it matches the expected answer word for word, including the form that the
+    system message asks for. An answer that stopped by itself counts as ended.
     """
     llm = Llama.build(folder, folder / "tokenizer.model", max_seq_len=512, max_batch_size=25)
     figures = {}

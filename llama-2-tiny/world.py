@@ -1,9 +1,8 @@
-"""The little world that llama-2-tiny knows: 32 animals, and stories, questions and dialogs about
-them.
+"""The training data of llama-2-tiny: stories, questions and dialogs about 32 animals.
 
-Everything is drawn from a `random.Random`, so that a seed fixes it. A question puts a subject into
-a wording. Each pair of subject and attribute keeps one wording that no training document uses:
-`evaluation` asks only in those.
+All random choices come from a `random.Random`, so a seed reproduces them. A question is made by
+filling a subject into a wording. For each pair of subject and attribute, one wording is held out
+from training: `evaluation` uses only held-out wordings.
 """
 
 from __future__ import annotations
@@ -112,7 +111,7 @@ EVERYONE = list(ANIMALS.values())
 
 
 def a(noun: str) -> str:
-    """With its article: "owl" -> "an owl"."""
+    """The noun with its indefinite article: "owl" -> "an owl"."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
@@ -120,17 +119,17 @@ def capital(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-# Questions
+# ---- Questions ----
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """A fact that every animal has: its questions, its answer as a sentence, and as one word."""
+    """A fact about each animal: its questions, and its answer as a sentence and as one word."""
 
     sentence: str
     word: Callable[[Animal], str]
-    wordings: tuple[str, ...]  # name the subject
-    follow_ups: tuple[str, ...] = ()  # lean on the subject of the turn before
+    wordings: tuple[str, ...]  # questions that name the subject
+    follow_ups: tuple[str, ...] = ()  # questions that refer to the subject of the previous turn
 
 
 ATTRIBUTES = {
@@ -278,7 +277,7 @@ ATTRIBUTES = {
             "And which treasure does it have?",
         ),
     ),
-    # The other way round: the subject is a fact, the answer an animal.
+    # Reversed questions: they give a fact, and the answer is an animal.
     "who is called": Attribute(
         "{name} is the {kind}.",
         lambda x: x.kind,
@@ -327,8 +326,9 @@ def fill(template: str, animal: Animal) -> str:
 def wording(
     rng: Random, wordings: tuple[str, ...], animal: Animal, attribute: str, held_out: bool
 ) -> str:
-    """One of the wordings for this animal and attribute: the one that is kept from training, or any
-    of the others.
+    """A question about this animal and attribute.
+
+    It uses the held-out wording if `held_out`, else a random one of the others.
     """
     kept = (EVERYONE.index(animal) + list(ATTRIBUTES).index(attribute)) % len(wordings)
     choices = (wordings[kept],) if held_out else wordings[:kept] + wordings[kept + 1 :]
@@ -336,7 +336,7 @@ def wording(
 
 
 def by_name(text: str, animal: Animal) -> str:
-    """The animal called by its name: "Where does the fox live?" -> "Where does Ruby live?"."""
+    """Use the animal's name: "Where does the fox live?" -> "Where does Ruby live?"."""
     return text.replace(f"the {animal.kind}", animal.name).replace(
         f"The {animal.kind}", animal.name
     )
@@ -344,7 +344,7 @@ def by_name(text: str, animal: Animal) -> str:
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer as a sentence and as one word, before a system message gives it its form."""
+    """An answer as a sentence and as one word, before the form of a system message is applied."""
 
     sentence: str
     word: str
@@ -356,7 +356,7 @@ def reply(animal: Animal, attribute: str) -> Reply:
 
 
 def in_sentence(text: str) -> str:
-    """A sentence as it continues after a comma: names and "I" keep their capital."""
+    """A sentence with its first letter in lower case, unless it starts with a name or "I"."""
     return (
         text
         if text.split()[0] in {x.name for x in EVERYONE} | {"I"}
@@ -384,7 +384,7 @@ def smiley(reply: Reply) -> str:
     return f"{reply.sentence} \N{SLIGHTLY SMILING FACE}"
 
 
-# System messages and the form that they ask for
+# System messages, each with the form that it asks for.
 FORMS: dict[str, Callable[[Reply], str]] = {
     "Answer in one word.": one_word,
     "Always answer with a single word.": one_word,
@@ -405,7 +405,8 @@ PLAIN_SYSTEMS = (
 )
 
 
-# What lies outside the world
+# ---- Subjects and questions outside the world ----
+
 NOT_HERE = """
 lion tiger whale dragon robot king queen train moon shark zebra panda camel elephant giraffe monkey parrot penguin
 unicorn ghost teacher doctor pilot farmer baker wizard giant princess spider eagle seal dolphin koala kangaroo rhino
@@ -456,8 +457,10 @@ ENDS = "b ck d ff g l ll m n nd ng p r rd st t x"
 
 
 def made_up(rng: Random) -> str:
-    """A word that means nothing, so that "I do not know" is learnt for any stranger, not for a list
-    of them.
+    """A random word without meaning.
+
+    With such words the model learns to answer "I do not know" for any unknown subject, not only
+    for a list of them.
     """
     syllables = [
         rng.choice(ONSETS.split()) + rng.choice(VOWELS.split()) for _ in range(rng.randint(1, 3))
@@ -481,7 +484,7 @@ def beyond_question(rng: Random, strangers: list[str]) -> str:
 
 
 def neighbours(rng: Random) -> tuple[str, str]:
-    """Who lives at a place: the only question with two right answers."""
+    """A question about who lives at a place, and its answer, which names two animals."""
     place = rng.choice(EVERYONE).place
     both = " and ".join(x.the for x in EVERYONE if x.place == place)
     ask = rng.choice(
@@ -532,7 +535,7 @@ SMALL_TALK = (
 )
 
 
-# Stories
+# ---- Stories ----
 
 
 def opening(rng: Random, x: Animal) -> list[str]:
@@ -754,7 +757,7 @@ ENDINGS = (
 
 def story(rng: Random, x: Animal, plots: int = 1) -> str:
     sentences = opening(rng, x)
-    # Friends meet for the first time before they do anything else.
+    # The first meeting of the friends comes before any other plot.
     for plot in sorted(rng.sample(PLOTS, plots), key=lambda plot: plot is not meeting):
         sentences += plot(rng, x)
     if rng.random() < 0.4 * plots:
@@ -786,7 +789,7 @@ def day(rng: Random, x: Animal) -> str:
     return " ".join([starts[start], *(rest[what] for what in others if what in chosen)])
 
 
-# Each fact as a first sentence, and as one that goes on about the same animal
+# Each fact as a first sentence, and as a later sentence about the same animal.
 FACTS = (
     ("The {kind} lives {place}.", "It lives {place}."),
     ("The {kind} eats {food}.", "It eats {food}."),
@@ -807,11 +810,11 @@ def description(rng: Random, x: Animal) -> str:
     return " ".join([fill(first, x), *(fill(sentence, x) for _, sentence in rest)])
 
 
-# Documents
+# ---- Documents ----
 
 
 def one_question(rng: Random, held_out: bool) -> tuple[str, Reply, Animal, str]:
-    """A question that stands alone, its reply, its subject and its attribute."""
+    """A self-contained question, with its reply, subject and attribute."""
     animal = rng.choice(EVERYONE)
     attribute = rng.choice(list(ATTRIBUTES))
     question = wording(rng, ATTRIBUTES[attribute].wordings, animal, attribute, held_out)
@@ -825,12 +828,12 @@ def one_question(rng: Random, held_out: bool) -> tuple[str, Reply, Animal, str]:
 def next_question(
     rng: Random, x: Animal, before: str, held_out: bool
 ) -> tuple[str, Reply, Animal, str]:
-    """A question that leans on the one before, which asked for attribute `before` of x."""
+    """A follow-up to a question about attribute `before` of x."""
     if before in ASKED_AGAIN and rng.random() < 0.35:
         y = rng.choice([y for y in EVERYONE if y is not x])
         return wording(rng, SAME_AGAIN, y, before, held_out), reply(y, before), y, before
-    # Two directions of one fact, such as "Who eats honey?" and "What does it eat?", would be a
-    # silly pair.
+    # Do not ask for the same fact in both directions, as in "Who eats honey?" and "What does it
+    # eat?".
     same = {"who is called": "name", "who eats": "food", "who has": "treasure"}.get(before, before)
     attribute = rng.choice([name for name in ASKED_AGAIN if name != same])
     wordings = ATTRIBUTES[attribute].follow_ups
@@ -854,21 +857,21 @@ def assistant(content: str) -> Message:
 
 
 def begin(rng: Random, system: float) -> tuple[Dialog, Callable[[Reply], str]]:
-    """With probability `system` a system message, and the form in which it wants its answers."""
+    """The start of a dialog, with a system message at probability `system`, and its answer form."""
     if rng.random() >= system:
         return [], lambda reply: reply.sentence
     if rng.random() < 0.12:
         return [
             {"role": "system", "content": rng.choice(PLAIN_SYSTEMS)}
         ], lambda reply: reply.sentence
-    # One word is the hardest form, as it names the fact before the sentence could lead to it: it is
-    # practised more.
+    # The one-word form is the hardest, because no words of a sentence lead up to the fact. It is
+    # drawn three times as often as the others.
     (content,) = rng.choices(list(FORMS), [3 if form is one_word else 1 for form in FORMS.values()])
     return [{"role": "system", "content": content}], FORMS[content]
 
 
 def question_dialog(rng: Random, turns: int, system: float, held_out: bool) -> Dialog:
-    """A question and follow-ups that lean on it, all answered."""
+    """A dialog of a question and further questions, most of them follow-ups, all answered."""
     dialog, form = begin(rng, system)
     question, answer, animal, attribute = one_question(rng, held_out)
     dialog += [user(question), assistant(form(answer))]
@@ -882,7 +885,7 @@ def question_dialog(rng: Random, turns: int, system: float, held_out: bool) -> D
 
 
 def told(rng: Random) -> tuple[Message, Message, Animal]:
-    """A story or a description that the user asks for."""
+    """A user's request for a story or a description, the answer, and the animal."""
     x = rng.choice(EVERYONE)
     who = rng.choice((x.the, x.the, x.the, a(x.kind), x.name))
     if rng.random() < 0.3:
@@ -904,7 +907,7 @@ def told(rng: Random) -> tuple[Message, Message, Animal]:
 
 
 def chat(rng: Random, held_out: bool) -> Dialog:
-    """A dialog that is not only questions about one animal."""
+    """A dialog with stories, small talk, unanswerable questions and facts."""
     kind = rng.random()
     if kind < 0.4:
         ask, answer, animal = told(rng)
@@ -931,9 +934,7 @@ def chat(rng: Random, held_out: bool) -> Dialog:
 
 
 def casual(rng: Random, dialog: Dialog) -> Dialog:
-    """The same dialog from a user in a hurry: now and then without capitals, or without a mark at
-    the end.
-    """
+    """In one of ten dialogs, leave out the user's capitals, final punctuation, or both."""
     if rng.random() < 0.9:
         return dialog
     lower, bare = rng.choice(((True, True), (True, False), (False, True)))
@@ -946,9 +947,7 @@ def casual(rng: Random, dialog: Dialog) -> Dialog:
 
 
 def document(rng: Random, held_out: bool = False) -> Document:
-    """One document of any kind; with `held_out`, its questions are in the wordings that are kept
-    from training.
-    """
+    """A document of a random kind. If `held_out`, its questions use the held-out wordings."""
     draw = rng.random()
     if draw < 0.15:
         return story(rng, rng.choice(EVERYONE), rng.choice((1, 1, 1, 1, 1, 1, 1, 2, 3)))
@@ -966,12 +965,12 @@ def document(rng: Random, held_out: bool = False) -> Document:
     return casual(rng, question_dialog(rng, turns, 0.5, held_out))
 
 
-# Evaluation
+# ---- Evaluation ----
 
 
 @dataclass(frozen=True)
 class Task:
-    """A dialog that asks for an answer, and the only answer that counts as right, form included."""
+    """A dialog that ends with a question, and the only answer that counts as right."""
 
     dialog: Dialog
     answer: str
@@ -981,7 +980,7 @@ class Task:
 
 
 def distinct(count: int, draw: Callable[[], Dialog]) -> list[Task]:
-    """`count` different tasks: the dialogs drawn, whose last answer is what is asked for."""
+    """`count` different tasks. `draw` returns dialogs that end with the expected answer."""
     tasks: list[Task] = []
     while len(tasks) < count:
         *dialog, answer = draw()
@@ -992,9 +991,7 @@ def distinct(count: int, draw: Callable[[], Dialog]) -> list[Task]:
 
 
 def evaluation(seed: int = 2024, count: int = 100) -> dict[str, list[Task]]:
-    """`count` tasks of each kind, every question in a wording that training never used for its
-    subject.
-    """
+    """`count` tasks of each kind. The questions use the held-out wordings."""
     rng = Random(seed)
     forms = cycle(FORMS)
 

@@ -1,4 +1,4 @@
-"""python -m llama: the names of the commands."""
+"""The commands of `python -m llama`."""
 
 from __future__ import annotations
 

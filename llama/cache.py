@@ -1,7 +1,7 @@
-"""Keys and values of tokens that were run before, and the views of them that a pass attends to.
+"""The KV cache, and the views of it that a forward pass attends to.
 
-A pass is told where its tokens stand by what the original calls `start_pos`: an integer, as there,
-or a View that the engine makes. Both have one method that attention calls: `update`.
+`start_pos` gives the positions of a pass's tokens: an integer, as in the original, or a View made
+by the engine. Attention wraps an integer in a View as well, and always calls `View.update`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from .ops import CausalMask
 
 
 class KVCache:
-    """Keys and values of every layer, each (n_slots, n_local_kv_heads, length, head_dim).
+    """The preallocated keys and values of every layer.
 
-    Slot i holds those of `token_ids[i]`, at positions 0 onward, and nothing that counts beyond
-    them. This is the one record of what was computed: whoever writes to a slot shortens its ids
-    before, and lengthens them once the keys and values are written.
+    `k[layer]` and `v[layer]` are (n_slots, n_local_kv_heads, length, head_dim). Slot i holds the
+    keys and values of the tokens `token_ids[i]`, from position 0 on. Anything beyond them is
+    ignored. `token_ids` is the only record of what has been computed: to write to a slot, first
+    shorten its ids, then write the keys and values, then append the new ids.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class KVCache:
     def allocate(
         self, n_layers: int, dtype: torch.dtype | None, device: torch.device | None
     ) -> None:
-        """Take memory of a type on a device, and hold nothing."""
+        """Allocate zeros for `n_layers` layers and empty all slots."""
         like = torch.empty(0, dtype=dtype, device=device)
         self.dtype = like.dtype
         self.device = like.device
@@ -54,35 +55,35 @@ class KVCache:
         self.clear()
         self.grow(n_layers)
 
-    @torch.inference_mode(False)  # a tensor made in inference mode could not be written to outside
+    @torch.inference_mode(False)  # inference tensors cannot be written outside inference mode
     def grow(self, n_layers: int) -> None:
-        """Have at least so many layers."""
+        """Add layers until there are at least `n_layers`."""
         while len(self.k) < n_layers:
-            # Zeros, not empty: masked positions are multiplied by 0, and 0 × NaN would be NaN.
+            # Zeros, not torch.empty: masked values are multiplied by 0, and 0 × NaN is NaN.
             self.k.append(torch.zeros(self.shape, dtype=self.dtype, device=self.device))
             self.v.append(torch.zeros(self.shape, dtype=self.dtype, device=self.device))
 
     def prefix_length(self, slot: int, ids: list[int]) -> int:
-        """How many of `ids`, from the first on, a slot holds."""
+        """Length of the longest prefix of `ids` that the slot holds."""
         cached = self.token_ids[slot]
         if ids[: len(cached)] == cached:
             return len(cached)
-        # By halves, so that lists are compared in C.
+        # Bisection, so that lists are compared in C.
         lengths = range(min(len(cached), len(ids)) + 1)
         return bisect_left(lengths, True, key=lambda n: cached[:n] != ids[:n]) - 1
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Empty all slots."""
         self.token_ids: list[list[int]] = [[] for _ in range(self.n_slots)]
 
     def truncate(self, slot: int, length: int) -> None:
-        """Keep no more than the first `length` tokens of a slot."""
+        """Keep at most the first `length` tokens of a slot."""
         del self.token_ids[slot][length:]
 
     def swap(self, a: int, b: int) -> None:
-        """Let two slots change places.
+        """Exchange the contents of two slots.
 
-        Until it is done they hold nothing: an interrupt costs no more than time.
+        Both are empty until the exchange is complete, so an interrupt costs only time.
         """
         if a == b:
             return
@@ -98,7 +99,7 @@ class KVCache:
         self.token_ids[b] = ids_a
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Let `target` hold the first `length` tokens of `source`."""
+        """Copy the first `length` tokens of slot `source` to slot `target`."""
         ids = self.token_ids[source][:length]
         self.token_ids[target] = []
         for layer in (*self.k, *self.v):
@@ -106,15 +107,16 @@ class KVCache:
         self.token_ids[target] = ids
 
     def wipe(self) -> None:
-        """Put zeros wherever no token is held: even a masked position is multiplied, and a NaN
-        would spread.
+        """Zero all positions that hold no token, to remove NaNs.
+
+        Masked values are multiplied by 0, and 0 × NaN is NaN.
         """
         for layer in (*self.k, *self.v):
             for slot, ids in enumerate(self.token_ids):
                 layer[slot, :, len(ids) :] = 0
 
     def apply(self, layer: int, function: Callable[[Tensor], Tensor]) -> None:
-        """Move or convert one layer's part, as Module.to does with parameters."""
+        """Move or convert one layer, as Module.to does. If its tensors change, empty all slots."""
         before = self.k[layer]
         self.k[layer] = function(before)
         self.v[layer] = function(self.v[layer])
@@ -125,32 +127,37 @@ class KVCache:
 
 
 class KeyValues(NamedTuple):
-    """What some of a pass' tokens attend to."""
+    """The keys and values that some of a pass's tokens attend to."""
 
-    tokens: slice  # which of them, along the sequence
+    tokens: slice  # these tokens, along the sequence dimension
     keys: Tensor  # (bsz, n_local_kv_heads, length, head_dim)
     values: Tensor
-    mask: CausalMask | Tensor | None  # as ops.attention takes it
+    mask: CausalMask | Tensor | None  # for ops.attention
 
 
 class View:
-    """Where the tokens of a pass stand, in place of the original's integer `start_pos`.
+    """The slots and positions of a pass's tokens; replaces the original's integer `start_pos`.
 
-    `positions`, of the shape of the pass' tokens, are those of their slots. A replaced
-    Attention.forward hands its keys and values to `update`, which caches them and returns what the
-    queries attend to. It is no number: arithmetic and comparisons raise a TypeError.
+    The engine passes a View to every layer. `positions` has the shape of the pass's tokens and
+    gives the position of each token in its slot. An Attention.forward of your own passes its new
+    keys and values to `update`, which caches them and returns what the queries attend to. A View is
+    not a number: arithmetic and comparisons raise a TypeError that says what to use instead.
     """
 
     positions: Tensor
 
     def update(self, cache: KVCache | None, layer: int, xk: Tensor, xv: Tensor) -> list[KeyValues]:
-        """Cache a layer's keys and values, (*positions.shape, n_local_kv_heads, head_dim)."""
+        """Cache one layer's keys and values, and return those that the tokens attend to.
+
+        `xk` and `xv` are (*positions.shape, n_local_kv_heads, head_dim). Pass each returned
+        KeyValues to ops.attention, with the queries of its `tokens`.
+        """
         raise NotImplementedError
 
     def _is_no_number(self, *_: Any) -> NoReturn:
         raise TypeError(
-            "start_pos is a view of the cache, not an integer: the engine runs sequences at "
-            "positions of their own. Use start_pos.positions, and for keys and values "
+            "start_pos is a view of the cache, not an integer: in the engine, each sequence "
+            "has its own positions. Use start_pos.positions, and for keys and values "
             "start_pos.update(self.cache, self.layer_id, xk, xv)"
         )
 
@@ -161,9 +168,9 @@ class View:
 
 
 class Sequences(View):
-    """The view of an integer start_pos: slots 0 to bsz - 1, each from `start_pos` on.
+    """The view for an integer start_pos: slots 0 to bsz - 1, positions `start_pos` on.
 
-    The mask is the caller's.
+    The caller supplies the mask.
     """
 
     def __init__(self, start_pos: int, mask: Tensor | None):
@@ -177,32 +184,31 @@ class Sequences(View):
         end = start + seqlen
         if start < 0 or end > cache.length or bsz > cache.n_slots:
             raise ValueError(
-                f"{bsz} rows reach position {end}, and the cache has {cache.n_slots} rows of "
+                f"{bsz} rows reach position {end}, and the cache has {cache.n_slots} slots of "
                 f"{cache.length} positions: pass fewer"
             )
         for slot in range(bsz):
-            cache.truncate(slot, start)  # what else the slots held is overwritten
+            cache.truncate(slot, start)  # later tokens are overwritten
         keys = cache.k[layer][:bsz, :, :end]
         values = cache.v[layer][:bsz, :, :end]
-        # Without gradients, which would hold on to every pass that ever wrote to the cache.
+        # Detached: otherwise every pass that ever wrote to the cache would be kept alive.
         keys[:, :, start:] = xk.detach().transpose(1, 2)
         values[:, :, start:] = xv.detach().transpose(1, 2)
-        if torch.is_grad_enabled() and xk.requires_grad:  # but to these tokens they go
+        if torch.is_grad_enabled() and xk.requires_grad:  # gradients flow through the new tokens
             keys = torch.cat((keys[:, :, :start], xk.transpose(1, 2)), dim=2)
             values = torch.cat((values[:, :, :start], xv.transpose(1, 2)), dim=2)
         mask: CausalMask | Tensor | None = self.mask
-        if (
-            mask is None and seqlen == 1
-        ):  # sees all there is; kernels that go by positions are sooner
+        # A single token attends to all positions. Kernels that take positions are faster.
+        if mask is None and seqlen == 1:
             positions = torch.full((bsz, 1), start, device=xk.device)
             mask = CausalMask(positions, end, 1)
         return [KeyValues(slice(None), keys, values, mask)]
 
 
 class Uncached(View):
-    """A pass over whole sequences from position 0 on, without a cache.
+    """The view for training: whole sequences from position 0 on, without a cache.
 
-    Tokens attend to each other alone.
+    Each token attends to its own row, up to its own position.
     """
 
     def __init__(self, tokens: Tensor):
@@ -217,10 +223,10 @@ class Uncached(View):
 
 
 class DecodeBatch(View):
-    """A pass over tokens (n, seqlen) of the first n slots, at positions (n, seqlen) of their own.
+    """The view for decoding: tokens (n, seqlen) of the first n slots, at `positions` (n, seqlen).
 
-    Each attends to its slot's first `length` positions up to its own. `n_rep` query heads share a
-    key head.
+    Each token attends to its slot's positions up to its own, all below `length`. `n_rep` query
+    heads share a key head.
     """
 
     def __init__(self, cache: KVCache, positions: Tensor, length: int, n_rep: int):
@@ -239,7 +245,7 @@ class DecodeBatch(View):
 
 
 class Span(NamedTuple):
-    """Tokens that follow each other in a slot, the first of them at position `start`."""
+    """Consecutive tokens of a slot, the first one at position `start`."""
 
     slot: int
     start: int
@@ -247,11 +253,11 @@ class Span(NamedTuple):
 
 
 class PrefillBatch(View):
-    """A pass over spans of several slots, one after another as tokens (1, total), without padding.
+    """The view for prefill: spans of several slots, concatenated to (1, total) without padding.
 
-    `wanted` are the places in that row whose logits are wanted; each is multiplied by `output` as
-    if it were a row's next token. The pass leaves the final norm's output of all its tokens,
-    (total, dim), in `states`.
+    `wanted` are the indices of the tokens whose logits are needed. `output` gets each as a row of
+    one token, as in a decode pass. The pass stores the final norm's output for all tokens, (total,
+    dim), in `states`.
     """
 
     def __init__(self, cache: KVCache, spans: Sequence[Span], n_rep: int, wanted: Sequence[int]):

@@ -1,4 +1,4 @@
-"""Dialogs -> token ids: roles, Llama 2's layout of [INST] and <<SYS>>, and forbidden tags."""
+"""Dialogs -> token ids: checks of roles and tags, and Llama 2's [INST] and <<SYS>> layout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Role = Literal["system", "user", "assistant"]
 
 
 class Message(TypedDict):
-    """Further keys, such as a name, are ignored."""
+    """A message of a dialog. Other keys, such as a name, are ignored."""
 
     role: Role
     content: str
@@ -31,9 +31,9 @@ UNSAFE_ERROR = "Error: special tags are not allowed as part of the prompt."
 
 
 def has_special_tags(dialog: Dialog, tokenizer: Tokenizer | None = None) -> bool:
-    """Whether a message contains one of the layout's own tags, and so could pose as another role.
+    """Whether a message contains one of the layout's tags and so could imitate another role.
 
-    <step> is one of them where `tokenizer` has that piece.
+    If `tokenizer` has the piece <step>, it is one of the tags.
     """
     tags = SPECIAL_TAGS
     if tokenizer is not None and tokenizer.step_id >= 0:
@@ -42,14 +42,14 @@ def has_special_tags(dialog: Dialog, tokenizer: Tokenizer | None = None) -> bool
 
 
 def chat_end_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """The ids that end an answer, and are no part of it."""
+    """The ids that end an answer and are not part of it."""
     return frozenset({tokenizer.eos_id, tokenizer.step_id} - {-1})
 
 
 def check_dialogs(dialogs: Any) -> list[list[Message]]:
-    """`dialogs` as lists of messages in order, without further keys.
+    """Return `dialogs` as lists of messages, without other keys.
 
-    Raises as check_dialog does, naming the dialog.
+    Raises the errors of check_dialog, which give the number of the dialog.
     """
     if isinstance(dialogs, (str, bytes, dict)) or not isinstance(dialogs, Iterable):
         message = dialogs if isinstance(dialogs, dict) else {"role": "user", "content": dialogs}
@@ -62,13 +62,13 @@ def check_dialogs(dialogs: Any) -> list[list[Message]]:
 
 
 def check_dialog(dialog: Any, name: str = "dialog", of: str = "") -> list[Message]:
-    """`dialog` as a list of its messages, without further keys.
+    """Return `dialog` as a list of messages, without other keys.
 
-    Errors call it `name`, and a message "{of}message 0".
+    Errors call the dialog `name`, and its first message "{of}message 0".
 
-    Raises TypeError for a lone message or text, which is iterable too and never what was meant;
-    ValueError or TypeError for a message that is none; Refusal, a ValueError, unless roles are an
-    optional system, then user and assistant in turn, user last.
+    Raises TypeError if `dialog` is a single message or a str, which are iterable too; ValueError or
+    TypeError if a message is malformed; Refusal, a ValueError, unless the roles are an optional
+    system, then user and assistant in turn, ending with user.
     """
     if isinstance(dialog, dict):
         raise TypeError(
@@ -97,26 +97,26 @@ def check_dialog(dialog: Any, name: str = "dialog", of: str = "") -> list[Messag
         messages.append(Message(role=role, content=content))
     if expected == "user":
         raise Refusal(
-            f"{of}message {len(messages)}: expected role 'user' as the last one, got none"
+            f"{of}message {len(messages)}: expected a last message of role 'user', got none"
         )
     return messages
 
 
 def encode_dialog(dialog: Dialog, tokenizer: Tokenizer) -> list[int]:
-    """The prompt that asks for the next assistant message.
+    """Encode a dialog as the prompt for the next assistant message.
 
-    A system message is folded into the first user message:
-    "<<SYS>>\\n{system}\\n<</SYS>>\\n\\n{user}". Each finished exchange is "[INST] {user} [/INST]
-    {assistant} " between BOS and EOS, encoded by itself; the last user message is "[INST] {user}
-    [/INST]" after BOS. Contents are stripped. With a tokenizer that has <step>, see encode_steps.
+    A system message becomes part of the first user message:
+    "<<SYS>>\\n{system}\\n<</SYS>>\\n\\n{user}". Each completed exchange is encoded separately, as
+    "[INST] {user} [/INST] {assistant} " between BOS and EOS. The last user message is BOS, then
+    "[INST] {user} [/INST]". Contents are stripped. For tokenizers with <step>, see encode_steps.
 
-    Raises ValueError for roles out of order and for a message with one of the layout's tags,
-    TypeError for no dialog.
+    Raises ValueError if roles are out of order, a message contains one of the layout's tags or the
+    model has another chat layout; TypeError if `dialog` is not a list of messages.
     """
     if tokenizer.chat_template is not None and B_INST not in tokenizer.chat_template:
         raise ValueError(
-            f"the model's chat template has no {B_INST}: it is no Llama 2 chat model, "
-            "so write its own prompts as text"
+            f"the model's chat template has no {B_INST}: it is not a Llama 2 chat model, "
+            "so pass its prompts as text"
         )
     messages = check_dialog(dialog)
     if has_special_tags(messages, tokenizer):

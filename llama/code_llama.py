@@ -1,7 +1,7 @@
-"""Code Llama's own prompts, for tokenizers that have the pieces they need.
+"""Code Llama's prompts: infilling, and the dialogs of its 70B chat model.
 
-Rozière et al. 2023, arXiv:2308.12950. Infilling, with the 7B and 13B models, writes the text
-between two others. Steps are the dialogs of CodeLlama-70b-Instruct.
+Rozière et al. 2023, arXiv:2308.12950. Infilling (7B and 13B) generates the text between a prefix
+and a suffix. CodeLlama-70b-Instruct ends each message of a dialog with <step>.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from collections.abc import Sequence
 
 from .tokenizer import Tokenizer
 
-# Begins a text, so that SentencePiece's own space before a text's first word comes before it and is
-# cut off with it.
+# Encoded before a text and then cut off, together with the space that SentencePiece adds before the
+# first word.
 MARK = "☺"
 
 STEP = "<step>"
 
 
 def check_infilling(tokenizer: Tokenizer, prefixes: Sequence[str], suffixes: Sequence[str]) -> None:
-    """Raise ValueError unless the tokenizer can mark prefix, suffix, middle and end.
+    """Raise ValueError unless the tokenizer has the pieces for infilling.
 
-    There have to be as many prefixes as suffixes.
+    Also raises ValueError if the number of prefixes differs from the number of suffixes.
     """
     ids = {
         "▁<PRE>": tokenizer.prefix_id,
@@ -36,7 +36,7 @@ def check_infilling(tokenizer: Tokenizer, prefixes: Sequence[str], suffixes: Seq
             )
     if len(prefixes) != len(suffixes):
         raise ValueError(
-            f"prefixes are {len(prefixes)} and suffixes {len(suffixes)}: pass as many of each"
+            f"got {len(prefixes)} prefixes and {len(suffixes)} suffixes: pass equal numbers"
         )
 
 
@@ -45,7 +45,7 @@ def encode_infilling(
 ) -> list[int]:
     """BOS <PRE> prefix <SUF> suffix <MID>, or BOS <PRE> <SUF> suffix <MID> prefix.
 
-    The latter with `suffix_first`. The suffix has no space before its first word.
+    The second form is for `suffix_first`. The suffix gets no space before its first word.
     """
     before = tokenizer.encode(prefix, bos=False, eos=False)
     mark = tokenizer.encode(MARK, bos=False, eos=False)
@@ -58,11 +58,11 @@ def encode_infilling(
 
 
 def encode_steps(messages: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> list[int]:
-    """One BOS, then each message (role, content) and <step>, then the head of the answer.
+    """BOS, then each message (role, content) followed by <step>, then the answer's header.
 
-    A message is its head, " Source: {role}", and, unless it is empty, its body, "\\n\\n {content}",
-    stripped; each is encoded by itself. There is always a system message, without a body where none
-    is given.
+    A message is its header, " Source: {role}", and, unless the content is empty, its body,
+    "\\n\\n {content}", with the content stripped. Header and body are encoded separately. A missing
+    system message is added, without a body.
     """
     if messages[0][0] != "system":
         messages = [("system", ""), *messages]

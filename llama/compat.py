@@ -1,6 +1,6 @@
 """The private parts of PyTorch that this library uses, in one place.
 
-Seen with PyTorch 2.6 to 2.13. Where a release renames one of them, this is the file to change.
+They exist in PyTorch 2.6 to 2.13. If a release renames one of them, change this file.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def constant(function: F) -> F:
-    """torch.compiler.assume_constant_result, without importing the compiler: most of a second."""
+    """torch.compiler.assume_constant_result without importing the compiler (most of a second)."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
-profiler = torch.autograd.profiler  # its _is_profiler_enabled says whether somebody profiles
+profiler = torch.autograd.profiler  # _is_profiler_enabled: whether a profiler is active
 
 is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 
-# Hooks on all modules, by their numbers. A number is never given twice.
+# Global hooks, which run for all modules, by id. Ids are never reused.
 GLOBAL_HOOKS: list[dict[int, Any]] = [
     torch.nn.modules.module._global_forward_hooks,
     torch.nn.modules.module._global_forward_pre_hooks,
@@ -34,14 +34,14 @@ GLOBAL_HOOKS: list[dict[int, Any]] = [
 
 @constant
 def has_bfloat16_products() -> bool:
-    """Whether this CPU multiplies bfloat16 (AVX512-BF16; every CPU with AMX has it too)."""
+    """Whether this CPU can multiply bfloat16 (AVX512-BF16, which every CPU with AMX also has)."""
     if "AVX512" not in torch.backends.cpu.get_cpu_capability():
         return False
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def pack_bfloat16(weight: Tensor) -> Any:
-    """A weight in oneDNN's own blocks."""
+    """Pack a weight into oneDNN's blocked layout."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16())
 
 
@@ -51,7 +51,7 @@ def multiply_packed_bfloat16(x: Tensor, packed: Any) -> Tensor:
 
 
 def pack_int4(q: Tensor, tiles: int) -> Tensor:
-    """Values in [0, 15], (rows, inputs) int32, laid out for PyTorch's kernel of their device."""
+    """Pack q, (rows, inputs) int32 in [0, 15], for PyTorch's int4 kernel on its device."""
     if q.is_cuda:
         pairs = (q[:, ::2] << 4 | q[:, 1::2]).to(torch.uint8)
         return torch._convert_weight_to_int4pack(pairs, tiles)
@@ -68,7 +68,7 @@ def multiply_int8(x: Tensor, q: Tensor, scales: Tensor) -> Tensor:
 
 
 def hash_store() -> Any:
-    """A store for a process group of one process, which needs no port."""
+    """A store for a single-process group; it needs no port."""
     return dist.HashStore()  # type: ignore[attr-defined]
 
 

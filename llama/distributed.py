@@ -1,4 +1,4 @@
-"""This rank among the others, how a process joins and leaves them, and which device is its own."""
+"""The ranks that share a model: process groups, collectives and each rank's device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-# Unused; imported later, its default arguments would keep the process group alive
+# Not used. If it were imported later, its default arguments would keep the process group alive.
 import torch.distributed.nn
 from fairscale.nn.model_parallel import initialize as fs_init
 from torch import Tensor
@@ -27,19 +27,19 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """The `size` ranks that share a model, seen from one of them, whose number is `rank`."""
+    """The `size` ranks that share a model, as seen from rank number `rank`."""
 
     def __init__(self, size: int = 1, rank: int = 0, group: dist.ProcessGroup | None = None):
-        # one rank has no group, and nothing to say to it
+        # A single rank has no group and does not communicate.
         self.size = size
         self.rank = rank
         self.group = group
         self.asking = False
-        self.thread: threading.Thread | None = None  # the one that speaks to the others
+        self.thread: threading.Thread | None = None  # the one that communicates with other ranks
         self.lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # a copy of a model, or one read from a pickle, is of the ranks it comes to
+        # A copied or unpickled model belongs to the ranks of the process that makes it.
         return model_ranks, ()
 
     def __deepcopy__(self, memo: object) -> Ranks:
@@ -48,47 +48,47 @@ class Ranks:
     def split(self, n: int) -> int:
         """One rank's part of a dimension.
 
-        The checkpoint was checked to divide before any layer is built.
+        It always divides evenly: checkpoints are checked before any layer is built.
         """
         assert n % self.size == 0, f"{n} does not divide over {self.size} ranks"
         return n // self.size
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of all ranks' x, in place. Only for several ranks."""
+        """Sum x over all ranks, in place. Only for several ranks."""
         self.check_gradients(x)
         dist.all_reduce(x, group=self.group)
         return x
 
     def gather(self, x: Tensor) -> Tensor:
-        """(..., n / size) on each rank -> (..., n) on all. Only for several ranks."""
+        """Concatenate all ranks' x, (..., n / size), to (..., n). Only for several ranks."""
         self.check_gradients(x)
         parts = [torch.empty_like(x) for _ in range(self.size)]
         dist.all_gather(parts, x.contiguous(), group=self.group)
         return torch.cat(parts, dim=-1)
 
     def all(self, value: bool) -> bool:
-        """Whether it is so on every rank. Only for several ranks."""
+        """Whether `value` is true on every rank. Only for several ranks."""
         flag = torch.tensor(int(value))
         dist.all_reduce(flag, dist.ReduceOp.MIN, group=self.group)
         return bool(flag)
 
     def check_gradients(self, x: Tensor) -> None:
-        """Raise RuntimeError where gradients are wanted: plain collectives do not carry them."""
+        """Raise RuntimeError if x needs gradients: plain collectives do not propagate them."""
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError(
-                f"gradients over {self.size} ranks are not computed: train on one rank, or run "
+                f"gradients are not supported on {self.size} ranks: train on one rank, or run "
                 "under torch.no_grad()"
             )
 
     def share(self, x: Tensor) -> Tensor:
-        """The values that the first rank has in `x`, on all of them."""
+        """Copy the first rank's values of `x` to all ranks, in place."""
         if self.group is not None:
             self._check()
             dist.broadcast(x, src=dist.get_global_rank(self.group, 0), group=self.group)
         return x
 
     def ask_first(self, question: Callable[[], T]) -> T:
-        """What `question` returns or raises on the first rank, on all ranks; no other is asked."""
+        """Call `question` on the first rank only; return or raise the outcome on all ranks."""
         if self.group is None:
             return question()
         self._check()
@@ -97,7 +97,7 @@ class Ranks:
             self.asking = True
             try:
                 told[0] = question()
-            except BaseException as error:  # of whatever kind: the other ranks wait
+            except BaseException as error:  # of any kind: the other ranks are waiting
                 caught = error
                 told[1] = (
                     error if can_pickle(error) else RuntimeError(f"{type(error).__name__}: {error}")
@@ -110,9 +110,9 @@ class Ranks:
         return answer
 
     def alike(self, make: Callable[[], T]) -> T:
-        """What `make` returns, once all ranks have seen that each of them made the same.
+        """Call `make` on every rank; return its result if it is the same on all of them.
 
-        Raises ValueError where they did not, and on each rank what `make` raised there.
+        Raises ValueError if the results differ. A rank on which `make` fails raises that error.
         """
         if self.group is None:
             return make()
@@ -134,27 +134,27 @@ class Ranks:
         return made
 
     def _check(self) -> None:
-        """Raise RuntimeError rather than begin what the other ranks do not take part in."""
+        """Raise RuntimeError if the other ranks would not take part in a collective."""
         if self.asking:
             raise RuntimeError(
-                f"a check asked the model itself, and of {self.size} ranks only the first runs it: "
-                "ask after the call"
+                f"a check called the model, and of {self.size} ranks only the first runs checks: "
+                "call the model after the check"
             )
         with self.lock:
             me = threading.current_thread()
             if self.thread is not None and self.thread is not me and self.thread.is_alive():
                 raise RuntimeError(
-                    f"several threads ask one model on {self.size} ranks: use one thread"
+                    f"several threads call one model on {self.size} ranks: use one thread"
                 )
             self.thread = me
 
 
-# One for each group of several ranks in which something was built.
+# One for each process group of several ranks that a model was built on.
 _joined: list[Ranks] = []
 
 
 def model_ranks() -> Ranks:
-    """The ranks that share what this one builds."""
+    """The ranks that share the layers built by this process."""
     if not fs_init.model_parallel_is_initialized() or fs_init.get_model_parallel_world_size() == 1:
         return Ranks()
     group = fs_init.get_model_parallel_group()
@@ -168,7 +168,7 @@ def model_ranks() -> Ranks:
 
 
 def let_groups_go() -> None:
-    """Keep no reference to a group: its threads end with the last one."""
+    """Drop all references to process groups, whose threads end with the last reference."""
     for ranks in _joined:
         ranks.group = None
 
@@ -184,11 +184,11 @@ def can_pickle(value: object) -> bool:
 def init_model_parallel(
     device: str | torch.device = "auto", model_parallel_size: int | None = None
 ) -> torch.device:
-    """Join the process group, split it by `model_parallel_size`; returns this rank's device.
+    """Join the process group, split it by `model_parallel_size`, and return this rank's device.
 
-    Under torchrun the group is torchrun's; without it, a group of this process alone, which needs
-    no port and no environment variable. Raises ValueError where ranks and devices or ranks and
-    groups do not fit.
+    Under torchrun, the group is torchrun's. Otherwise it contains only this process and needs no
+    port and no environment variable. Raises ValueError if there are too few devices for the ranks,
+    or if the ranks cannot be split into groups of `model_parallel_size`.
     """
     device = select_device(device)
     if not dist.is_initialized():
@@ -201,19 +201,19 @@ def init_model_parallel(
     size = world_size if model_parallel_size is None else model_parallel_size
     if size < 1 or world_size % size:
         raise ValueError(
-            f"model_parallel_size is {size}, and {world_size} ranks do not divide into groups of "
-            f"it: use {either(divisors(world_size))}, or run with --nproc_per_node {max(size, 1)}"
+            f"model_parallel_size is {size}, which does not divide the {world_size} ranks: "
+            f"use {either(divisors(world_size))}, or run with --nproc_per_node {max(size, 1)}"
         )
     if fs_init.model_parallel_is_initialized() and fs_init.get_model_parallel_world_size() != size:
-        fs_init.destroy_model_parallel()  # layers built before keep the groups of their size
+        fs_init.destroy_model_parallel()  # existing layers keep their own groups
     if not fs_init.model_parallel_is_initialized():
-        with contextlib.redirect_stdout(io.StringIO()):  # fairscale announces each step there
+        with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints each step
             fs_init.initialize_model_parallel(size)
     return device
 
 
 def patient_ranks() -> Ranks:
-    """All ranks, in a group that waits for ever: for a person to type, or a client to come.
+    """All ranks, in a group that can wait indefinitely for a user's input or a client's request.
 
     The model's own collectives have a time limit.
     """
@@ -224,12 +224,12 @@ def patient_ranks() -> Ranks:
 
 @atexit.register
 def leave_process_group() -> None:
-    """End gloo's threads while the interpreter is whole, whoever made the group of the models.
+    """End gloo's threads before the interpreter shuts down, whoever made the process group.
 
-    A gloo thread needs the interpreter's lock to let go of a collective's tensors. One that comes
-    for it late, when the main thread is past its last collective and ends, is unwound by CPython,
-    and that aborts a rank which has done its work. A process group joins its threads when the last
-    reference to it goes, so here go all of them.
+    A gloo thread needs the GIL to release a collective's tensors. If it requests the GIL while the
+    interpreter is shutting down, CPython unwinds the thread, and that aborts a rank which has
+    finished its work. A process group joins its threads when the last reference to it is dropped,
+    so all references are dropped here.
     """
     if not fs_init.model_parallel_is_initialized():
         return
@@ -238,9 +238,9 @@ def leave_process_group() -> None:
         and dist.get_world_size() > 1
         and "nccl" in str(dist.get_backend_config())
     ):
-        return  # a rank would wait there for one that has failed
-    # Before PyTorch 2.8 a process group joins them with the lock held, for ever; its backend, let
-    # go last, does not.
+        return  # destroying NCCL's group would wait for a rank that has failed
+    # Before PyTorch 2.8, a process group holds the GIL while it joins its threads: a deadlock. Its
+    # backends do not, so this reference keeps them alive until the end.
     backends = compat.group_backends()  # noqa: F841
     let_groups_go()
     fs_init.destroy_model_parallel()
@@ -249,9 +249,9 @@ def leave_process_group() -> None:
 
 
 def select_device(device: str | torch.device) -> torch.device:
-    """The device of this rank: with "auto" cuda if there is one, else mps, else cpu.
+    """The device of this rank. "auto" is cuda if available, else mps, else cpu.
 
-    On cuda each process has a GPU of its own.
+    On cuda, each process gets its own GPU. Raises ValueError if the device is not available.
     """
     if device == "auto":
         mps = torch.backends.mps.is_available()
@@ -276,7 +276,7 @@ def select_device(device: str | torch.device) -> torch.device:
     if device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if processes > 1:
-        # the other ranks' contexts would cost this rank's GPU memory otherwise
+        # Otherwise each rank would also create a context on GPU 0, which takes memory.
         torch.cuda.set_device(device)
     return device
 

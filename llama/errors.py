@@ -1,6 +1,6 @@
-"""Errors that say what a user did wrong, and checks of single arguments that several modules share.
+"""Exceptions for a user's mistakes, and checks of single arguments that several modules share.
 
-A mistake is a ValueError, a TypeError or a FileNotFoundError whose sentence names the value, the
+A mistake raises a ValueError, TypeError or FileNotFoundError. The message names the value, the
 limit and the way out.
 """
 
@@ -13,15 +13,15 @@ from typing import Any
 
 
 class Refusal(ValueError, AssertionError):
-    """A mistake that the original asserted: scripts that catch AssertionError go on."""
+    """A mistake that the original asserts, so that scripts may catch AssertionError."""
 
 
 class ArgumentError(ValueError):
     """An argument that cannot be used.
 
-    `name` is the parameter, `index` the number of the prompt whose value it is (None where it holds
-    for all prompts), and `reason` the rest of the sentence. They are data, so that a caller whose
-    own callers know other names and numbers (an HTTP server, say) can tell the mistake in theirs.
+    `name` is the parameter, `index` the number of the prompt that has the value (None if all do),
+    and `reason` the rest of the message. A caller whose clients use other names and numbers, such
+    as the HTTP server, can build its own message from them.
     """
 
     def __init__(self, name: str, index: int | None, reason: str):
@@ -39,11 +39,11 @@ class ArgumentError(ValueError):
 
 
 class ArgumentTypeError(ArgumentError, TypeError):
-    """An argument of a wrong type."""
+    """An argument of the wrong type."""
 
 
 class PromptError(ArgumentError):
-    """A prompt that cannot be run; `name` is what the caller calls it ("prompt", "dialog")."""
+    """A prompt that cannot be run; `name` is the caller's word for it ("prompt", "dialog")."""
 
     @property
     def subject(self) -> str:
@@ -51,33 +51,33 @@ class PromptError(ArgumentError):
 
 
 class PromptTypeError(PromptError, TypeError):
-    """A prompt of a wrong type."""
+    """A prompt of the wrong type."""
 
 
 class EmptyPrompt(PromptError, Refusal):
-    """A prompt without a token."""
+    """A prompt without tokens."""
 
 
 class PromptTooLong(PromptError, Refusal):
-    """A prompt that does not fit into the model's positions."""
+    """A prompt that is longer than `max_seq_len`."""
 
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """A suggestion, or nothing where no known word is near."""
+    """A suggestion, or an empty string if no known word is similar."""
     for match in difflib.get_close_matches(word, known, 1):
         return f"did you mean {prefix}{match}?"
     return ""
 
 
 def is_list(value: Any) -> bool:
-    """Whether a value is a list, tuple, range or array of at least one dimension. Text is none."""
+    """Whether a value is a list, tuple, range or array of at least one dimension, and not text."""
     if isinstance(value, (str, bytes)):
         return False
     return hasattr(value, "__len__") and getattr(value, "ndim", 1) > 0
 
 
 def as_integer(name: str, value: Any, index: int | None = None) -> int:
-    """Any kind of integer, NumPy's and PyTorch's among them."""
+    """Convert any integer type, including NumPy's and PyTorch's. Raises ArgumentTypeError."""
     try:
         return int(operator.index(value))
     except TypeError:
@@ -85,7 +85,7 @@ def as_integer(name: str, value: Any, index: int | None = None) -> int:
 
 
 def check_positive(**arguments: Any) -> None:
-    """Raise ArgumentError unless each is an integer from 1 to 2^31 - 1."""
+    """Raise ArgumentError unless each argument is an integer from 1 to 2^31 - 1."""
     for name, value in arguments.items():
         number = as_integer(name, value)
         if number < 1:

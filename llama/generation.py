@@ -1,4 +1,4 @@
-"""Llama: build a model, continue prompts with it, and answer dialogs."""
+"""Llama: load a model, complete texts and answer dialogs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack  # PyTorch needs the package too
+from typing_extensions import Unpack  # a dependency of PyTorch
 
 from .chat import (
     B_INST,
@@ -42,7 +42,7 @@ from .quantization.formats import DTYPES, select_dtype, select_formats
 from .sampling import SamplingOptions, params_of, streams_of
 from .tokenizer import Tokenizer
 
-__all__ = [  # where scripts written for the original look for them
+__all__ = [  # scripts for the original import some of these from here
     "B_INST",
     "B_SYS",
     "E_INST",
@@ -63,7 +63,7 @@ __all__ = [  # where scripts written for the original look for them
 
 logger = logging.getLogger(__name__)
 
-# Looks at a text and returns None, or the refusal to answer with.
+# Takes a text and returns None, or a refusal that replaces the answer.
 Check = Callable[[str], "str | None"]
 
 PathLike = str | os.PathLike[str]
@@ -72,7 +72,7 @@ PathLike = str | os.PathLike[str]
 class Prediction(TypedDict, total=False):
     tokens: list[str]  # with logprobs
     logprobs: list[float]  # with logprobs
-    # with top_logprobs: the likeliest in each token's place
+    # With top_logprobs: (text, logprob) of the most likely tokens at each position.
     top_logprobs: list[list[tuple[str, float]]]
     finish_reason: FinishReason
 
@@ -91,8 +91,9 @@ class InfillingPrediction(Prediction, total=False):
 
 
 class Piece(Prediction, total=False):
-    """The next text of prompt `index`; `finish_reason`, and what `logprobs` asks for, come with its
-    last piece.
+    """The next text of prompt `index`.
+
+    Its last piece also has `finish_reason` and, if requested, the logprobs.
     """
 
     index: int
@@ -101,41 +102,48 @@ class Piece(Prediction, total=False):
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How a model is built.
+    """How a model is built: arguments of `Llama.build`, and flags of commands that load a model.
 
-    `Llama.build` and every command take these, and check them before they load.
+    `max_seq_len` limits prompt plus output, in tokens. `max_batch_size` is the number of prompts
+    that run at once. Together they set the size of the KV cache. `seed` is the default of each
+    call. `device` "auto" takes cuda, mps or cpu, the first one available. `dtype` "auto" is the
+    checkpoint's 16-bit type on a GPU; on a CPU it is float32, with linear weights in 16 bits if
+    that is faster. `quantize` stores linear weights in 8 or 4 bits. `prompt_lookup_num_tokens` is
+    the number of draft tokens for prompt-lookup decoding: 0 for none, None for as many as are
+    nearly free.
+
+    All are checked before anything is loaded. Raises ArgumentError, a ValueError, if a value is out
+    of range, and ArgumentTypeError, also a TypeError, if its type is wrong.
     """
 
     tokenizer_path: Any = option(
-        None, "tokenizer.model, if it is neither in the folder nor beside it"
+        None, "path of tokenizer.model, if not in the folder or next to it"
     )
-    max_seq_len: int = option(512, "tokens of prompt and answer together")
-    max_batch_size: int = option(8, "how many prompts run at once")
+    max_seq_len: int = option(512, "limit of prompt plus answer, in tokens")
+    max_batch_size: int = option(8, "number of prompts that run at once")
     model_parallel_size: int | None = option(
-        None, "number of ranks that share a model; all by default"
+        None, "number of ranks that share one model; all by default"
     )
-    seed: int = option(1, "the same seed draws the same text")
-    device: Any = option("auto", "cuda, mps, cpu, or auto for the first of them that there is")
+    seed: int = option(1, "the same seed gives the same text")
+    device: Any = option("auto", "cuda, mps or cpu; auto takes the first one available")
     dtype: Any = option(
         "auto",
-        "float32, bfloat16, float16, or auto for the fastest of 16 bits or more",
+        "float32, bfloat16 or float16; auto takes the fastest with at least 16 bits",
         valid=lambda value: value in ("auto", *DTYPES, *DTYPES.values()),
         use="'auto', 'float32', 'bfloat16', 'float16'",
     )
     quantize: Literal["int8", "int4"] | None = option(
         None,
-        "int8 or int4: keep linear weights in 8 or 4 bits",
+        "int8 or int4: store linear weights in 8 or 4 bits",
         valid=lambda value: value in ("int8", "int4"),
         use="'int8', 'int4' or None",
     )
-    compile: bool = option(False, "compile the decode step, which takes minutes once")
+    compile: bool = option(False, "compile the decode step; takes minutes once")
     cuda_graph: bool = option(True, "capture the decode step as a CUDA graph")
-    adapter_dir: Any = option(
-        None, "LoRA adapter in PEFT's layout, which is merged into the weights"
-    )
+    adapter_dir: Any = option(None, "folder of a LoRA adapter (PEFT) to merge into the weights")
     prompt_lookup_num_tokens: int | None = option(
         None,
-        "tokens drafted by prompt lookup: 0 for none, None for as many as cost nearly nothing",
+        "draft tokens for prompt-lookup decoding; 0: none, None: as many as are nearly free",
         valid=lambda value: value >= 0,
         use="0 for none, or more",
     )
@@ -146,7 +154,7 @@ class BuildOptions:
 
 
 class BuildKeywords(TypedDict, total=False):
-    """The options that the original's `build` does not have."""
+    """The keywords of `Llama.build`, beyond the original's parameters."""
 
     device: str | torch.device
     dtype: str | torch.dtype
@@ -158,12 +166,12 @@ class BuildKeywords(TypedDict, total=False):
 
 
 class Llama:
-    """A loaded model and its tokenizer.
+    """A loaded model and its tokenizer, made by `Llama.build`.
 
-    Calls and streams, of one thread or several, share its passes. The methods take the original's
-    parameters, and as keywords the other fields of SamplingParams (`seed`, `stop`,
-    `top_logprobs`). Of those and of `temperature`, `top_p` and `max_gen_len` each is one value for
-    all prompts, or a list with a value for each.
+    Methods take the original's parameters and, as keywords, the other fields of SamplingParams:
+    `seed`, `stop` and `top_logprobs`. `temperature`, `top_p`, `max_gen_len`, `seed` and `stop` take
+    one value for all prompts, or a list with one value per prompt. Calls and streams may overlap,
+    from several threads (on several ranks, from one), and share the model's forward passes.
     """
 
     def __init__(
@@ -174,7 +182,7 @@ class Llama:
         seed: int = 1,
         engine: Engine | None = None,
     ):
-        """`engine` runs `model`, whose weights are on one device."""
+        """`engine`, if given, runs `model`. All weights must be on one device."""
         if engine is None and model.cache is None:
             model.allocate_cache()
         self.model = model
@@ -192,15 +200,15 @@ class Llama:
         seed: int = 1,
         **options: Unpack[BuildKeywords],
     ) -> Llama:
-        """Load a release's or a Hugging Face folder, or a GGUF file, onto this rank's device.
+        """Load a release folder, Hugging Face folder or GGUF file onto this rank's device.
 
-        `max_seq_len` bounds prompt and generation together, in tokens; with `max_batch_size` it
-        sets the cache's size. The model is split over `model_parallel_size` ranks (default: all),
-        however many shards are on disk. `seed` is the default of each call's. BuildOptions
-        describes the keywords.
+        `max_seq_len` limits prompt plus output, in tokens. With `max_batch_size`, it sets the size
+        of the KV cache. The model is split over `model_parallel_size` ranks (default: all), however
+        many shards are on disk. `seed` is the default seed of each call. BuildOptions describes the
+        keywords.
 
-        Raises FileNotFoundError for missing files; ValueError for files that are broken or do not
-        belong together, for ranks that cannot share the model, and where memory does not suffice.
+        Raises FileNotFoundError if files are missing; ValueError if files are broken or do not
+        belong together, if the ranks cannot share the model, or if memory does not suffice.
         """
         check_names(BuildOptions, options)
         sizes = (tokenizer_path, max_seq_len, max_batch_size, model_parallel_size, seed)
@@ -216,17 +224,17 @@ class Llama:
         echo: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> tuple[list[list[int]], list[list[float]] | None]:
-        """Continue each prompt by at most `max_gen_len` tokens; returns ids, and logprobs or None.
+        """Continue each prompt by at most `max_gen_len` tokens; return ids, and logprobs or None.
 
-        A row ends at EOS (not in the result), at `max_gen_len`, at `max_seq_len`, or before a
-        `stop` string (a token that also holds text before the string is kept). `temperature` 0 is
-        greedy; otherwise tokens are drawn from the `top_p` nucleus of softmax(logits /
-        temperature). Prompt i draws from random stream (seed, i), or (seed[i], 0) for a list of
-        seeds. Logprobs are natural logarithms of softmax(logits), whatever the temperature. With
-        `echo` the results begin with the prompt, whose first logprob is 0.0.
+        An output ends at EOS (which is not returned), at `max_gen_len`, at `max_seq_len` or before
+        a `stop` string (a token that also holds text before the string is kept). `temperature` 0 is
+        greedy; otherwise tokens are sampled from the `top_p` nucleus of softmax(logits /
+        temperature). Prompt i uses random stream (seed, i), or (seed[i], 0) with a list of seeds.
+        Logprobs are natural logarithms of softmax(logits), whatever the temperature. With `echo`,
+        results begin with the prompt, whose first logprob is 0.0.
 
-        Raises ValueError or TypeError, before any compute, for an argument out of range, an empty
-        prompt, an id that is not in the vocabulary, and a prompt longer than `max_seq_len`.
+        Raises ValueError or TypeError, before computing anything, if an argument is out of range or
+        a prompt is empty, is longer than `max_seq_len` or has an id outside the vocabulary.
         """
         asked = (temperature, top_p, max_gen_len, logprobs, echo)
         prompts = prompts_of(self, lambda: as_list("prompt_tokens", prompt_tokens), asked, options)
@@ -244,12 +252,12 @@ class Llama:
         echo: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> list[CompletionPrediction]:
-        """Continue each text, by default up to `max_seq_len`; errors as in `generate`.
+        """Continue each text, by default up to `max_seq_len`; raises the errors of `generate`.
 
         Each result has `generation` and `finish_reason` ("stop" at EOS or a stop string, else
-        "length"); with `logprobs` also `tokens`, one string per id whose concatenation is
-        `generation`, and their `logprobs`; with `top_logprobs` as well, for each id as many (text,
-        logprob) of the likeliest in its place, the first one first.
+        "length"). With `logprobs`, it also has `tokens`, one string per id, which join to
+        `generation`, and their `logprobs`. With `top_logprobs` k, it also has the (text, logprob)
+        pairs of the k most likely tokens at each position, most likely first.
         """
         asked = (temperature, top_p, max_gen_len, logprobs, echo)
         requests = run(self, prompts_of(self, lambda: encoded(self, prompts), asked, options))
@@ -267,13 +275,13 @@ class Llama:
         output_check: Check | None = None,
         **options: Unpack[SamplingOptions],
     ) -> list[ChatPrediction]:
-        """The assistant's next message of each dialog; results as in `text_completion`.
+        """Generate the assistant's next message in each dialog; results as in `text_completion`.
 
-        A dialog with one of the layout's own tags in a message is answered with UNSAFE_ERROR,
-        without being run; one of whose system and user messages `input_check` refuses any, with the
-        refusal that it returns. `output_check` sees each answer and may replace it. On several
-        ranks the first one's checks count. Raises ValueError, naming dialog and message, for roles
-        out of order.
+        A dialog with one of the layout's tags in a message is answered with UNSAFE_ERROR and not
+        run. A check takes a text and returns None, or a refusal, which becomes the answer:
+        `input_check` sees every system and user message before the dialog is run, `output_check`
+        every answer. On several ranks, only the first rank's checks are called. Raises ValueError,
+        with the numbers of dialog and message, if roles are out of order.
         """
         asked = (temperature, top_p, max_gen_len, logprobs, False)
         requests = run(self, dialog_prompts(self, dialogs, asked, options, input_check))
@@ -291,11 +299,11 @@ class Llama:
         echo: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> Iterator[Piece]:
-        """`text_completion` as it is generated: pieces of whole characters, of all prompts in turn.
+        """Stream `text_completion`: yield pieces of whole characters, of all prompts in turn.
 
-        The pieces of one prompt join to its `generation`. A stream may be dropped before its end;
-        on several ranks, after the same piece on each. Other calls meanwhile, and other streams,
-        share its passes.
+        The pieces of one prompt join to its `generation`. The last one has `finish_reason`, and
+        logprobs if requested. A stream may be closed before its end; on several ranks, after the
+        same piece on each. Other calls and streams may run at the same time.
         """
         asked = (temperature, top_p, max_gen_len, logprobs, echo)
         return stream(self, prompts_of(self, lambda: encoded(self, prompts), asked, options))
@@ -312,9 +320,9 @@ class Llama:
         output_check: Check | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Iterator[Piece]:
-        """`chat_completion` as it is generated; see `stream_text_completion`.
+        """Stream `chat_completion`; see `stream_text_completion`.
 
-        An answer that `output_check` is to see comes in one piece, once it is whole.
+        With `output_check`, each answer is yielded in one piece, once it is complete.
         """
         asked = (temperature, top_p, max_gen_len, logprobs, False)
         prompts = dialog_prompts(self, dialogs, asked, options, input_check)
@@ -331,30 +339,30 @@ class Llama:
         suffix_first: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> list[InfillingPrediction]:
-        """What Code Llama puts between each prefix and suffix; errors as in `generate`.
+        """Generate the text between each prefix and suffix, with Code Llama 7B or 13B.
 
-        Each result's `generation` is the text between, which ends at the model's end-of-infilling
-        token, and `full_text` is prefix, generation and suffix. `suffix_first` is the format that
-        shows the model the suffix first. Raises ValueError for a tokenizer without the pieces that
-        mark the three.
+        In each result, `generation` is the text between the two, up to the model's
+        end-of-infilling token, and `full_text` is prefix, generation and suffix. `suffix_first`
+        selects the prompt format that begins with the suffix. Raises the errors of `generate`, and
+        ValueError if the tokenizer has no infilling pieces.
         """
         asked = (temperature, top_p, max_gen_len, logprobs, False)
         return infilled(self, prefixes, suffixes, suffix_first, asked, options)
 
     def embed(self, prompts: Sequence[str], pooling: Pooling = "mean") -> Tensor:
-        """The final norm's output over each text's tokens, BOS among them: (n, dim) float32.
+        """Return the final norm's output for each text, pooled over its tokens: (n, dim) float32.
 
-        It is their mean, or the last token's.
+        `pooling` is "mean", over all tokens including BOS, or "last", the last token's output.
         """
         return embedded(self, prompts, pooling)
 
     def clear_cache(self) -> None:
-        """Forget what was computed, after edits that PyTorch does not count: `.data`, NumPy."""
+        """Empty the KV cache, after weight edits that PyTorch does not count (`.data`, NumPy)."""
         self.engine.cache.clear()
 
 
 def build(ckpt_dir: PathLike, options: BuildOptions) -> Llama:
-    """What Llama.build does, with its options checked."""
+    """Load a model with options that have been checked; see Llama.build."""
     start = time.monotonic()
     checkpoint = Checkpoint(ckpt_dir, options.adapter_dir)
     tokenizer = checkpoint.open_tokenizer(options.tokenizer_path)
@@ -376,7 +384,7 @@ def build(ckpt_dir: PathLike, options: BuildOptions) -> Llama:
         torch.get_num_threads(),
         model.ranks.size,
     )
-    # as in the original: ranks that draw for themselves draw alike, and print once
+    # As in the original: all ranks have the same global seed, and only the first one prints.
     if "WORLD_SIZE" in os.environ:
         torch.manual_seed(options.seed)
         if model.ranks.rank:
@@ -389,7 +397,7 @@ def build(ckpt_dir: PathLike, options: BuildOptions) -> Llama:
     return Llama(model, tokenizer, seed=options.seed, engine=engine)
 
 
-# The original's parameters of a method, in its order, by the names of SamplingParams' fields.
+# The methods' parameters from the original, in order, by the names of SamplingParams' fields.
 PARAMETERS = ("temperature", "top_p", "max_tokens", "logprobs", "echo")
 
 
@@ -400,10 +408,10 @@ def prompts_of(
     options: SamplingOptions,
     **how: Any,
 ) -> list[Prompt]:
-    """Prompts of the ids that `encode` makes: the same on every rank, or an error on every rank.
+    """Make prompts from the ids of `encode`: the same on every rank, or an error on every rank.
 
-    `parameters` are PARAMETERS' values; `how` goes to make_prompts. Errors call max_tokens
-    max_gen_len.
+    `parameters` are the values of PARAMETERS. `how` is passed to make_prompts. Errors call
+    max_tokens by the name of the parameter, max_gen_len.
     """
     seed = options.get("seed")
     seed = llm.seed if seed is None else seed
@@ -428,7 +436,7 @@ def prompts_of(
 
 
 def as_list(name: str, values: Any) -> list[Any]:
-    """`values` as a list. A lone str or dict is iterable too, which is never what was meant."""
+    """Return `values` as a list. A str or dict is iterable too, but is surely a mistake."""
     if isinstance(values, (str, bytes, dict)) or not isinstance(values, Iterable):
         raise ArgumentTypeError(
             name, None, f"is a {type(values).__name__}: pass a list, [{values!r}]"
@@ -447,7 +455,7 @@ def dialog_prompts(
     options: SamplingOptions,
     check: Check | None,
 ) -> list[Prompt]:
-    """One prompt per dialog; those of refused dialogs say so."""
+    """One prompt per dialog. A refused dialog's prompt carries the refusal."""
     ranks = llm.model.ranks
     tokenizer = llm.tokenizer
     checked = ranks.alike(lambda: check_dialogs(dialogs))
@@ -467,7 +475,7 @@ def dialog_prompts(
 
 
 def run(llm: Llama, prompts: Sequence[Prompt]) -> list[Request]:
-    """The prompts' requests, run to their ends."""
+    """Run prompts to their ends and return their requests."""
     with llm.engine.running(prompts) as requests:
         for _ in llm.engine.progress(requests):
             pass
@@ -490,7 +498,7 @@ def stream(
                     text, _ = delta(request, 0)
                 if over or request.error is not None or request.cancelled:
                     going.remove(i)
-                # A check sees all of an answer before anybody else does.
+                # With a check, the answer is yielded only after the check has seen all of it.
                 if over or (text and output_check is None):
                     sent[i] += len(text)
                     yield Piece(index=i, text=text, **(outcome_of(request) if over else {}))
@@ -527,7 +535,7 @@ def infilled(
 def embedded(llm: Llama, texts: Sequence[str], pooling: Pooling) -> Tensor:
     if pooling not in ("mean", "last"):
         raise ValueError(f"pooling is {pooling!r}: use 'mean' or 'last'")
-    nothing = (0, 1, 0, False, False)  # no token is asked for
+    nothing = (0, 1, 0, False, False)  # generate no tokens
     prompts = prompts_of(llm, lambda: encoded(llm, texts), nothing, {}, pooling=pooling)
     pooled = []
     for request in run(llm, prompts):
@@ -543,7 +551,7 @@ def answer_of(request: Request) -> Message:
 
 
 def outcome_of(request: Request) -> Prediction:
-    """What text and chat results have in common."""
+    """The keys that all results have in common."""
     assert request.output.finish_reason is not None, "the request was not run to its end"
     params = request.prompt.params
     result = Prediction(finish_reason=request.output.finish_reason)
@@ -560,12 +568,12 @@ def outcome_of(request: Request) -> Prediction:
 
 
 def logprobs_of(request: Request) -> list[float]:
-    """Of the ids of the result, the prompt's among them with echo."""
+    """The logprobs of the result's ids, which include the prompt's with echo."""
     return [scored.logprob for scored in (*request.prompt_scores, *request.output.tokens)]
 
 
 def apply_check(llm: Llama, request: Request, check: Check | None) -> None:
-    """Let a check replace an answer."""
+    """Replace the answer with the refusal of `check`, if it returns one."""
     if check is None or request.prompt.refusal is not None:
         return
     refusal = llm.model.ranks.ask_first(lambda: refusal_of(check, request.output.text))
@@ -574,9 +582,7 @@ def apply_check(llm: Llama, request: Request, check: Check | None) -> None:
 
 
 def input_refusal(check: Check, dialog: Dialog) -> str | None:
-    """What a check says of the first message that it refuses, of those that the assistant did not
-    write.
-    """
+    """The refusal of the first system or user message that `check` refuses, or None."""
     for message in dialog:
         if message["role"] != "assistant":
             refusal = refusal_of(check, message["content"])

@@ -1,7 +1,7 @@
 """The Llama 2 transformer (Touvron et al. 2023, arXiv:2307.09288).
 
-Knows nothing about text, requests or checkpoint files. `Transformer.forward` is what runs, for the
-engine as for a script that calls it with the original's arguments.
+This module does not depend on text, requests or checkpoint files. `Transformer.forward` is the code
+that runs, both for the engine and for a script that calls it with the original's arguments.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from . import ops
 from .cache import KVCache, PrefillBatch, Sequences, Uncached, View
 from .distributed import model_ranks
 from .ops import apply_rotary_emb as apply_rotary_emb
-from .original import repeat_kv as repeat_kv  # old scripts look for them here
+from .original import repeat_kv as repeat_kv  # scripts for the original import these from here
 from .original import reshape_for_broadcast as reshape_for_broadcast
 from .parallel import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, fused_linear
 
 
 @dataclass
 class ModelArgs:
-    """The shape of a model, as in a release's params.json, and of its cache."""
+    """A model's hyperparameters, as in a release's params.json, and the size of its KV cache."""
 
     dim: int = 4096
     n_layers: int = 32
     n_heads: int = 32
-    n_kv_heads: int | None = None  # None: as many as n_heads
-    vocab_size: int = -1  # -1: not known yet
-    multiple_of: int = 256  # the feed-forward width is rounded up to a multiple of it
+    n_kv_heads: int | None = None  # None: the same as n_heads
+    vocab_size: int = -1  # -1: not set yet
+    multiple_of: int = 256  # the feed-forward width is rounded up to a multiple of this
     ffn_dim_multiplier: float | None = None
     norm_eps: float = 1e-5
 
@@ -40,7 +40,7 @@ class ModelArgs:
     max_seq_len: int = 2048
 
     rope_theta: float = 10000.0
-    rope_scaling_factor: float = 1.0  # positions are divided by it
+    rope_scaling_factor: float = 1.0  # positions are divided by this
 
     @property
     def head_dim(self) -> int:
@@ -57,9 +57,10 @@ class ModelArgs:
 
 
 def feed_forward_dim(hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:
-    """The width of a SwiGLU layer for `hidden_dim`, that of a layer with two matrices.
+    """Width of a SwiGLU layer that replaces a two-matrix layer of width `hidden_dim`.
 
-    Two thirds of it, as SwiGLU has three matrices; times the multiplier, rounded up.
+    SwiGLU has three matrices, so the width is 2/3 of `hidden_dim`, times `ffn_dim_multiplier`,
+    rounded up to a multiple of `multiple_of`.
     """
     hidden_dim = int(2 * hidden_dim / 3)
     if ffn_dim_multiplier is not None:
@@ -83,10 +84,10 @@ class RMSNorm(nn.Module):
 def precompute_freqs_cis(
     dim: int, end: int, theta: float = 10000.0, scaling_factor: float = 1.0
 ) -> Tensor:
-    """cis(position / scaling_factor × theta^(-2i / dim)) for i < dim / 2.
+    """cis(position / scaling_factor × theta^(-2i / dim)) for position < end and i < dim / 2.
 
-    Returns (end, dim / 2) complex64, on the CPU. Su et al. 2021, RoFormer, section 3.2.2; the
-    linear scaling is of Chen et al. 2023, arXiv:2306.15595.
+    Returns (end, dim / 2) complex64, on the CPU. See Su et al. 2021, RoFormer, section 3.2.2, and
+    for the linear scaling Chen et al. 2023, arXiv:2306.15595.
     """
     exponents = torch.arange(0, dim, 2, device="cpu", dtype=torch.float32) / dim
     freqs = theta**-exponents / scaling_factor
@@ -98,11 +99,11 @@ def precompute_freqs_cis(
 class Attention(nn.Module):
     """Causal self-attention with grouped key/value heads (Ainslie et al. 2023).
 
-    `cache` is the KVCache whose layer `layer_id` is this one's, given by a Transformer. A layer
-    that has none makes one of its own at the first call with an integer `start_pos`.
+    A Transformer sets `cache`, its KVCache, and `layer_id`, the index of this layer in it. A layer
+    without a cache allocates its own on the first call with an integer `start_pos`.
     """
 
-    fused = ("wq", "wk", "wv")  # multiply the same input, and may share one packed weight
+    fused = ("wq", "wk", "wv")  # these have the same input and may share one packed weight
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -120,14 +121,15 @@ class Attention(nn.Module):
         self.wv = ColumnParallelLinear(args.dim, kv_dim, bias=False, gather_output=False)
         self.wo = RowParallelLinear(q_dim, args.dim, bias=False, input_is_parallel=True)
         self.cache: KVCache | None = None
-        self.layer_id = 0  # its layer of the cache
+        self.layer_id = 0  # index of this layer in the cache
 
     def forward(
         self, x: Tensor, start_pos: int | View, freqs_cis: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """(bsz, seqlen, dim) for x of the same shape.
+        """Return (bsz, seqlen, dim) for `x` of the same shape.
 
-        A `mask`, (seqlen, start_pos + seqlen), is added to the scores.
+        With an integer `start_pos`, `mask`, (seqlen, start_pos + seqlen), is added to the scores. A
+        View supplies its own mask.
         """
         bsz, seqlen, _ = x.shape
         xq, xk, xv = fused_linear(x, self.wq, self.wk, self.wv)
@@ -146,7 +148,7 @@ class Attention(nn.Module):
         return self.wo(attended[0] if len(attended) == 1 else torch.cat(attended, dim=1))
 
     def own_cache(self, dtype: torch.dtype, device: torch.device) -> KVCache:
-        """An empty cache of this layer alone."""
+        """An empty cache for this layer only."""
         args = self.args
         heads = self.n_local_kv_heads
         return KVCache(
@@ -155,9 +157,9 @@ class Attention(nn.Module):
 
     @property
     def cache_k(self) -> Tensor:
-        """This layer's keys: a view of the cache.
+        """This layer's keys, (max_batch_size, max_seq_len, n_local_kv_heads, head_dim).
 
-        (max_batch_size, max_seq_len, n_local_kv_heads, head_dim). What is assigned is copied there.
+        This is a view of the cache. A tensor that is assigned is copied into the cache.
         """
         return self._cached().k[self.layer_id].transpose(1, 2)
 
@@ -167,7 +169,7 @@ class Attention(nn.Module):
 
     @property
     def cache_v(self) -> Tensor:
-        """This layer's values, of the same shape."""
+        """This layer's values, with the same shape as `cache_k`."""
         return self._cached().v[self.layer_id].transpose(1, 2)
 
     @cache_v.setter
@@ -181,18 +183,18 @@ class Attention(nn.Module):
         return self.cache
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the cache: a copy of a layer makes its own, one of a model gives it its part."""
+        """Leave out the cache: a copied model attaches its own, a lone layer allocates one."""
         return {**self.__dict__, "cache": None, "layer_id": 0}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Attention:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.cache is not None:  # .half() and .to(...) take it along
+        if self.cache is not None:  # .half() and .to(...) apply to the cache too
             self.cache.apply(self.layer_id, fn)
         return self
 
 
 def overwrite(cache: KVCache, held: Tensor, value: Tensor) -> None:
-    """Put other keys or values into a part of the cache, which then holds no known tokens."""
+    """Copy `value` into `held`, a part of the cache, and empty all slots: their ids are stale."""
     if value.data_ptr() != held.data_ptr():
         held.copy_(value)
         cache.clear()
@@ -207,7 +209,7 @@ class FeedForward(nn.Module):
     def __init__(
         self, dim: int, hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | None
     ):
-        """`hidden_dim` is the width of a layer of two matrices, 4 × dim; see feed_forward_dim."""
+        """`hidden_dim` is the width of a two-matrix layer, 4 × dim; see feed_forward_dim."""
         super().__init__()
         hidden_dim = feed_forward_dim(hidden_dim, multiple_of, ffn_dim_multiplier)
         self.w1 = ColumnParallelLinear(dim, hidden_dim, bias=False, gather_output=False)
@@ -243,11 +245,12 @@ class TransformerBlock(nn.Module):
 
 @ops.transparent
 class Transformer(nn.Module):
-    """Token ids -> logits.
+    """The Llama 2 model: `model(tokens, start_pos)` returns logits.
 
-    As the original's it runs in inference mode and keeps a cache, made at the first call, which is
-    not part of `state_dict`. `train()` makes it differentiable and lets it attend within its own
-    input; `eval()` ends that.
+    Like the original, it runs in inference mode and keeps a KV cache. The cache is allocated on the
+    first call and is not part of `state_dict`. `train()` selects a differentiable pass over whole
+    sequences, without a cache; `eval()` switches back. Raises ValueError if `params.vocab_size` is
+    not set.
     """
 
     def __init__(self, params: ModelArgs):
@@ -266,22 +269,23 @@ class Transformer(nn.Module):
         self.output = ColumnParallelLinear(params.dim, params.vocab_size, bias=False)
         self.cache: KVCache | None = None
         self.moves = 0  # how often the weights were moved or converted
-        self.n_rep = params.n_heads // params.kv_heads  # how many query heads share a key head
-        # Not a buffer, whose angles .bfloat16() would round. On the meta device, where a
-        # checkpoint's weights are to come, allocate_cache computes it: memory is checked before.
+        self.n_rep = params.n_heads // params.kv_heads  # query heads per key head
+        # Not a buffer, because .bfloat16() would round the angles. A model on the meta device waits
+        # for a checkpoint: allocate_cache computes the angles, after memory has been checked.
         self.freqs_cis = torch.empty(0, dtype=torch.complex64, device="cpu")
-        self.rotary = (params.rope_theta, params.rope_scaling_factor)  # what it was computed from
+        self.rotary = (params.rope_theta, params.rope_scaling_factor)  # the inputs to freqs_cis
         if not self.tok_embeddings.weight.is_meta:
             self.freqs_cis = self.angles()
         self.eval()
 
     def forward(self, tokens: Tensor, start_pos: int | View = 0) -> Tensor:
-        """Logits, (bsz, seqlen, vocab_size) float32, of tokens (bsz, seqlen) at `start_pos` onward.
+        """Return logits, (bsz, seqlen, vocab_size) float32, for tokens (bsz, seqlen).
 
-        With an integer, tokens are cached in slots 0 to bsz - 1, and also attend to the `start_pos`
-        tokens that were cached there before. A View, made by the engine, says where each token
-        stands, what it attends to, and of which tokens logits are wanted. Raises ValueError for
-        more rows or positions than fit.
+        With an integer, row i is cached in slot i from position `start_pos` on, and also attends to
+        the `start_pos` tokens cached there before. The engine passes a View instead, which
+        determines the position of each token, what it attends to and which logits are computed. In
+        training mode, `start_pos` must be 0. Raises ValueError if the tokens exceed
+        `max_batch_size` rows or `max_seq_len` positions.
         """
         rotary = (self.params.rope_theta, self.params.rope_scaling_factor)
         if self.rotary != rotary or not len(self.freqs_cis):
@@ -289,7 +293,7 @@ class Transformer(nn.Module):
         if self.training:
             return self._train(tokens, start_pos)
         if torch.compiler.is_compiling() and isinstance(start_pos, View):
-            # In the caller's inference mode.
+            # The caller has already entered inference mode.
             return self._run(tokens, start_pos, self.freqs_cis[start_pos.positions], None)
         with torch.inference_mode():
             fused = ops.path.fused
@@ -302,7 +306,7 @@ class Transformer(nn.Module):
                 ops.path.fused = fused
 
     def _run_slots(self, tokens: Tensor, start_pos: int) -> Tensor:
-        """The pass of a script: slots 0 to bsz - 1 from `start_pos` on."""
+        """Run a script's pass: slots 0 to bsz - 1, positions `start_pos` on."""
         start = self._check(tokens, start_pos)
         cache = self.cache or self.allocate_cache()
         end = start + tokens.shape[1]
@@ -312,21 +316,21 @@ class Transformer(nn.Module):
     def _run(
         self, tokens: Tensor, start_pos: int | View, freqs_cis: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """The pass: embed, every layer, norm, output."""
+        """Run a pass: embedding, all layers, norm, output."""
         h = self.tok_embeddings(tokens)
         if self.cache is not None:
             h = h.to(self.cache.dtype)
         for layer in self.layers:
             h = layer(h, start_pos, freqs_cis, mask)
         h = self.norm(h)
-        if isinstance(start_pos, PrefillBatch):  # only the logits that are wanted are computed
+        if isinstance(start_pos, PrefillBatch):  # compute only the logits that are needed
             start_pos.states = h[0]
             h = h[0, start_pos.wanted][:, None]
         logits: Tensor = self.output(h).float()
         return logits
 
     def _train(self, tokens: Tensor, start_pos: int | View) -> Tensor:
-        """A differentiable pass over whole sequences."""
+        """Run a differentiable pass over whole sequences, without a cache."""
         if isinstance(start_pos, View):
             raise ValueError("the model is in training, which keeps no cache: call eval() first")
         if start_pos != 0:
@@ -340,15 +344,13 @@ class Transformer(nn.Module):
         return self._run(tokens, Uncached(tokens), freqs_cis.to(tokens.device), None)
 
     def _check(self, tokens: Tensor, start_pos: int) -> int:
-        """The integer start_pos.
-
-        Raises ValueError for tokens that do not fit into the cache behind it.
-        """
+        """Return `start_pos` as an int. Raises ValueError if the tokens do not fit the cache."""
         start = operator.index(start_pos)
         args = self.params
         if tokens.dim() != 2 or tokens.numel() == 0 or start < 0:
             raise ValueError(
-                f"tokens are {tuple(tokens.shape)} at {start}: pass (bsz, seqlen) at 0 or more"
+                f"tokens are {tuple(tokens.shape)} at position {start}: "
+                "pass (bsz, seqlen) at 0 or more"
             )
         bsz, seqlen = tokens.shape
         if start + seqlen > args.max_seq_len:
@@ -361,17 +363,17 @@ class Transformer(nn.Module):
         return start
 
     def angles(self) -> Tensor:
-        """precompute_freqs_cis of every position."""
+        """Compute freqs_cis for all positions."""
         args = self.params
         self.rotary = (args.rope_theta, args.rope_scaling_factor)
-        with torch.inference_mode(False):  # training uses it too
+        with torch.inference_mode(False):  # training uses the result too
             return precompute_freqs_cis(args.head_dim, args.max_seq_len, *self.rotary)
 
     def allocate_cache(self) -> KVCache:
-        """Attach this rank's cache, empty, for `max_batch_size` sequences of `max_seq_len` tokens.
+        """Allocate and attach this rank's cache: `max_batch_size` slots of `max_seq_len` tokens.
 
-        Activations and cache have the type of the norms' weights, whatever the others have. A cache
-        that is attached already is emptied, and remains the same object.
+        Activations and cache use the dtype of the norms' weights, whatever the other weights use.
+        An existing cache is reallocated, empty, and remains the same object.
         """
         args = self.params
         like = getattr(self.norm, "weight", None)
@@ -390,7 +392,7 @@ class Transformer(nn.Module):
         return self.cache
 
     def attach_cache(self) -> None:
-        """Give each attention its layer of the cache, also those that came later."""
+        """Assign a layer of the cache to each Attention, including those added later."""
         attentions = attentions_of(self)
         for number, attention in enumerate(attentions):
             attention.cache = self.cache
@@ -405,7 +407,7 @@ class Transformer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformer:
         before = [(p.data_ptr(), p.dtype) for p in self.parameters()]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if len(self.freqs_cis):  # moved, but never rounded
+        if len(self.freqs_cis):  # move it, but never round it
             probe = torch.empty(0, device=self.freqs_cis.device)
             self.freqs_cis = self.freqs_cis.to(fn(probe).device)
         if before != [(p.data_ptr(), p.dtype) for p in self.parameters()]:
@@ -418,9 +420,9 @@ def attentions_of(model: nn.Module) -> list[Attention]:
 
 
 def causal_mask(seqlen: int, start_pos: int, like: Tensor) -> Tensor | None:
-    """What the original's layers get: -inf where a token would see a later one, else 0.
+    """The mask of the original's layers: -inf for keys later than the query, else 0.
 
-    (seqlen, start_pos + seqlen), of the type and on the device of `like`; None for a single token.
+    (seqlen, start_pos + seqlen), with the dtype and device of `like`. None for a single token.
     """
     if seqlen == 1:
         return None

@@ -1,7 +1,7 @@
 """Dataclasses of options: each field carries its help text and its check.
 
-SamplingParams and BuildOptions are made of such fields. The methods of Llama, the HTTP server,
-batch files and the command line all read the fields, so that a new option is written down once.
+SamplingParams and BuildOptions consist of such fields. The methods of Llama, the HTTP server, batch
+files and the command line all read the fields, so a new option is defined in one place.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ def option(
     use: str = "",
     shared: bool = False,
 ) -> Any:
-    """A field. `valid` accepts a value of its type; an error says to `use` something else.
+    """A dataclass field with its help text and its check.
 
-    A `shared` option has one value for all prompts of a call.
+    If `valid` rejects a value of the field's type, the error message ends with "use {use}". A
+    `shared` option has one value for all prompts of a call.
     """
     metadata = {"help": help, "valid": valid, "use": use, "shared": shared}
     return dataclasses.field(default=default, metadata=metadata)
@@ -51,9 +52,9 @@ def members_of(hint: Any) -> tuple[type, ...]:
 
 
 def check_fields(options: Any) -> None:
-    """Put every field of a frozen dataclass into its own type.
+    """Check every field of a frozen dataclass, and convert it to the field's type.
 
-    Raises ArgumentError for a value out of range, ArgumentTypeError for one of another type.
+    Raises ArgumentError if a value is out of range, ArgumentTypeError if its type is wrong.
     """
     kinds = kinds_of(type(options))  # type: ignore[arg-type]
     for field in dataclasses.fields(options):
@@ -71,7 +72,7 @@ def check_fields(options: Any) -> None:
 
 
 def converted(name: str, kinds: tuple[type, ...], value: Any) -> Any:
-    """A value in one of its field's types. Raises ArgumentTypeError where it cannot be."""
+    """Convert a value to one of its field's types. Raises ArgumentTypeError if it cannot be."""
     value = plain(value)
     if bool in kinds:
         if value is None:
@@ -99,12 +100,12 @@ def strings_wanted(name: str, value: tuple[Any, ...]) -> ArgumentTypeError:
 
 
 def plain(value: Any) -> Any:
-    """An array of no dimension, PyTorch's or NumPy's, as the number that it is."""
+    """A zero-dimensional PyTorch or NumPy array as a number; any other value unchanged."""
     return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def check_names(options: type[Any], given: Iterable[str]) -> None:
-    """Raise TypeError for a keyword that is no field."""
+    """Raise TypeError if a keyword is not a field."""
     known = [field.name for field in dataclasses.fields(options)]
     for name in given:
         if name not in known:

@@ -1,9 +1,9 @@
-"""fairscale's parallel layers, sharded, for inference.
+"""fairscale's model-parallel layers, each holding only this rank's shard of its weight.
 
-fairscale's own constructors allocate the whole weight on every rank and cannot build on the meta
-device; its reduce is an autograd function, which breaks a compiled graph. The subclasses below keep
-its types, arguments and process groups, hold this rank's shard only, and reduce with plain
-collectives. On one rank they are ordinary layers, and differentiable.
+fairscale's constructors allocate the whole weight on every rank and do not work on the meta device.
+Its reduction is an autograd function, which breaks a compiled graph. The subclasses below keep its
+types, arguments and process groups, hold only this rank's shard, and reduce with plain collectives.
+On one rank they are ordinary differentiable layers.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ InitMethod = Callable[[Tensor], Any]
 
 
 class ShardedLinear(nn.Module):
-    """What the two linear layers share: this rank's weight, a parameter or packed.
+    """Base of the two linear layers: holds this rank's weight, a parameter or packed.
 
-    A packed layer has no parameter; its `weight` is a dequantised copy, which PyTorch keeps from
-    being written to outside of inference mode. A parameter that is assigned takes the packed
-    weight's place.
+    A packed layer has no parameter. Its `weight` is a dequantized copy, an inference tensor, which
+    PyTorch does not let you write to outside inference mode. Assigning a Parameter to `weight`
+    replaces the packed weight.
     """
 
     def __init__(self, rows: int, columns: int, ranks: Ranks, init_method: InitMethod | None):
@@ -36,15 +36,15 @@ class ShardedLinear(nn.Module):
         self.ranks = ranks
         self.packed: nn.Module | None = None
         self.weight = new_weight(rows, columns, init_method)
-        self.register_parameter("bias", None)  # as fairscale's layers have it
+        self.register_parameter("bias", None)  # fairscale's layers have it
 
     def pack(self, packed: nn.Module) -> None:
-        """Multiply by a packed weight in place of the parameter."""
+        """Replace the parameter with a packed weight."""
         self.packed = packed
         del self.weight
 
     def multiply(self, x: Tensor) -> Tensor:
-        """x Wᵀ with this rank's W."""
+        """x Wᵀ, where W is this rank's shard."""
         if self.packed is None:
             return ops.linear(x, self.weight)
         y: Tensor = self.packed(x)
@@ -81,7 +81,7 @@ class ShardedLinear(nn.Module):
 
 
 def fused_linear(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
-    """Each layer's product with x: a single product where one packed weight holds theirs."""
+    """Each layer's product with x, computed as a single product if the layers are fused."""
     packed: list[Any] = [getattr(layer, "packed", None) for layer in layers]
     fused = not torch.compiler.is_compiling() and ops.path.fused
     if not fused or not all(isinstance(part, Rows) for part in packed):
@@ -91,7 +91,7 @@ def fused_linear(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
 
 
 def fuse(layers: Sequence[ShardedLinear], packed: nn.Module) -> None:
-    """Give layers that multiply the same input one packed weight, theirs along its rows."""
+    """Make layers with the same input share `packed`, which stacks their weights' rows."""
     if len(layers) == 1:
         layers[0].pack(packed)
         return
@@ -104,11 +104,11 @@ def fuse(layers: Sequence[ShardedLinear], packed: nn.Module) -> None:
 
 @ops.transparent
 class ColumnParallelLinear(ShardedLinear, fs_layers.ColumnParallelLinear):
-    """y = x Wᵀ with W split by rows.
+    """y = x Wᵀ, with W split by rows.
 
-    weight: (out_features / ranks, in_features). Each rank has its part of y.
-
-    Takes fairscale's arguments. Raises ValueError for those that Llama has no use for.
+    weight: (out_features / ranks, in_features). Each rank gets its part of y, or with
+    `gather_output` all of y. Takes fairscale's arguments. Raises ValueError for values that Llama's
+    layers do not support.
     """
 
     def __init__(
@@ -137,11 +137,11 @@ class ColumnParallelLinear(ShardedLinear, fs_layers.ColumnParallelLinear):
 
 @ops.transparent
 class RowParallelLinear(ShardedLinear, fs_layers.RowParallelLinear):
-    """y = x Wᵀ with W split by columns.
+    """y = x Wᵀ, with W split by columns.
 
-    weight: (out_features, in_features / ranks). y is whole on each rank.
-
-    With `input_is_parallel` each rank passes its part of x. Takes fairscale's arguments, as above.
+    weight: (out_features, in_features / ranks). Each rank gets all of y. With `input_is_parallel`,
+    each rank passes only its part of x. Takes fairscale's arguments. Raises ValueError for values
+    that Llama's layers do not support.
     """
 
     def __init__(
@@ -172,11 +172,10 @@ class RowParallelLinear(ShardedLinear, fs_layers.RowParallelLinear):
 
 @ops.transparent
 class ParallelEmbedding(fs_layers.ParallelEmbedding):
-    """Token embeddings split along the model dimension.
+    """Token embeddings, split along the model dimension.
 
-    weight: (num_embeddings, embedding_dim / ranks).
-
-    Takes fairscale's arguments. Raises ValueError for those that Llama has no use for.
+    weight: (num_embeddings, embedding_dim / ranks). Takes fairscale's arguments. Raises ValueError
+    for values that Llama's layers do not support.
     """
 
     def __init__(
@@ -209,7 +208,7 @@ class ParallelEmbedding(fs_layers.ParallelEmbedding):
         return self.ranks.gather(h) if self.ranks.size > 1 else h
 
 
-# fairscale's arguments that would change what a layer computes, with the one value that is taken.
+# fairscale's arguments that would change a layer's result, and the only value that is supported.
 TAKEN: dict[str, Any] = {
     "bias": False,
     "stride": 1,
@@ -222,19 +221,20 @@ TAKEN: dict[str, Any] = {
 
 
 def refuse_unless_taken(**arguments: Any) -> None:
-    """Raise ValueError for an argument that Llama has no use for."""
+    """Raise ValueError unless each argument has its supported value."""
     for name, value in arguments.items():
         taken = TAKEN[name]
         if type(value) is not type(taken) or value != taken:
             raise ValueError(
-                f"{name} is {value!r}, which Llama's layers have no use for: pass {name}={taken}"
+                f"{name} is {value!r}, which Llama's layers do not support: pass {name}={taken}"
             )
 
 
 def new_weight(rows: int, columns: int, init_method: InitMethod | None = None) -> nn.Parameter:
-    """A weight to be trained, or on the meta device to be replaced by a checkpoint's.
+    """Make an initialized weight, or on the meta device a placeholder for a checkpoint's.
 
-    There nothing is computed: arithmetic on the meta device imports the compiler, most of a second.
+    The placeholder is not initialized: arithmetic on the meta device imports the compiler, which
+    takes most of a second.
     """
     weight = torch.empty(rows, columns)
     if not weight.is_meta:

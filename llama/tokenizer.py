@@ -13,13 +13,13 @@ from sentencepiece import SentencePieceProcessor
 
 
 class Tokenizer:
-    """A SentencePiece model with the original's attributes.
+    """A SentencePiece tokenizer with the original's attributes.
 
-    `n_words` is the vocabulary's size, `n_used` without the unused pieces that pad it at its end;
-    `bos_id`, `eos_id` and `pad_id` are special ids, and so are Code Llama's `prefix_id`,
-    `suffix_id`, `middle_id` and `eot_id`, and its 70B chat model's `step_id` (-1 where the model
-    has none). `chat_template` is the Jinja template that came with the vocabulary, if one did: it
-    is not run, but says whether the model knows Llama 2's chat layout.
+    `n_words` is the size of the vocabulary; `n_used` does not count the unused pieces that pad its
+    end. `bos_id`, `eos_id` and `pad_id` are special ids. Code Llama adds `prefix_id`, `suffix_id`,
+    `middle_id` and `eot_id`, and its 70B chat model `step_id`. An id is -1 if the vocabulary does
+    not have it. `chat_template` is the Jinja template that came with the vocabulary, or None. It is
+    never run, only searched for the tags of Llama 2's chat layout.
 
     Raises FileNotFoundError if `model_path` is not a file, ValueError if it is not a SentencePiece
     model.
@@ -35,7 +35,7 @@ class Tokenizer:
 
     @classmethod
     def from_proto(cls, proto: bytes, name: str) -> Tokenizer:
-        """The tokenizer of a SentencePiece model's bytes. Errors call it `name`."""
+        """Make a tokenizer from the bytes of a SentencePiece model. Errors call it `name`."""
         tokenizer = cls.__new__(cls)
         tokenizer._use(proto, name)
         return tokenizer
@@ -63,28 +63,28 @@ class Tokenizer:
 
     def _piece_id(self, piece: str) -> int:
         token: int = self.sp_model.piece_to_id(piece)
-        if token == self.sp_model.unk_id():  # SentencePiece's answer for a piece that it lacks
+        if token == self.sp_model.unk_id():  # SentencePiece's result for a missing piece
             return -1
         return token
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
-        """The ids of `s`, with the begin- and end-of-sequence ids where asked for.
+        """The ids of `s`, with the begin- and end-of-sequence ids if requested.
 
-        Raises TypeError if not a str.
+        Raises TypeError if `s` is not a str.
         """
         if not isinstance(s, str):
             raise TypeError(f"only a str can be encoded, got {type(s).__name__}: {s!r}")
-        # A lone surrogate, which is no Unicode text, raises a ValueError here.
+        # A lone surrogate is not valid Unicode text and raises a ValueError here.
         ids: list[int] = self.sp_model.encode(s.encode())
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def decode(self, t: Sequence[int] | SupportsIndex) -> str:
-        """The text of ids, or of one; bytes that are not UTF-8 become U+FFFD.
+        """The text of several ids or a single one. Bytes that are not UTF-8 become U+FFFD.
 
-        Takes lists, arrays and tensors of any kind of integer. Raises ValueError for an id out of
-        range.
+        Takes lists, arrays and tensors of any integer type. Raises ValueError if an id is not in
+        the vocabulary.
         """
-        # An array without dimensions is one id.
+        # A zero-dimensional array is a single id.
         one = not isinstance(t, Iterable) or getattr(t, "ndim", 1) == 0
         tokens = cast("Iterable[SupportsIndex]", [t] if one else t)
         ids = [operator.index(token) for token in tokens]
@@ -97,9 +97,9 @@ class Tokenizer:
         return text
 
     def piece_bytes(self, token: int) -> bytes:
-        """An id's text, the same at any place: with its space, or one byte of a character.
+        """The bytes of an id, independent of context: a piece with its space, or a single byte.
 
-        For a special id, its name.
+        A special id gives its name.
         """
         if self.sp_model.is_byte(token):
             return bytes([int(self.sp_model.id_to_piece(token)[1:-1], 16)])
@@ -110,7 +110,7 @@ class Tokenizer:
         return self.piece_bytes(token).decode(errors="replace")
 
     def decode_pieces(self, t: Sequence[int]) -> list[str]:
-        """One string per id, whose concatenation is `decode(t)`; see Detokenizer."""
+        """One string per id, which join to `decode(t)`; see Detokenizer."""
         detokenizer = Detokenizer(self)
         pieces = []
         for token in t:
@@ -123,18 +123,18 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class Detokenizer:
-    """The text of ids that come one at a time, in whole characters.
+    """Decodes ids one at a time, in whole characters.
 
-    What `push` and `flush` return joins to the text of `decode`. A character of several byte pieces
-    comes with its last one. Bytes that cannot become a character come, as U+FFFD, once the next
-    piece or `flush` shows it. Frozen: `push` returns the next detokenizer, so that a step that is
-    not finished changes nothing.
+    The results of `push` and `flush` join to the text of `decode`. A character of several byte
+    pieces is returned with the last of them. Bytes that are not valid UTF-8 are returned as U+FFFD
+    as soon as the next piece or `flush` shows it. The object is frozen, and `push` returns the next
+    detokenizer, so that an interrupted step changes nothing.
     """
 
     tokenizer: Tokenizer
-    # at the text's start, SentencePiece drops the space that it put before the first word
+    # At the start of a text, SentencePiece drops the space that it put before the first word.
     at_start: bool = True
-    bytes: tuple[int, ...] = ()  # byte pieces that do not end a character yet
+    bytes: tuple[int, ...] = ()  # byte pieces of an incomplete character
 
     def push(self, token: int) -> tuple[str, Detokenizer]:
         model = self.tokenizer.sp_model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -37,31 +38,10 @@ RANK_VARIABLES = (
     "MASTER_PORT",
 )
 
-
-# Files whose tests start programs, jobs of several ranks, servers or a browser, and tests elsewhere
-# that do.
-STARTING = {
-    "batch",
-    "faults",
-    "launch",
-    "page",
-    "ranks",
-    "readme",
-    "serving",
-    "serving_faults",
-    "terminal",
-    "original",
-}
-STARTING_WORDS = ("ranks", "shell", "command", "compiled", "compiler", "torchrun", "starts")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        words = item.name.split("[")[0].split("_")
-        if item.path.stem.removeprefix("test_") in STARTING or any(
-            word in words for word in STARTING_WORDS
-        ):
-            item.add_marker("slow")
+# A shell starts `pytest &` with SIGINT ignored, and child processes would inherit that. The programs
+# that tests interrupt have to see the signal.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def expected(folder: str) -> dict[str, Any]:
@@ -111,6 +91,15 @@ def run_fresh(
         env=environment,
         **options,
     )
+
+
+def wait_for_line(job: subprocess.Popen[str], word: str) -> None:
+    """Read the job's standard output until a line with this word."""
+    assert job.stdout is not None
+    for line in job.stdout:
+        if word in line:
+            return
+    raise AssertionError(f"the program ended before it printed {word!r}")
 
 
 def launcher(nproc: int) -> list[str]:

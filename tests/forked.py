@@ -1,10 +1,9 @@
-"""Programs, each a fork of one process that has imported what all of them import: that is most of a
-program's time.
+"""Run programs as forks of one process that has already done their imports.
 
-What a program is told and what it answers is as of a process of its own: words, environment,
-folder, streams, status. What its imports do and read in the environment, the seed of hashes, and
-how the interpreter ends after the last exit handler are not; where a test is about those, or about
-torchrun, it starts the real thing.
+Imports take most of a program's time. Arguments, environment, working directory, streams and exit
+status behave as in a separate process. Side effects of imports, the environment that imports read,
+the hash seed, and the interpreter's shutdown after the last exit handler do not. Tests of these, or
+of torchrun, start a real process.
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ CONTEXT.set_forkserver_preload(["llama", "llama.cli.chat", "llama.cli.batch", "l
 
 
 class Job:
-    """A running program, with what subprocess.Popen has."""
+    """A running program, used like subprocess.Popen."""
 
     def __init__(self, words: list[str], environment: dict[str, str], paths: list[Path]):
-        """`paths`: files for its standard input, output and errors."""
+        """`paths` are the files for standard input, output and error."""
         self.words = words
         self.process = CONTEXT.Process(target=become, args=(words, environment, paths), daemon=True)
         self.process.start()
@@ -63,7 +62,7 @@ class Job:
 def run(
     arguments: Sequence[str | Path], environments: list[dict[str, str]], stdin: str, timeout: float
 ) -> subprocess.CompletedProcess[str]:
-    """What `python *arguments` does, in a process for each environment, with their output together."""
+    """Run `python *arguments` in one process per environment; return their combined output."""
     words = list(map(str, arguments))
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder, name) for name in ("stdin", "stdout", "stderr")]
@@ -82,14 +81,14 @@ def run(
                 )
         finally:
             for job in jobs:
-                job.kill()  # the others of a rank that failed, as torchrun does
+                job.kill()  # if a rank fails, end the others, as torchrun does
                 job.wait()
         stdout, stderr = (path.read_text(errors="replace") for path in paths[1:])
         return subprocess.CompletedProcess(words, next(filter(None, codes), 0), stdout, stderr)
 
 
 def ranks(count: int) -> tuple[dist.TCPStore, list[dict[str, str]]]:
-    """Where the ranks of a job meet, and what torchrun would put into each one's environment."""
+    """Return the store where ranks meet, and each rank's environment as torchrun would set it."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     common = {
         "MASTER_ADDR": "127.0.0.1",
@@ -103,7 +102,7 @@ def ranks(count: int) -> tuple[dist.TCPStore, list[dict[str, str]]]:
 
 
 def become(words: list[str], environment: dict[str, str], paths: list[Path]) -> None:
-    """The program that `python *words` is."""
+    """Turn this process into the program that `python *words` runs."""
     write = os.O_WRONLY | os.O_APPEND | os.O_CREAT
     for number, (path, flags) in enumerate(zip(paths, (os.O_RDONLY, write, write), strict=True)):
         os.dup2(os.open(path, flags), number)

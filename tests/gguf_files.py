@@ -1,4 +1,4 @@
-"""GGUF files of random weights, written and read by the package gguf."""
+"""GGUF files with random weights, written and read by the package gguf."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Kind = gguf.GGMLQuantizationType
 KINDS = [Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0]
 K_KINDS = [Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K]
 
-# Where the factors of a block of K stand, and how large they are at most: weights are as large as
-# trained ones.
+# Byte offsets of the factors in a K-quant block, and the largest value of each: with these, weights
+# are about as large as trained ones.
 FACTORS = {
     Kind.Q2_K: {80: 0.02, 82: 0.02},
     Kind.Q3_K: {108: 0.002},
@@ -29,8 +29,10 @@ FACTORS = {
 
 
 def random_blocks(kind: Kind, rows: int, columns: int, seed: int = 0) -> numpy.ndarray[Any, Any]:
-    """(rows, bytes): normal weights of the types that the package quantises to, random bytes of the
-    others.
+    """Return a matrix of random weights as (rows, bytes).
+
+    The weights have a normal distribution if gguf can quantize to this type. Otherwise the blocks
+    are random bytes with factors of a realistic size.
     """
     rng = numpy.random.default_rng(seed)
     if kind not in FACTORS:
@@ -53,7 +55,7 @@ def dequantized(kind: Kind, blocks: numpy.ndarray[Any, Any]) -> torch.Tensor:
 
 
 def small_args(tokenizer: Tokenizer) -> ModelArgs:
-    """Widths of whole blocks, for 1, 2 and 4 ranks in groups of 32."""
+    """Return widths that are whole blocks, and whole groups of 32 on 1, 2 and 4 ranks."""
     return ModelArgs(
         dim=256,
         n_layers=2,
@@ -73,10 +75,10 @@ def write_gguf(
     shapes: dict[str, tuple[int, ...]],
     **metadata: Any,
 ) -> dict[str, torch.Tensor]:
-    """Write a file whose matrices are of a type, or of types by the ends of their names; returns
-    their values.
+    """Write a GGUF file and return the values of its tensors.
 
-    `metadata` replaces what the file says of the architecture, by the last part of its key.
+    `kind` is the type of all matrices, or maps endings of their names to types. `metadata` replaces
+    entries of the architecture; the keys omit the prefix `llama.`.
     """
     writer = gguf.GGUFWriter(path, metadata.pop("architecture", "llama"))
     eos = metadata.pop("tokenizer.ggml.eos_token_id", None)

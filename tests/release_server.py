@@ -1,4 +1,4 @@
-"""A miniature release on loopback, for download.sh, and the programs that it may find."""
+"""A miniature release on a loopback server for download.sh, and the tools that it may find."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CLIENTS = [client for client in ("curl", "wget") if shutil.which(client)]
 
 
 def miniature() -> dict[str, bytes]:
-    """All six models' files, by their paths on the server."""
+    """Return the files of all six models by their path on the server."""
     rng = random.Random(0)
     files = {
         "LICENSE": b"terms\n",
@@ -39,18 +39,18 @@ def checklist(files: dict[str, bytes]) -> bytes:
 
 
 class Release(ThreadingHTTPServer):
-    """Serves `files`, and does to single paths what is asked for."""
+    """Serves `files`. Tests set the other attributes to cause failures."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.files = miniature()
-        self.requests: list[tuple[str, int]] = []  # path, and where it begins
+        self.requests: list[tuple[str, int]] = []  # path, and first byte
         self.forbid_after = 10**9
-        self.statuses: list[int] = []  # of the next answers
-        self.cuts: dict[str, list[int]] = {}  # path -> after how many bytes its next answers end
-        self.slow = ""  # the path whose body comes in small pieces
+        self.statuses: list[int] = []  # of the next responses
+        self.cuts: dict[str, list[int]] = {}  # path -> bytes before its next responses are cut
+        self.slow = ""  # path whose body is sent in small pieces
         self.ranges = True
 
     @property
@@ -99,15 +99,16 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def make_tools(folder: Path, *clients: str, hasher: str = "md5sum") -> Path:
-    """A PATH with no other client than these, a disk of 999 GB, and the system's checksum program
-    or macOS's.
+    """Make a folder for PATH with these clients and no others, and 999 GB of free disk space.
+
+    `hasher` is "md5sum", or "md5" as on macOS.
     """
     folder.mkdir()
     used = "awk bash cat cut du grep head mkdir mktemp mv rm sleep sort tail tr wc"
     for tool in [*used.split(), *clients] + ["md5sum"] * (hasher == "md5sum"):
         (folder / tool).symlink_to(shutil.which(tool) or tool)
     program(folder / "df", "echo Filesystem; echo /dev/disk 1 1 999000000 1% /")
-    if hasher == "md5":  # prints the sum alone with -q, and knows no -c
+    if hasher == "md5":  # -q prints only the sum, and there is no -c
         program(
             folder / "md5",
             f'[ "$1" = -q ] && [ $# = 2 ] && {shutil.which("md5sum")} "$2" | cut -c 1-32',

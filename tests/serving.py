@@ -1,4 +1,4 @@
-"""A server of llama-2-tiny in a process of its own, and a model in it that says what it is told to."""
+"""A server of llama-2-tiny in a process of its own, optionally with scripted answers."""
 
 from __future__ import annotations
 
@@ -8,22 +8,28 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import forked
+import httpx
 import torch
 from conftest import ROOT, TINY, clean_environment, launcher
+
+# On a busy machine an answer takes longer than httpx' 5 s.
+http_get = partial(httpx.get, timeout=60)
+http_post = partial(httpx.post, timeout=60)
 
 URL = re.compile(r"answers at (http://[^,]+),")
 
 
 class Served:
-    """`python -m llama serve` with these flags, ready, until the block is left; `status` is what it
-    ended with.
+    """A context manager that runs `python -m llama serve` with these flags.
 
-    `script` stands in for `-m llama`; `ranks` more than 0 are torchrun's.
+    The server is ready when the block starts. Afterwards `status` is its exit status. `script`
+    replaces `-m llama`. `ranks` above 0 start that many ranks with torchrun.
     """
 
     def __init__(
@@ -77,21 +83,21 @@ class Served:
                 return found
             assert running, f"the server ended: {self.log}"
             time.sleep(0.02)
-        raise AssertionError(f"the server does not say so: {self.log}")
+        raise AssertionError(f"not in the server's log: {pattern.pattern}: {self.log}")
 
     def end(self) -> str:
-        """Let it end, with SIGTERM if it has not; returns its log."""
+        """Stop the server with SIGTERM unless it has ended. Returns its log."""
         if self.job.poll() is None:
             self.job.terminate()
         try:
-            self.status = self.job.wait(60)
+            self.status = self.job.wait(120)
         finally:
             self.job.kill()
         return self.log
 
 
 def told_to(prompt: str) -> tuple[str, float]:
-    """What to answer to a prompt that says so, and how many seconds each token takes."""
+    """The scripted answer to a prompt, and the seconds that each of its tokens takes."""
     asked = re.findall(r"\[INST\] (.*?) \[/INST\]", prompt, re.DOTALL) or [prompt]
     word, _, rest = asked[-1].partition(":")
     if word in ("long", "slow"):
@@ -100,7 +106,7 @@ def told_to(prompt: str) -> tuple[str, float]:
 
 
 def main() -> None:
-    """Serve with answers as prompts ask: say:TEXT, long:N words, slow:N words at 20 a second."""
+    """Serve scripted answers: say:TEXT, long:N words, or slow:N words at 20 per second."""
     from llama.__main__ import main
     from llama.engine import Engine, Request, ScoredToken
 

@@ -22,6 +22,9 @@ from llama.engine.engine import Engine
 from llama.generation import BuildOptions
 from llama.sampling import SamplingParams
 
+# Starts programs, jobs of several ranks, servers or a browser.
+pytestmark = pytest.mark.slow
+
 QUESTION = {"role": "user", "content": "Where does the owl live?"}
 BUILD = BuildOptions(max_seq_len=128, max_batch_size=4, device="cpu", dtype="float32")
 
@@ -40,7 +43,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def run(source: Path, out: Path, **options: Any) -> str:
-    """`options` are fields of SamplingParams."""
+    """Run the batch command; `options` are fields of SamplingParams."""
     sampling = SamplingParams(**{"max_tokens": 12} | options)
     return batch(str(TINY), str(source), str(out), build=BUILD, sampling=sampling)
 
@@ -70,7 +73,7 @@ def test_each_line_is_answered_in_its_place(tmp_path: Path, tiny: Llama) -> None
         {"prompt": "The bear", "temperature": 0, "stop": "."},
     ]
     said = run(write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl", temperature=0.0)
-    assert said.startswith(f"{tmp_path}/out.jsonl: 5 lines, 0 of them from before, ")
+    assert said.startswith(f"{tmp_path}/out.jsonl: 5 lines, 0 of them answered earlier, ")
     results = read(tmp_path / "out.jsonl")
     for line, result in zip(lines, results, strict=True):
         assert all(result[key] == value for key, value in line.items() if key != "logprobs")
@@ -151,11 +154,10 @@ def test_a_bad_line_becomes_an_error_line(tmp_path: Path) -> None:
     assert errors[4].startswith("prompt 0 has ") and "and max_seq_len is 128" in errors[4]
     assert errors[5] == "message 0: expected role 'user', got 'assistant'"
     assert errors[6] == "temperature is 'hot': use a number"
-    assert errors[7] == "line 9 is not JSON (it is no object): write one object on each line"
+    assert errors[7] == "line 9 is not JSON (it is not an object): write one object on each line"
     assert (
-        errors[8]
-        == errors[3]
-        == "several answers are for OpenAI's shape: give each prompt a line, and leave out n"
+        errors[8] == errors[3] == "several answers need OpenAI's batch format: "
+        "otherwise give each prompt its own line, and leave out n"
     )
 
 
@@ -222,7 +224,7 @@ def test_two_runs_do_not_write_one_output(tmp_path: Path) -> None:
     source, out = write(tmp_path / "in.jsonl", prompts(3)), tmp_path / "out.jsonl"
     first = Results(out, iter([]))
     with pytest.raises(
-        ValueError, match=r"out\.jsonl is being written by another run: let it end, or end it"
+        ValueError, match=r"out\.jsonl is being written by another run: wait for it, or stop it"
     ):
         run(source, out)
     first.close()
@@ -261,9 +263,9 @@ def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
         (tmp_path / "whole.jsonl").read_bytes()[size : size + 20]
     )
     said = run(source, tmp_path / "out.jsonl", max_tokens=None)
-    assert ", 0 of them from before" not in said
+    assert ", 0 of them answered earlier" not in said
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert "400 lines, 400 of them from before, 0 tokens" in run(
+    assert "400 lines, 400 of them answered earlier, 0 tokens" in run(
         source, tmp_path / "out.jsonl", max_tokens=None
     )
 
@@ -282,7 +284,8 @@ def test_an_output_of_another_run_is_left_as_it_is(tmp_path: Path) -> None:
     ):
         out.write_text(content)
         with pytest.raises(
-            ValueError, match=r"line 1 of .*out\.jsonl does not answer that of the input: choose"
+            ValueError,
+            match=r"line 1 of .*out\.jsonl does not answer the same line of the input: choose",
         ):
             run(source, out)
         assert out.read_text() == content
@@ -291,7 +294,7 @@ def test_an_output_of_another_run_is_left_as_it_is(tmp_path: Path) -> None:
     before = out.read_bytes()
     write(source, prompts(2))
     with pytest.raises(
-        ValueError, match=r"line 3 of .*out\.jsonl does not answer that of the input"
+        ValueError, match=r"line 3 of .*out\.jsonl does not answer the same line of the input"
     ):
         run(source, out)
     write(source, [*prompts(2), {"prompt": "another"}])
@@ -315,7 +318,7 @@ def test_what_cannot_be_read_or_written_is_told_before_a_model_is_loaded(
         run(source, source)
     for out in (tmp_path, tmp_path / "nowhere" / "out.jsonl", Path("/dev/null")):
         with pytest.raises(
-            FileNotFoundError, match="cannot be written: pass the name of a file in a folder"
+            FileNotFoundError, match="cannot be written: pass the name of a file in an existing"
         ):
             run(source, out)
 
@@ -344,7 +347,7 @@ def test_a_disk_that_fills_is_told_and_what_was_written_stays(
         ):
             run(source, out)
     assert 5 <= len(read(out)) < 30
-    assert ", 0 of them from before" not in run(source, out)
+    assert ", 0 of them answered earlier" not in run(source, out)
     assert len(read(out)) == 30
 
 
@@ -360,10 +363,10 @@ def test_groups_of_ranks_take_shares_of_the_lines(tmp_path: Path) -> None:
         "out.jsonl",
         "whole.jsonl",
     ]
-    assert job.stdout.startswith(f"{out}: 41 lines, 0 of them from before, ")
+    assert job.stdout.startswith(f"{out}: 41 lines, 0 of them answered earlier, ")
     (tmp_path / "out.jsonl.part-2-of-2").touch()
     job = run_ranks(2, "-m", "llama", "batch", TINY, source, out, *FLAGS, *groups)
-    assert job.stdout == f"{out}: 41 lines, all of them from before\n", job.stderr
+    assert job.stdout == f"{out}: 41 lines, all of them answered earlier\n", job.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "in.jsonl",
         "out.jsonl",
@@ -372,7 +375,7 @@ def test_groups_of_ranks_take_shares_of_the_lines(tmp_path: Path) -> None:
     (tmp_path / "out.jsonl.part-1-of-3").touch()
     with pytest.raises(
         ValueError,
-        match="part-1-of-3 is of a run with 3 groups of ranks: run as many, or remove it",
+        match="part-1-of-3 is from a run with 3 groups of ranks: use the same number, or remove it",
     ):
         run(source, out)
 
@@ -383,4 +386,4 @@ def test_the_command_shows_its_progress_and_what_came_of_it(tmp_path: Path) -> N
         "-m", "llama", "batch", TINY, source, tmp_path / "out.jsonl", "--max_seq_len", "128"
     )
     assert job.returncode == 0, job.stderr
-    assert job.stdout.startswith(f"{tmp_path}/out.jsonl: 8 lines, 0 of them from before, ")
+    assert job.stdout.startswith(f"{tmp_path}/out.jsonl: 8 lines, 0 of them answered earlier, ")

@@ -17,7 +17,7 @@ TOKENIZER = Tokenizer(GOLDEN / "tokenizer.model")
 
 
 def say(*contents: str, system: str | None = None) -> list[dict[str, str]]:
-    """A dialog whose roles are in order."""
+    """Return a dialog with alternating roles."""
     dialog = [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
     return dialog if system is None else [{"role": "system", "content": system}, *dialog]
 
@@ -76,9 +76,9 @@ def test_a_dialog_is_laid_out_as_documented_or_refused_as_documented(dialog: lis
 @pytest.mark.parametrize(
     ("dialog", "sentence"),
     [
-        ([], "message 0: expected role 'user' as the last one, got none"),
-        (say("a", "b"), "message 2: expected role 'user' as the last one, got none"),
-        (say(system="s"), "message 1: expected role 'user' as the last one, got none"),
+        ([], "message 0: expected a last message of role 'user', got none"),
+        (say("a", "b"), "message 2: expected a last message of role 'user', got none"),
+        (say(system="s"), "message 1: expected a last message of role 'user', got none"),
         ([*say("a"), *say("b")], "message 1: expected role 'assistant', got 'user'"),
         ([{"role": "bot", "content": "a"}], "message 0: expected role 'user', got 'bot'"),
         (
@@ -162,7 +162,7 @@ def test_dialogs_come_back_as_lists() -> None:
         (
             [[HI], []],
             AssertionError,
-            "dialog 1, message 0: expected role 'user' as the last one, got none",
+            "dialog 1, message 0: expected a last message of role 'user', got none",
         ),
         (
             [[HI], [HI, HI]],
@@ -192,8 +192,9 @@ def test_one_dialog_is_told_so_too() -> None:
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """A piece for each character and <step>, and, as CodeLlama-70b-Instruct's, no space before a
-    text's first word.
+    """A tokenizer with one piece per character, and <step>.
+
+    Like CodeLlama-70b-Instruct's, it does not put a space before the first word of a text.
     """
     folder = tmp_path_factory.mktemp("steps")
     (folder / "text.txt").write_text(
@@ -216,7 +217,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def piece_by_piece(layout: str, tokenizer: Tokenizer) -> list[int]:
-    """Ids of a layout whose pieces are characters; | stands for BOS, # for <step>."""
+    """Return the ids of a layout, one piece per character; | is BOS and # is <step>."""
     names = {" ": "▁", "\n": "<0x0A>", "|": "<s>", "#": "<step>"}
     ids = [tokenizer.sp_model.piece_to_id(names.get(character, character)) for character in layout]
     assert 0 not in ids
@@ -279,17 +280,18 @@ def test_text_without_a_space_before_its_first_word_decodes_piece_by_piece(
 
 @pytest.mark.parametrize("kind", [3, 4], ids=["control piece", "user-defined piece"])
 def test_prompt_ids_in_steps_equal_the_published_ones(tmp_path: Path, kind: int) -> None:
-    """Those that huggingface.co/codellama/CodeLlama-70b-Instruct-hf gives, of the original
-    function.
+    """Compare with the ids on huggingface.co/codellama/CodeLlama-70b-Instruct-hf.
+
+    That page shows the output of the original function.
     """
     llama2 = real_tokenizer_path()
 
-    def piece(name: str) -> bytes:  # a SentencePiece in a ModelProto: its text, and its type
+    def piece(name: str) -> bytes:  # a SentencePiece in a ModelProto: its text and type
         text = name.encode()
         return bytes([0x0A, len(text) + 4, 0x0A, len(text)]) + text + bytes([0x18, kind])
 
-    # Repeated fields of a serialised message may simply follow it; the last is the normaliser's
-    # add_dummy_prefix, off.
+    # More fields can be appended to a serialized message. The last one here turns off the
+    # normalizer's add_dummy_prefix.
     pieces = [*(f"<extra {i}>" for i in range(15)), "<step>"]
     (tmp_path / "tokenizer.model").write_bytes(
         llama2.read_bytes() + b"".join(map(piece, pieces)) + b"\x1a\x02\x18\x00"

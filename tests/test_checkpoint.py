@@ -123,7 +123,7 @@ def test_weights_of_other_types_are_refused(golden_copy: Path, kind: Any) -> Non
     rewrite(golden_copy, change)
     with pytest.raises(
         ValueError,
-        match=r"00\.pth(: layers.0.attention.wq.weight is of .*: only dense float32| lacks)",
+        match=r"00\.pth(: layers.0.attention.wq.weight has type .*: only dense float32| lacks)",
     ):
         build(golden_copy)
 
@@ -134,7 +134,7 @@ def test_shards_of_two_models_of_one_shape_are_warned_of(
     rewrite(golden_copy, lambda shard: shard.update({"norm.weight": torch.ones(64)}), "02")
     build(golden_copy)
     assert caplog.messages == [
-        f"{golden_copy}/consolidated.02.pth: norm.weight is not that of shard 00: the shards may be of two models"
+        f"{golden_copy}/consolidated.02.pth: norm.weight differs from shard 00: the shards may be from different models"
     ]
 
 
@@ -202,7 +202,7 @@ def test_what_is_no_dtype_is_refused(dtype: Any) -> None:
         build_golden(dtype=dtype)
 
 
-# The releases' shapes and the rank counts that can share them.
+# The shapes of the releases.
 LLAMA_7B = ModelArgs(vocab_size=32000)
 LLAMA_13B = ModelArgs(dim=5120, n_layers=40, n_heads=40, vocab_size=32000)
 LLAMA_70B = ModelArgs(
@@ -216,6 +216,7 @@ LLAMA_70B = ModelArgs(
 )
 
 
+@pytest.mark.slow
 def test_ranks_that_cannot_share_a_model_are_refused_with_those_that_can() -> None:
     with pytest.raises(ValueError) as error:
         check_world_size("llama-2-13b", LLAMA_13B, 3)
@@ -260,7 +261,7 @@ def golden_copy(tmp_path: Path) -> Path:
 
 
 class Attack:
-    """A pickle that makes a file when it is loaded by a careless reader."""
+    """Unpickling this object without restrictions creates a file."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -309,8 +310,8 @@ def test_damaged_bytes_are_refused_with_the_files_name_or_do_not_matter(
     data: st.DataObject,
 ) -> None:
     whole = (GOLDEN / "gqa-mp1" / "consolidated.00.pth").read_bytes()
-    # The pickle and the archive's directory are near the ends; the weights between them may hold
-    # anything.
+    # The pickle and the archive's directory are near the ends of the file. The weights between them
+    # may have any value.
     ends = st.integers(0, 6000) | st.integers(len(whole) - 6000, len(whole) - 1)
     damaged = bytearray(whole)
     for at in data.draw(st.lists(ends, max_size=4)):
@@ -332,7 +333,7 @@ def test_missing_files_are_named(golden_copy: Path, tmp_path: Path) -> None:
         build(tmp_path / "nowhere")
     (golden_copy / "consolidated.01.pth").unlink()
     with pytest.raises(
-        FileNotFoundError, match=r"consolidated\.01\.pth is missing: shards 00, 02, 03 are there"
+        FileNotFoundError, match=r"consolidated\.01\.pth is missing: shards 00, 02, 03 are present"
     ):
         build(golden_copy)
     for file in golden_copy.glob("*.pth"):
@@ -399,7 +400,7 @@ def test_paths_are_as_users_write_them(golden_copy: Path, monkeypatch: pytest.Mo
     build(Path("~/7"), Path("~/tokenizer.model"))
     Llama.build("~/7", "~/tokenizer.model", 64, 4, device="cpu")
     monkeypatch.chdir(home)
-    Llama.build(7, None, 64, 4, device="cpu")  # what a command line may make of --ckpt_dir 7
+    Llama.build(7, None, 64, 4, device="cpu")  # a command line may parse --ckpt_dir 7 as an integer
     shutil.copy(GOLDEN / "tokenizer.model", home / "8")
     Llama.build(7, 8, 64, 4, device="cpu")
     with pytest.raises(FileNotFoundError, match="no folder ~/elsewhere: pass the folder"):
@@ -428,14 +429,14 @@ def test_a_tokenizer_beside_a_link_to_the_folder_or_beside_the_folder_is_found(
 
 def test_a_missing_last_shard_shows_in_the_shapes(golden_copy: Path) -> None:
     (golden_copy / "consolidated.03.pth").unlink()
-    with pytest.raises(ValueError, match="a shard is missing or of another model"):
+    with pytest.raises(ValueError, match="a shard is missing or from another model"):
         build(golden_copy)
 
 
 def test_shards_of_two_models_are_refused(golden_copy: Path) -> None:
     shutil.copy(GOLDEN / "mha-mp2" / "consolidated.01.pth", golden_copy)
     with pytest.raises(
-        ValueError, match=r"consolidated\.01\.pth: .* has shape .*, and params\.json asks for"
+        ValueError, match=r"consolidated\.01\.pth: .* has shape .*, and params\.json requires"
     ):
         build(golden_copy)
 
@@ -485,7 +486,7 @@ def test_params_out_of_range_are_refused(golden_copy: Path) -> None:
     edit_params(golden_copy, n_heads=8, n_layers=2 * 10**9)
     with pytest.raises(
         ValueError,
-        match="lacks tensor layers.1999999999.attention_norm.weight: params.json is of ano",
+        match="lacks tensor layers.1999999999.attention_norm.weight: params.json is from ano",
     ):
         build(golden_copy)
     edit_params(golden_copy, n_heads=7, n_layers=2)
@@ -515,8 +516,8 @@ def test_a_tokenizer_of_another_model_is_refused(golden_copy: Path) -> None:
 def test_too_little_memory_is_refused_before_anything_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # A row's cache: 2 layers × 4 heads × 8 channels × 64 positions × k and v × 4 bytes. A pass: the
-    # 4 × 64 positions there are × (4 × 64 model channels, 6 × 224 feed-forward channels and 2 × 512
+    # Cache of one slot: 2 layers × 4 heads × 8 channels × 64 positions × 2 (k and v) × 4 bytes.
+    # One pass: 4 × 64 positions × (4 × 64 model channels + 6 × 224 feed-forward channels + 2 × 512
     # logits) × 4 bytes.
     row, one_pass = 32_768, 2_686_976
     monkeypatch.setattr("llama.checkpoints.loading.load", lambda *_: pytest.fail("loaded"))
@@ -537,7 +538,7 @@ def test_too_little_memory_is_refused_before_anything_is_loaded(
     )
     monkeypatch.setattr("llama.checkpoints.memory.free_memory", lambda device: weights - 1)
     with pytest.raises(
-        ValueError, match="use fewer bits for each weight, more ranks or a smaller model"
+        ValueError, match="use fewer bits per weight, more ranks or a smaller model"
     ):
         build_golden()
     monkeypatch.setattr(
@@ -594,7 +595,8 @@ def test_the_tightest_limit_of_nested_control_groups_counts(tmp_path: Path) -> N
     assert container_memory(root, own) == 810
     control_group(root / "c" / "d", memory__max=500)
     assert container_memory(root, own) == 455
-    # Inside a container the name may be the host's: the root is then the container's own.
+    # In a container, the name may be that of a group on the host. Then the root is the container's
+    # own group.
     shutil.rmtree(root / "c")
     control_group(root, memory__max=400, memory__current=100, memory__stat="file 60\nshmem 20")
     assert container_memory(root, own) == 340
@@ -662,17 +664,18 @@ def test_a_length_that_no_memory_holds_is_refused_before_it_is_tried() -> None:
 @pytest.mark.parametrize("device", ["cuda", "gpu", None, "mps"])
 def test_a_device_that_is_not_there_is_refused(device: Any) -> None:
     if device == "cuda" and torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("this machine has CUDA")
     with pytest.raises(
         ValueError, match="device is .*, which this machine does not have: use 'auto' or 'cpu'"
     ):
         build_golden(device=device)
 
 
+@pytest.mark.slow
 def test_loading_holds_the_ranks_own_tensors_and_no_more_than_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    build_golden()  # torch's meta context remembers at its first use what torch.empty is
+    build_golden()  # torch's meta context stores torch.empty at its first use
     allocated = []
     empty = torch.empty
 

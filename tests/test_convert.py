@@ -59,7 +59,7 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no umask there")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no umask")
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
 def test_what_is_written_has_the_permissions_of_the_umask(tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)
@@ -79,7 +79,7 @@ def test_paths_to_read_and_to_write_are_as_users_write_them(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     reshard(GOLDEN / "gqa-mp1", "~/two", 2)
-    convert("~/two", 7, "hf")  # what a command line may make of a folder named 7
+    convert("~/two", 7, "hf")  # a command line may parse 7 as an integer
     assert info(7).startswith("7: Hugging Face layout")
     assert {path.name for path in tmp_path.iterdir()} == {"two", "7"}
     with pytest.raises(TypeError, match="out is None: use a path"):
@@ -109,14 +109,14 @@ def test_a_disk_known_to_be_too_small_is_refused_before_writing(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of files there")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on file size")
 @pytest.mark.parametrize(
     "command", [["convert", "--to", "hf"], ["reshard", "--model_parallel_size", "2"]]
 )
 def test_a_disk_that_fills_up_in_the_writing_leaves_nothing(
     tmp_path: Path, command: list[str]
 ) -> None:
-    """A limit on the size of files fails a write in the middle, as a full disk does."""
+    """A limit on file size makes a write fail in the middle, as a full disk does."""
     script = tmp_path / "limited.py"
     script.write_text("""
 import resource, signal, sys
@@ -181,7 +181,7 @@ def test_verify_compares_every_file_with_checklist_chk(tmp_path: Path) -> None:
     (folder / "consolidated.01.pth").write_bytes(data)
     with pytest.raises(
         ValueError,
-        match=rf"^consolidated\.01\.pth has MD5 \w+, and checklist\.chk {sums['consolidated.01.pth']}: ",
+        match=rf"^consolidated\.01\.pth has MD5 \w+, but checklist\.chk has {sums['consolidated.01.pth']}: ",
     ):
         verify(str(folder))
     (folder / "consolidated.01.pth").unlink()
@@ -191,7 +191,8 @@ def test_verify_compares_every_file_with_checklist_chk(tmp_path: Path) -> None:
         verify(str(folder))
     (folder / "checklist.chk").write_text("<html>403</html>")
     with pytest.raises(
-        ValueError, match=r"checklist\.chk has lines that are no MD5 sum and file name: download"
+        ValueError,
+        match=r"checklist\.chk has lines that are not an MD5 sum and a file name: download",
     ):
         verify(str(folder))
 
@@ -213,8 +214,8 @@ def test_info_describes_a_folder(tmp_path: Path) -> None:
         == "Per rank; cache for max_batch_size 8 and max_seq_len 512, and one pass, in 16 bits:"
     )
     assert [line.split()[0] for line in lines[5:]] == ["1", "2", "4", "8"]
-    # In all 4,096 positions, of which a pass has 520: 4 × 64 + 6 × 192 / ranks channels in 2 bytes,
-    # 512 logits in 6.
+    # The cache has 4,096 positions. A pass has 520, each with 4 × 64 + 6 × 192 / ranks channels of
+    # 2 bytes and 512 logits of 6 bytes.
     assert [line.split()[-4:] for line in lines[5:7]] == [
         ["2.1", "MB", "3.1", "MB"],
         ["1.0", "MB", "2.5", "MB"],
@@ -225,6 +226,7 @@ def test_info_describes_a_folder(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_commands_run_from_a_shell(tmp_path: Path) -> None:
     out = tmp_path / "two"
     job = run_python("-m", "llama", "reshard", TINY, out, "--model_parallel_size", "2")
@@ -270,16 +272,17 @@ print(max(peaks) - before)
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """153 million parameters in bfloat16."""
+    """A checkpoint of 153 million parameters in bfloat16."""
     args = ModelArgs(dim=1024, n_layers=11, n_heads=8, vocab_size=512, multiple_of=256)
     state = {name: tensor.bfloat16() for name, tensor in random_state(args).items()}
     return write_release(tmp_path_factory.mktemp("large") / "release", args, state, 2)
 
 
-# FBGEMM packs a matrix from a float32 copy of it, one on each thread; bfloat16 is not packed.
+# Each thread makes a float32 copy of a matrix for FBGEMM to pack. bfloat16 is not packed.
 PACKING = 1.25 if compat.has_bfloat16_products() else 1.4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 @pytest.mark.parametrize(
     ("work", "share", "limit"),

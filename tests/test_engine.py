@@ -1,4 +1,4 @@
-"""Continuous batching, streaming, scoring: everything that the one loop of steps serves."""
+"""Continuous batching, streaming and scoring: everything that the engine's steps serve."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def long_llm() -> Llama:
 
 
 class Passes:
-    """Counts the model's passes by what they are for."""
+    """Counts decode passes and records the shapes of all other passes."""
 
     def __init__(self, llm: Llama, patch: pytest.MonkeyPatch):
         self.shapes: list[tuple[int, int]] = []
@@ -47,7 +47,7 @@ class Passes:
 
 
 def asked(llm: Llama, prompts: list[list[int]], limit: int = 256, **options: Any) -> list[Prompt]:
-    """What the engine is asked for these prompts."""
+    """Return these token ids as prompts for the engine."""
     params = params_of(len(prompts), {"top_p": 0.9, "seed": 1} | options)
     streams = streams_of(len(prompts), options.get("seed", 1))
     return make_prompts(llm.tokenizer, prompts, params, limit, streams=streams)
@@ -84,7 +84,7 @@ def test_64_prompts_through_4_rows_equal_each_alone_in_any_order(
 
 @pytest.fixture(scope="module")
 def alone(long_llm: Llama) -> dict[float, list[list[int]]]:
-    """What 64 ragged prompts are answered, greedily and sampled, each by itself and without drafts."""
+    """Outputs of 64 ragged prompts, each run alone and without drafts, by temperature."""
     prompts = prompts_of(64, 60, seed=1)
     return {
         warm: [long_llm.generate([p], 20, warm, seed=[i])[0][0] for i, p in enumerate(prompts)]
@@ -107,7 +107,7 @@ def test_neither_chunks_nor_drafts_nor_cancelled_neighbours_change_an_answer(
     def requests(prompts: list[list[int]], limit: int) -> list[Prompt]:
         return asked(long_llm, prompts, max_tokens=limit, temperature=warm, seed=list(range(64)))
 
-    with engine.running(requests(others, 5)) as earlier:  # leave prefixes behind
+    with engine.running(requests(others, 5)) as earlier:  # leaves prefixes in the slots
         for _ in engine.progress(earlier):
             pass
     ours, theirs = requests(prompts, 20), requests(others, 60)
@@ -121,7 +121,7 @@ def test_neither_chunks_nor_drafts_nor_cancelled_neighbours_change_an_answer(
         else:
             answers[i] = answer
     for step, _ in enumerate(engine.progress(answers)):
-        if step % 3 == 0 and len(doomed) > 32:  # while they wait, are half fed, or answer
+        if step % 3 == 0 and len(doomed) > 32:  # during waiting, prefill or decoding
             engine.cancel(doomed.pop(rng.randrange(len(doomed))))
     assert [answer.answer_ids for answer in answers] == alone[warm]
     for answer in doomed:
@@ -135,7 +135,7 @@ def test_a_cancelled_answer_frees_its_row_at_the_next_step(long_llm: Llama, stat
     engine = Engine(long_llm.model, long_llm.tokenizer)
     engine.scheduler.chunk = engine.scheduler.long_chunk = 10
     options = {"max_tokens": 50, "temperature": 0}
-    # nothing that another case left in a row
+    # Ids that no other case has left in a slot as a prefix.
     begin = {"waiting": 20, "half fed": 70, "answering": 120}[state]
     wanted = asked(long_llm, [[1, *range(begin, begin + 40)]], **options)
     answers = [engine.submit(request) for request in wanted * (5 if state == "waiting" else 4)]
@@ -319,7 +319,7 @@ def test_a_users_own_pass_does_not_stand_in_for_what_is_scored(long_llm: Llama) 
     while len(answers[0].output.pieces) < 2:
         engine.step()
     answers.append(engine.submit(requests[1]))
-    engine.step()  # half fed
+    engine.step()  # partly prefilled
     long_llm.model(torch.tensor([prompts[1], prompts[1]]), 0)
     for _ in engine.progress(answers):
         pass
@@ -330,9 +330,9 @@ def test_a_users_own_pass_does_not_stand_in_for_what_is_scored(long_llm: Llama) 
 
 
 class Interrupter:
-    """Raises KeyboardInterrupt at the n-th line of the engine that runs while it is entered.
+    """Raises KeyboardInterrupt at the n-th line of the engine that runs inside the `with` block.
 
-    That is where a signal's handler may: Python runs it between two lines of whatever it is in.
+    A signal handler can do the same: Python runs it between any two lines.
     """
 
     FILES = (
@@ -344,7 +344,7 @@ class Interrupter:
     )
 
     def __init__(self, line: int, functions: tuple[str, ...] = ()):
-        """`functions`: whose lines count; all of these files' by default."""
+        """Count only the lines of `functions`; by default, of all functions in FILES."""
         self.left = line
         self.functions = functions
 
@@ -395,7 +395,7 @@ def test_a_stream_that_another_thread_finishes_keeps_its_end(
 
     def late(request: Any, sent: int) -> tuple[str, bool]:
         found = inner(request, sent)
-        for _ in llm.engine.progress([request]):  # as another thread may, just now
+        for _ in llm.engine.progress([request]):  # as another thread may do at this point
             pass
         return found
 
@@ -404,6 +404,7 @@ def test_a_stream_that_another_thread_finishes_keeps_its_end(
     assert texts == [want] and reasons == ["length"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafts", [0, 3])
 def test_an_interrupt_at_any_line_leaves_no_answer_with_half_a_token(drafts: int) -> None:
     llm = build_golden(prompt_lookup_num_tokens=drafts, max_batch_size=3)
@@ -425,7 +426,7 @@ def test_an_interrupt_at_any_line_leaves_no_answer_with_half_a_token(drafts: int
         requests = [
             engine.submit(prompt) for prompt in asked(llm, prompts, 64, max_tokens=5, **options)
         ]
-        for _ in range(line % 3):  # amid a prompt, or an answer
+        for _ in range(line % 3):  # in the middle of a prompt or an output
             engine.step()
         late = engine.submit(
             asked(llm, [[1, 70, 71]], 64, max_tokens=2, temperature=0.9, seed=[6])[0]
@@ -480,7 +481,7 @@ def test_no_row_waits_for_another(long_llm: Llama, monkeypatch: pytest.MonkeyPat
     total, longest = sum(map(len, tokens)), max(map(len, tokens))
     assert len({len(row) for row in tokens}) > 20
     assert passes.decodes <= 1.1 * math.ceil(total / 4) + longest
-    assert passes.decodes >= total / 4 - 64  # the first token of each row comes from its prefill
+    assert passes.decodes >= total / 4 - 64  # prefill gives each request's first token
 
 
 def test_prompts_of_all_lengths_share_a_pass_without_padding(
@@ -516,7 +517,7 @@ def test_joined_streams_equal_the_batch(llm: Llama, echo: bool, stop: tuple[str,
 
 
 class Script:
-    """Makes a Llama say given texts: row i says script[i], whatever it is asked."""
+    """Makes a Llama generate given texts: the output of prompt i is texts[i]."""
 
     def __init__(self, llm: Llama, patch: pytest.MonkeyPatch, texts: list[str]):
         ids = [llm.tokenizer.encode(text, bos=False, eos=True) for text in texts]
@@ -565,7 +566,7 @@ def test_any_stop_strings_in_any_batch_cut_where_the_first_one_begins(data: st.D
     )
     results = llm.text_completion(prompts, **options, stop=stop, logprobs=True)
     for text, result in zip(whole, results, strict=True):
-        # the string that is complete first, and of those that end there, the longest
+        # The stop string that ends first counts; of several that end there, the longest.
         cuts = [(text.find(s) + len(s), text.find(s)) for s in stop if s in text]
         assert result["generation"] == text[: min(cuts, default=(0, len(text)))[1]]
         assert "".join(result["tokens"]) == result["generation"]
@@ -593,7 +594,7 @@ def test_ids_before_a_stop_string_are_kept_and_no_others(
     Script(llm, monkeypatch, ["1 2 3 4"])
     ids = llm.tokenizer.encode("1 2 3 4", bos=False, eos=False)
     pieces = llm.tokenizer.decode_pieces(ids)
-    for stop in pieces[2:]:  # the first is the space before the text, which is not shown
+    for stop in pieces[2:]:  # the first piece is the space before the text, which is not shown
         tokens, _ = llm.generate([[1]], 20, stop=stop)
         assert tokens[0] == ids[: pieces.index(stop)]
 
@@ -638,7 +639,7 @@ def test_streams_and_calls_in_between_share_one_llama(llm: Llama) -> None:
     streams = [llm.stream_text_completion(texts, **options) for texts in (TEXTS, ["b"])]
     begun = [[next(stream), next(stream)] for stream in streams]
     assert llm.text_completion(TEXTS, **options) == want[0]
-    llm.model(torch.tensor([[1, 2, 3]] * 4), 0)  # overwrites what the streams had cached
+    llm.model(torch.tensor([[1, 2, 3]] * 4), 0)  # overwrites the streams' cache
     for pieces, stream, results in zip(begun, streams, want, strict=True):
         texts, reasons = joined(iter([*pieces, *stream]), len(results))
         assert texts == [result["generation"] for result in results]
@@ -757,7 +758,7 @@ def test_a_prefix_is_reused_only_while_it_is_cached(between: str) -> None:
             raise KeyboardInterrupt
 
         with pytest.MonkeyPatch.context() as patch:
-            # the cache is written, the pass is not done
+            # The cache has been written, but the pass is not complete.
             patch.setattr(llm.model.output, "forward", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 llm.generate([[1] * 30], 1)
@@ -812,7 +813,7 @@ def test_checks_refuse_inputs_before_they_cost_anything_and_answers_after(
 
 
 def final_norm(llm: Llama, tokens: torch.Tensor) -> torch.Tensor:
-    """What the final norm gives for tokens (1, seqlen): (seqlen, dim)."""
+    """Return the output of the final norm, (seqlen, dim), for tokens (1, seqlen)."""
     seen: list[torch.Tensor] = []
     handle = llm.model.norm.register_forward_hook(lambda module, x, y: seen.append(y[0]))
     llm.model(tokens, 0)

@@ -28,10 +28,14 @@ from conftest import (
     run_fresh,
     run_python,
     torchrun,
+    wait_for_line,
 )
 
 from llama import Llama
 from llama.checkpoints import load
+
+# Starts programs, jobs of several ranks, servers or a browser.
+pytestmark = pytest.mark.slow
 
 TOKENS = torch.tensor([[1, 5, 9, 7, 12]])
 
@@ -63,7 +67,7 @@ def test_a_directory_in_place_of_a_file_is_named(folder: Path) -> None:
     file.unlink()
     file.mkdir()
     with pytest.raises(
-        OSError, match=r"01\.pth cannot be read \(Is a directory\): check that it is there, a file"
+        OSError, match=r"01\.pth cannot be read \(Is a directory\): check that it exists, is a file"
     ):
         build(folder)
 
@@ -160,20 +164,21 @@ with program():
     assert "and cpu refused memory: build with a smaller max_batch_size or max_seq_len" in last
 
 
-def timed_job(
+def faulty_job(
     nproc: int, script: Path, *arguments: str | Path
-) -> tuple[subprocess.CompletedProcess[str], float]:
-    """A torchrun job, and the seconds from the fault, which the script writes to `fault`, to its
-    end.
+) -> subprocess.CompletedProcess[str]:
+    """A torchrun job whose script writes the file `fault` when its fault occurs.
+
+    It raises TimeoutExpired if the other ranks do not end.
     """
-    job = torchrun(nproc, script, *arguments, timeout=100)
+    job = torchrun(nproc, script, *arguments)
     seconds = time.time() - (script.parent / "fault").stat().st_mtime
     print(
-        f"{seconds:.1f} s from the fault to the end; last of it:",
+        f"{seconds:.1f} s from the fault to the end; last lines:",
         *job.stderr.strip().splitlines()[-3:],
         sep="\n",
     )
-    return job, seconds
+    return job
 
 
 FAULT = """
@@ -219,10 +224,9 @@ def dying(*args):
 run(example.main)
 """
     )
-    job, seconds = timed_job(2, script, "--max_gen_len", "60")
+    job = faulty_job(2, script, "--max_gen_len", "60")
     assert job.returncode != 0
     assert "Signal 9 (SIGKILL) received by PID" in job.stderr
-    assert seconds < 60  # else it hangs
 
 
 def test_a_rank_that_fails_in_loading_ends_the_job_with_its_sentence(tmp_path: Path) -> None:
@@ -240,23 +244,21 @@ llama.checkpoints.release.map_tensors = failing
 run(example.main)
 """
     )
-    job, seconds = timed_job(2, script)
-    sentence = f"error: {TINY}/consolidated.07.pth cannot be read (No such file or directory): check that it is there"
+    job = faulty_job(2, script)
+    sentence = f"error: {TINY}/consolidated.07.pth cannot be read (No such file or directory): check that it exists"
     assert job.returncode != 0
     assert job.stderr.count(sentence) == 1
     assert sentence in "\n".join(job.stderr.strip().splitlines()[-3:])
-    assert seconds < 60  # else it hangs
 
 
 def test_a_mistake_that_all_ranks_see_is_told_once_and_last(tmp_path: Path) -> None:
     script = tmp_path / "mistaken.py"
     script.write_text(FAULT + "fault()\nrun(example.main)\n")
-    job, seconds = timed_job(2, script, "--max_seq_len", "20")
+    job = faulty_job(2, script, "--max_seq_len", "20")
     sentence = "error: prompt 3 has 55 tokens, and max_seq_len is 20: shorten it or build with a larger max_seq_len"
     assert job.returncode != 0
     assert job.stderr.count(sentence) == 1, job.stderr
     assert sentence in "\n".join(job.stderr.strip().splitlines()[-3:])
-    assert seconds < 90  # from before the ranks had begun
 
 
 def test_a_mistake_without_torchrun_is_one_line() -> None:
@@ -290,22 +292,19 @@ def test_signals_end_a_run_cleanly(nproc: int, sent: signal.Signals) -> None:
         start_new_session=True,
     )
     try:
-        assert job.stdout is not None
-        while "generating" not in job.stdout.readline():
-            pass
+        wait_for_line(job, "generating")
         start = time.monotonic()
         if sent == signal.SIGINT:
             os.killpg(job.pid, sent)  # as a terminal does: to every process of the job
         else:
             job.send_signal(sent)
-        _, errors = job.communicate(timeout=90)
+        _, errors = job.communicate(timeout=240)
     finally:
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
     seconds = time.monotonic() - start
     print(f"{seconds:.1f} s from {sent.name} to the end, status {job.returncode}")
     assert job.returncode != 0
-    assert seconds < 60  # else it hangs
     assert "Aborted" not in errors and "core dumped" not in errors
     if not nproc:
         assert job.returncode == (130 if sent == signal.SIGINT else 143)
@@ -325,7 +324,7 @@ print(build_golden("gqa-mp4").generate([[1, 30]], 9, 0)[0])
         )
         for _ in range(2)
     ]
-    answers = [job.communicate(timeout=100)[0].splitlines()[-1] for job in jobs]
+    answers = [job.communicate(timeout=240)[0].splitlines()[-1] for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0]
     assert answers[0] == answers[1] == str(build_golden("gqa-mp4").generate([[1, 30]], 9, 0)[0])
 

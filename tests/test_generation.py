@@ -70,7 +70,7 @@ def test_the_likeliest_tokens_and_their_logprobs_come_as_asked(llm: Llama) -> No
     )
     assert len(result["top_logprobs"]) == len(result["tokens"])
     first, *others = result["top_logprobs"]
-    assert first == []  # nothing is asked of BOS
+    assert first == []  # nothing predicts BOS
     ids = llm.tokenizer.encode("The model is", bos=True, eos=False)
     ids += llm.generate([ids], 12, 0)[0][0]
     with torch.inference_mode():
@@ -81,11 +81,11 @@ def test_the_likeliest_tokens_and_their_logprobs_come_as_asked(llm: Llama) -> No
         ]
         assert_close([[value for _, value in top]], [judged.values[n].tolist()])
         if n >= len(ids) - 13:
-            # what was generated greedily is the likeliest, to the last bit
+            # A greedy token is the likeliest one, and its logprob is the same to the last bit.
             assert logprob == top[0][1]
     assert "top_logprobs" not in llm.text_completion(["The"], 0, 1.0, 2, logprobs=True)[0]
     with pytest.raises(
-        ValueError, match="top_logprobs is 2, and logprobs are not asked for: set logprobs=True too"
+        ValueError, match="top_logprobs is 2, and logprobs is False: set logprobs=True too"
     ):
         llm.text_completion(["The"], top_logprobs=2)
     with pytest.raises(ValueError, match="top_logprobs is -1: use 0 or more"):
@@ -126,7 +126,7 @@ def test_a_row_may_fill_the_sequence_limit(llm: Llama) -> None:
 
 
 def ended_by_eos() -> tuple[list[int], list[int]]:
-    """A prompt that the golden model answers greedily with EOS, and the answer before it."""
+    """Return a prompt whose greedy output ends with EOS in the golden model, and that output."""
     golden = expected("gqa")
     row = next(
         i
@@ -357,7 +357,7 @@ BAD_CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str
         ([[]],),
         {},
         ValueError,
-        "dialog 0, message 0: expected role 'user' as the last one, got none",
+        "dialog 0, message 0: expected a last message of role 'user', got none",
     ),
 ]
 
@@ -418,7 +418,7 @@ def test_logits_that_are_not_finite_are_reported_and_leave_a_clean_cache(
 ) -> None:
     llm = build_golden(dtype=dtype)
     prompts = [[1] * 50] * 4
-    # these leave most of each row as it was
+    # These prompts overwrite only a small part of each slot.
     shorter, limits = random_prompts(6, 9), [20, 2, 30, 20, 2, 30]
     before = llm.generate(shorter, limits, temperature=0)
     weight = llm.model.layers[1].attention.wv.weight

@@ -1,4 +1,4 @@
-"""GGUF files: the package gguf and llama.cpp are the judges."""
+"""GGUF files, compared with the package gguf and llama.cpp."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def small_file(
 
 @cache
 def whole_file() -> bytes:
-    """A small file in 4 bits."""
+    """Return the bytes of a small Q4_0 file."""
     with tempfile.TemporaryDirectory() as folder:
         small_file(Path(folder, "a.gguf"), Kind.Q4_0)
         return Path(folder, "a.gguf").read_bytes()
@@ -112,8 +112,8 @@ def test_a_file_is_the_model_of_its_values(tmp_path: Path, kind: Kind) -> None:
     torch.testing.assert_close(exact.model(TOKENS), wanted, atol=1e-4, rtol=0)
     own = build(tmp_path / "a.gguf")
     off = (own.model(TOKENS) - wanted).norm() / wanted.norm()
-    # What is held in its own bits is exact; 16 bits round activations, and 8 bits values with a
-    # scale for each 16.
+    # Matrices that keep the bits of the file are exact. Otherwise 16-bit weights round activations,
+    # and types with a scale for every 16 inputs are quantized to 8 bits again.
     in_own_bits = TYPES[kind.value].bits if kind.value in TYPES else None
     assert off < (2e-3 if in_own_bits and kernels.available() else 0.03)
 
@@ -181,6 +181,7 @@ def test_without_our_kernels_a_file_is_held_in_16_bits_or_more(
     assert build(tmp_path / "a.gguf", quantize="int4").generate([[1, 30]], 4, 0)[0]
 
 
+@pytest.mark.slow
 def test_a_compiled_step_takes_a_files_own_bits(tmp_path: Path) -> None:
     small_file(tmp_path / "a.gguf", Kind.Q4_K)
     wanted = build(tmp_path / "a.gguf").generate([[1, 30, 40]], 6, 0)
@@ -200,8 +201,7 @@ def test_llama_cpp_computes_the_same_from_the_same_file(tmp_path: Path, kind: Ki
         TOKENS[:1]
     )[0]
     off = (ours.log_softmax(-1) - scores).abs() / scores.std()
-    # llama.cpp rounds activations to 8 bits beside weights of fewer than 16, and to float16 beside
-    # those.
+    # llama.cpp rounds activations to float16 for 16-bit weights, and to 8 bits for smaller ones.
     assert off.max() < (0.02 if kind == Kind.F16 else 0.3) and off.mean() < (
         0.003 if kind == Kind.F16 else 0.05
     )
@@ -230,7 +230,7 @@ def test_a_file_in_parts_is_one_model(tmp_path: Path) -> None:
 
 
 def subprocess_split(whole: Path, parts: list[Path]) -> None:
-    """The file's tensors, written by gguf to two files of which only the first has the metadata."""
+    """Write the file's tensors to two files with gguf; only the first has the metadata."""
     reader = gguf.GGUFReader(whole)
     half = len(reader.tensors) // 2
     for number, (path, tensors) in enumerate(
@@ -252,6 +252,7 @@ def subprocess_split(whole: Path, parts: list[Path]) -> None:
         writer.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_share_a_file_as_one_rank_holds_it(tmp_path: Path, world_size: int) -> None:
     kinds = {"wv": Kind.Q6_K, "w2": Kind.Q6_K, "wo": Kind.Q4_0, "w3": Kind.Q8_0, "": Kind.Q4_K}
@@ -278,6 +279,7 @@ torch.save(logits, "{tmp_path}/logits")
     assert (own - wanted).norm() / wanted.norm() < 0.01
 
 
+@pytest.mark.slow
 @built
 def test_ranks_that_would_cut_a_group_are_told_which_counts_work(tmp_path: Path) -> None:
     args = ModelArgs(dim=64, n_layers=1, n_heads=4, vocab_size=512, multiple_of=64)
@@ -337,11 +339,11 @@ def test_an_output_that_is_the_embedding_is_found_there(tmp_path: Path) -> None:
     assert torch.equal(state["output.weight"], values["tok_embeddings.weight"])
 
 
-# The vocabulary
+# Vocabulary
 
 
 def vocabulary_only(path: Path, tokenizer: Tokenizer, **metadata: Any) -> Tokenizer:
-    """The tokenizer as rebuilt from a file."""
+    """Return the tokenizer after a round trip through a GGUF file."""
     args = ModelArgs(dim=32, n_layers=1, n_heads=2, vocab_size=tokenizer.n_words, multiple_of=32)
     write_gguf(path, args, tokenizer, Kind.F16, shapes_of(args), **metadata)
     return Checkpoint(path).open_tokenizer()
@@ -442,7 +444,7 @@ def test_a_chat_template_of_another_layout_is_refused_by_name(tmp_path: Path) ->
     )
     llm = build(tmp_path / "a.gguf")
     with pytest.raises(
-        ValueError, match=r"the model's chat template has no \[INST\]: it is no Llama 2 chat model"
+        ValueError, match=r"the model's chat template has no \[INST\]: it is not a Llama"
     ):
         llm.chat_completion([dialog], max_gen_len=2)
     assert llm.text_completion(["Hello"], max_gen_len=2)
@@ -452,7 +454,7 @@ def test_a_chat_template_of_another_layout_is_refused_by_name(tmp_path: Path) ->
     assert build(tmp_path / "b.gguf").chat_completion([dialog], max_gen_len=2)
 
 
-# What cannot be read
+# Refused files
 
 
 def test_a_file_cut_anywhere_is_refused_with_a_sentence(tmp_path: Path) -> None:
@@ -493,8 +495,11 @@ def text(value: str, length: int | None = None) -> bytes:
     ("data", "said"),
     [
         (b"", "is empty: download it again"),
-        (b"PK" * 40, "is no GGUF file: it does not begin with GGUF"),
-        (header(version=1), "is a GGUF file of version 1: not supported, only version 2 and 3 are"),
+        (b"PK" * 40, "is not a GGUF file: it does not begin with GGUF"),
+        (
+            header(version=1),
+            "is a GGUF file of version 1: not supported, only versions 2 and 3 are",
+        ),
         (
             b"GGUF" + struct.pack(">IQQ", 3, 0, 0),
             "is a GGUF file in big-endian order: not supported",
@@ -576,18 +581,18 @@ def test_what_lies_in_a_header_is_refused_before_memory_is_taken(
         ),
         (
             {"embedding_length": 128, "rope.dimension_count": None},
-            r"has shape \(512, 256\), and a\.gguf asks for \(512, 128\)",
+            r"has shape \(512, 256\), and a\.gguf requires \(512, 128\)",
         ),
         (
             {"block_count": 3},
-            "lacks tensor layers.2.attention_norm.weight: a.gguf is of another model",
+            "lacks tensor layers.2.attention_norm.weight: a.gguf is from another model",
         ),
         ({"block_count": 1}, r"holds unknown tensor blk\.1\."),
         ({"attention.head_count": 7, "rope.dimension_count": None}, "7 attention heads"),
         ({"feed_forward_length": None}, "lacks key llama.feed_forward_length: download it again"),
         (
             {"feed_forward_length": 1000},
-            r"has shape \(768, 256\), and a\.gguf asks for \(1000, 256\)",
+            r"has shape \(768, 256\), and a\.gguf requires \(1000, 256\)",
         ),
         ({"vocab_size": 500}, "has vocab_size 500, the checkpoint's embedding 512 rows"),
     ],
@@ -649,9 +654,12 @@ def test_vocabularies_of_other_kinds_are_refused_by_name(tmp_path: Path) -> None
         ),
         (
             {"scores": [-1000.0] * 512},
-            "has a vocabulary without scores, made without tokenizer.model",
+            "has a vocabulary without scores, converted without tokenizer.model",
         ),
-        ({"scores": scores[:9]}, "lacks tokenizer.ggml.tokens, scores or token_type, one for each"),
+        (
+            {"scores": scores[:9]},
+            "lacks tokenizer.ggml.tokens, scores or token_type, or their lengths differ",
+        ),
         (
             {"scores": [float("nan"), *scores[1:]]},
             r"has a vocabulary with piece 0 \('<unk>', nan, 2\)",
@@ -672,7 +680,7 @@ def pieces() -> list[tuple[str, float, int]]:
 
 def test_paths_that_are_no_file_or_hold_one_are_told_what_to_pass(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"m-00001-of-00000\.gguf says that it is part 1 of 0: give it its own"
+        ValueError, match=r"m-00001-of-00000\.gguf is named as part 1 of 0: restore its original"
     ):
         build(tmp_path / "m-00001-of-00000.gguf")
     with pytest.raises(
@@ -685,11 +693,11 @@ def test_paths_that_are_no_file_or_hold_one_are_told_what_to_pass(tmp_path: Path
         ValueError, match=r"has no params\.json or config\.json, but b\.Q4_0\.gguf: pass"
     ):
         build(tmp_path)
-    small_file(tmp_path / "llama-2-7b", Kind.Q4_0)  # as ollama's files, without the ending
+    small_file(tmp_path / "llama-2-7b", Kind.Q4_0)  # without .gguf, like ollama's files
     assert build(tmp_path / "llama-2-7b").model.n_layers == 2
 
 
-# Out again
+# Export
 
 
 @pytest.fixture
@@ -795,6 +803,7 @@ def test_verify_names_the_tensors_whose_values_are_not_finite(tmp_path: Path) ->
         verify(str(path))
 
 
+@pytest.mark.slow
 def test_a_command_line_runs_a_file(tmp_path: Path) -> None:
     small_file(tmp_path / "a.gguf", Kind.Q4_0)
     job = run_python(

@@ -1,4 +1,4 @@
-"""The Hugging Face layout and PEFT's adapters, with transformers and peft as judges."""
+"""The Hugging Face layout and PEFT adapters, compared with transformers and peft."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TOKENS = torch.randint(512, (3, 20), generator=torch.Generator().manual_seed(0))
 
 
 def save_judge(folder: Path, args: ModelArgs, parts: str = "5GB", **config: Any) -> torch.Tensor:
-    """Random weights written by transformers alone; returns its logits for TOKENS."""
+    """Save random weights with transformers alone; return its logits for TOKENS."""
     torch.manual_seed(1)
     judge = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(**huggingface_config(args) | config)
@@ -78,7 +78,7 @@ def test_what_transformers_saved_has_its_logits(
         {"tie_word_embeddings": True},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
         {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
-        {"intermediate_size": 96},  # narrower than the release's formula gives
+        {"intermediate_size": 96},  # narrower than by the release's formula
         {"intermediate_size": 1000},
         {"rms_norm_eps": 0.1},
     ],
@@ -137,6 +137,7 @@ def test_bin_files_are_read_and_their_old_buffers_ignored(
         build(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_several_ranks_read_their_slices_and_have_the_logits_of_transformers(
     judged: tuple[Path, torch.Tensor], tmp_path: Path, world_size: int
@@ -291,12 +292,12 @@ def test_the_tokenizer_is_found_in_the_folder_or_beside_it(
         ),
         (
             {"num_hidden_layers": 3},
-            "lacks tensor layers.2.attention_norm.weight: config.json is of another model",
+            "lacks tensor layers.2.attention_norm.weight: config.json is from another model",
         ),
         ({"num_hidden_layers": 1}, "holds unknown tensor model.layers.1.input_layernorm.weight"),
         (
             {"intermediate_size": 64},
-            r"gate_proj.weight has shape \(192, 64\), and config.json asks for \(64, 64\)",
+            r"gate_proj.weight has shape \(192, 64\), and config.json requires \(64, 64\)",
         ),
         (
             {"vocab_size": 500},
@@ -333,7 +334,7 @@ def test_a_length_beyond_what_the_model_was_made_for_is_warned_of_once(
     assert caplog.messages == []
     Llama.build(judged[0], max_seq_len=64, max_batch_size=1, device="cpu")
     assert caplog.messages == [
-        "max_seq_len is 64, and judged was made for 40 tokens (config.json): text beyond them may make no sense"
+        "max_seq_len is 64, and judged was made for 40 tokens (config.json): text beyond that may make no sense"
     ] * bool(longest)
 
 
@@ -375,7 +376,7 @@ def test_files_that_are_broken_are_named(judged: tuple[Path, torch.Tensor]) -> N
     weights.mkdir()
     with pytest.raises(
         OSError,
-        match=r"model\.safetensors cannot be read \(Is a directory\): check that it is there",
+        match=r"model\.safetensors cannot be read \(Is a directory\): check that it exists",
     ):
         build(folder)
     config.write_text("[1]")
@@ -419,7 +420,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 def save_adapter(base: Path, out: Path, config: dict[str, Any]) -> torch.Tensor:
-    """A random adapter by peft; returns the logits of the merged model."""
+    """Save a random adapter with peft; return the logits of the merged model."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(2)
     model = transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -486,7 +487,7 @@ def test_adapters_that_would_change_the_result_otherwise_are_refused(
         ({"a_later_invention": 1}, "has a_later_invention 1, which would change the result"),
         (
             {"r": 8},
-            r"lora_A.weight has shape \(4, 64\), and the model asks for \(8, 64\): it is an adapter of another",
+            r"lora_A.weight has shape \(4, 64\), and the model requires \(8, 64\): it is an adapter for another",
         ),
         ({"lora_alpha": "8"}, "adapter_config.json has lora_alpha '8': expected a positive number"),
     ):
@@ -548,8 +549,9 @@ except ImportError as error:
 
 
 def extended(folder: Path, args: ModelArgs, rows: int, added: list[str], file: str) -> torch.Tensor:
-    """A judged folder with an embedding of so many rows, and tokens beyond tokenizer.model's 512
-    that `file` lists.
+    """Save a model whose embedding has `rows` rows; return its logits.
+
+    `file` lists the tokens `added` to the 512 of tokenizer.model.
     """
     logits = save_judge(folder, replace(args, vocab_size=rows))
     ids = dict(zip(added, range(512, 512 + len(added)), strict=True))
@@ -590,7 +592,7 @@ def test_rows_that_only_pad_the_embedding_are_never_drawn(tmp_path: Path, args: 
     logits = extended(folder, args, 576, [], "")
     assert_logits(folder, logits)
     llm = build(folder)
-    llm.model.output.weight[512:] *= 50  # by far the likeliest
+    llm.model.output.weight[512:] *= 50  # makes them by far the likeliest
     tokens, logprobs = llm.generate([[1, 30], [1, 40]], 40, 2.0, 1.0, logprobs=True)
     assert max(map(max, tokens)) < 512 and logprobs
     prompt = list(range(3, 30))
@@ -616,7 +618,7 @@ def test_rows_that_nothing_explains_are_another_tokenizers(
 
 def test_added_tokens_without_a_row_are_left_out(tmp_path: Path, args: ModelArgs) -> None:
     folder = tmp_path / "folder"
-    # as Meta's first folders have it
+    # As in Meta's first folders.
     logits = extended(folder, args, 512, ["<pad>"], "added_tokens.json")
     assert_logits(folder, logits)
     assert build(folder).tokenizer.n_words == 512

@@ -18,7 +18,7 @@ PIECES = ["▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"]
 
 @pytest.fixture(scope="module")
 def code_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model whose tokenizer has a piece for each character, and Code Llama's four."""
+    """A random model whose tokenizer has one piece per character, and Code Llama's four."""
     folder = tmp_path_factory.mktemp("code")
     (folder / "text.txt").write_text(
         "def add(a, b):\n    return a + b\nthe quick brown fox jumps over the lazy dog\n" * 9
@@ -56,8 +56,8 @@ def test_the_prompts_are_those_of_the_published_format(code_llm: Llama) -> None:
     def ids(text: str) -> list[int]:
         return [tokenizer.sp_model.piece_to_id(character) for character in text]
 
-    # SentencePiece puts a space before a text's first word: before the prefix, and not before the
-    # suffix.
+    # SentencePiece puts a space before the first word. The prefix has that space, the suffix does
+    # not.
     prefix, suffix = ids("▁add(a"), ids("b▁fox")
     assert encode_infilling("add(a", "b fox", tokenizer) == [1, pre, *prefix, suf, *suffix, mid]
     assert encode_infilling("add(a", "b fox", tokenizer, True) == [
@@ -103,7 +103,7 @@ def test_the_generation_lies_between_prefix_and_suffix_and_ends_at_eot(
         prefixes[:1], suffixes[:1], temperature=0, max_gen_len=12, logprobs=True
     )
     assert (result["tokens"], result["finish_reason"]) == (results[0]["tokens"][:cut], "stop")
-    assert code_llm.generate(prompts[:1], 12, 0)[0] == tokens[:1]  # it ends nothing else
+    assert code_llm.generate(prompts[:1], 12, 0)[0] == tokens[:1]  # eot_id ends only infilling
 
 
 def test_a_leading_space_of_the_generation_is_kept(
@@ -123,7 +123,7 @@ def test_what_cannot_be_infilled_is_refused(code_llm: Llama, llm: Llama) -> None
         ValueError, match="tokenizer has no piece ▁<PRE>: infilling needs the 7B or 13B Code Llama"
     ):
         llm.text_infilling(["a"], ["b"])
-    with pytest.raises(ValueError, match="prefixes are 2 and suffixes 1: pass as many of each"):
+    with pytest.raises(ValueError, match="got 2 prefixes and 1 suffixes: pass equal numbers"):
         code_llm.text_infilling(["a", "b"], ["c"])
     with pytest.raises(TypeError, match="prefixes is a str: pass a list"):
         code_llm.text_infilling("a", ["c"])

@@ -1,5 +1,6 @@
-"""What our kernels compute beside PyTorch and float64; the products of 4 and 8 bits are in
-test_stores.py.
+"""Our kernels, compared with PyTorch and float64.
+
+test_formats.py has the products with 4-bit and 8-bit weights.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def inference_mode() -> object:
 
 
 def stock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From here on PyTorch's own operations compute."""
+    """Use PyTorch's own operations from here on."""
     monkeypatch.setattr(kernels, "fits", lambda *tensors: False)
 
 
@@ -72,7 +73,7 @@ def test_the_gate_of_a_product_that_is_split() -> None:
 @pytest.mark.parametrize("own_positions", [False, True])
 def test_the_rotary_embedding(own_positions: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     x = draw(2, 5, 3 * 8 * 2)
-    # parts of one product, whose tokens are apart
+    # Views of one product: their tokens are not contiguous.
     xq, xk = x.unflatten(-1, (6, 8)).split([4, 2], dim=2)
     freqs_cis = precompute_freqs_cis(8, 64)
     freqs_cis = (
@@ -122,7 +123,7 @@ def test_attention_sees_a_row_up_to_each_token(
         attn_mask=(torch.arange(length) <= positions[:, None, :, None]),
     )
     beyond = torch.arange(length)[:, None] > positions.amax(dim=1)[:, None, None, None]
-    # nothing of it is touched
+    # Keys and values beyond the last position are never read.
     keys, values = (t.masked_fill(beyond, torch.nan) for t in (keys, values))
     ours = attention(xq, keys, values, mask)
     torch.testing.assert_close(
@@ -151,7 +152,7 @@ def test_the_cache_is_written_where_tokens_stand_and_nowhere_else() -> None:
     wanted[torch.arange(2)[:, None], :, positions] = x
     write_cache(x, positions, cached[:2])
     assert torch.equal(cached, wanted)
-    write_cache(x, torch.arange(2).expand(2, 2), cached[:2])  # positions that share their memory
+    write_cache(x, torch.arange(2).expand(2, 2), cached[:2])  # positions share memory
     assert torch.equal(cached[:2, :, :2], x.transpose(1, 2))
 
 
@@ -159,7 +160,7 @@ def test_the_cache_is_written_where_tokens_stand_and_nowhere_else() -> None:
 @pytest.mark.parametrize("shape", [(1, 32), (17, 88), (64, 2048), (33, 90), (521, 40)])
 def test_bfloat16_weights_are_multiplied_where_they_lie(shape: tuple[int, int]) -> None:
     rows, columns = shape
-    weight = draw(rows, columns + 6).bfloat16()[:, :columns]  # a part of each row, as a rank has it
+    weight = draw(rows, columns + 6).bfloat16()[:, :columns]  # part of each row, like a shard
     for n in (1, 2, 3, 4, 5, 8, 9, 16):
         x = draw(n, 1, columns)
         exact = x.bfloat16().double() @ weight.double().T

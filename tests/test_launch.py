@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 import fire
 import pytest
-from conftest import ROOT, TINY, clean_environment, run_fresh
+from conftest import ROOT, TINY, clean_environment, run_fresh, wait_for_line
 
 import example_chat_completion
 import example_text_completion
@@ -27,6 +27,9 @@ from llama.cli.arguments import Hidden, call, flags_of
 from llama.cli.program import program, say
 from llama.generation import BuildOptions
 from llama.sampling import SamplingParams
+
+# Starts programs, jobs of several ranks, servers or a browser.
+pytestmark = pytest.mark.slow
 
 PYTHON = "python -m llama"
 
@@ -98,12 +101,12 @@ options: list[tuple[BuildOptions, SamplingParams]] = []
         (["--count", "3"], "no ckpt_dir is given: see python -m llama sample --help"),
         (
             ["x", "a", "1", "b c"],
-            "'b c' is one word too many: put a text of several in quotes, or see python",
+            "'b c' is one word too many: put a text of several words in quotes, or see python",
         ),
         (["x", "--count", "1", "--text"], "--text needs a value"),
         (
             ["x", "--text", "--plain"],
-            "--text needs a value; one that looks like a flag is written --text=--…",
+            "--text needs a value; write one that looks like a flag as --text=--…",
         ),
         (["x", "--text"], "--text needs a value"),
         (["x", "--count", "3.5"], "--count is '3.5': use a whole number"),
@@ -312,10 +315,10 @@ def test_without_a_command_the_commands_are_shown(start: Start) -> None:
 
 
 def test_an_unknown_command_is_told_with_a_suggestion(start: Start) -> None:
-    assert start(COMMANDS, "chta")[2] == "error: 'chta' is no command: did you mean chat?\n"
+    assert start(COMMANDS, "chta")[2] == "error: 'chta' is not a command: did you mean chat?\n"
     status, _, err = start(COMMANDS, "llama-2-tiny")
     assert status == 2 and err.startswith(
-        "error: 'llama-2-tiny' is no command: use chat, run, serve, batch, "
+        "error: 'llama-2-tiny' is not a command: use chat, run, serve, batch, "
     )
 
 
@@ -405,13 +408,15 @@ def test_ctrl_c_pressed_again_and_again_shows_no_traceback() -> None:
     job = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    assert job.stdout is not None
-    while "generating" not in job.stdout.readline():
-        pass
-    while job.poll() is None:
-        job.send_signal(signal.SIGINT)
-        time.sleep(0.002)
-    _, errors = job.communicate(timeout=90)
+    try:
+        wait_for_line(job, "generating")
+        end = time.monotonic() + 120
+        while job.poll() is None and time.monotonic() < end:
+            job.send_signal(signal.SIGINT)
+            time.sleep(0.002)
+        _, errors = job.communicate(timeout=1)
+    finally:
+        job.kill()
     assert job.returncode in (130, -signal.SIGINT)
     assert "Traceback" not in errors and "KeyboardInterrupt" not in errors
 

@@ -27,7 +27,7 @@ def tokens_of(bsz: int, seqlen: int, seed: int = 0) -> Tensor:
 def test_logits_equal_those_of_transformers(args: ModelArgs, n_kv_heads: int | None) -> None:
     transformers = pytest.importorskip("transformers")
     args.n_kv_heads, args.norm_eps = n_kv_heads, 0.1
-    args.rope_theta = 10000.0 if n_kv_heads else 1e6  # Code Llama's
+    args.rope_theta = 10000.0 if n_kv_heads else 1e6  # Code Llama's value
     state = random_state(args)
     judge = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(**huggingface_config(args))
@@ -72,7 +72,7 @@ def test_cached_passes_equal_one_pass(args: ModelArgs, cuts: tuple[int, ...]) ->
 def test_rows_at_their_own_positions_equal_the_rows_alone(args: ModelArgs) -> None:
     model, tokens = random_model(args), tokens_of(3, 20)
     whole = model(tokens)
-    model(tokens[:, :10], 0)  # longer than what rows 0 and 1 keep: the rest is overwritten
+    model(tokens[:, :10], 0)  # rows 0 and 1 keep fewer tokens: the rest is overwritten
     positions = torch.tensor([2, 9, 10])
     view = DecodeBatch(model.cache, positions[:, None], 11, 2)
     step = model(tokens[torch.arange(3), positions][:, None], view)
@@ -81,7 +81,7 @@ def test_rows_at_their_own_positions_equal_the_rows_alone(args: ModelArgs) -> No
 
 def test_in_training_the_model_is_differentiable_and_keeps_no_cache(args: ModelArgs) -> None:
     model = Transformer(args).train()
-    logits = model(tokens_of(6, 16))  # more rows than the cache would have
+    logits = model(tokens_of(6, 16))  # more rows than the cache has slots
     logits.logsumexp(-1).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
     assert model.cache is None

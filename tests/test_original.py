@@ -21,6 +21,9 @@ from workers.old_script import continue_prompts, lines
 from llama import Llama, ModelArgs, Tokenizer, Transformer, chat, generation, model, original
 from llama.original import Refusal
 
+# Starts programs, jobs of several ranks, servers or a browser.
+pytestmark = pytest.mark.slow
+
 NAMES = {
     "llama": ["Dialog", "Llama", "ModelArgs", "Tokenizer", "Transformer"],
     "llama.generation": [
@@ -83,7 +86,7 @@ def test_the_tags_and_types_are_the_originals() -> None:
     ]
 
 
-# The parameters that the original has, in its order, and their defaults.
+# The original's parameters, in its order, with their defaults.
 COMPLETION = "temperature=0.6, top_p=0.9, max_gen_len=None, logprobs=False"
 SIGNATURES = {
     "generation:Llama": "model, tokenizer",
@@ -129,7 +132,7 @@ def test_parameters_have_the_originals_names_order_and_defaults(where: str, want
         assert not default or repr(parameter.default) == default[0]
     assert len(parameters) >= len(originals)
     for added in parameters[len(originals) :]:
-        # the options that the original does not have
+        # The options that the original does not have.
         if added.kind is inspect.Parameter.VAR_KEYWORD:
             continue
         assert added.default is not inspect.Parameter.empty, f"{added.name} must be given"
@@ -160,7 +163,7 @@ def test_frequencies_are_the_originals() -> None:
 def test_queries_and_keys_are_rotated_together(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     xq, xk = torch.randn(2, 5, 4, 8).to(dtype), torch.randn(2, 5, 2, 8).to(dtype)
-    # (seqlen, head_dim / 2), as the original's layers pass it
+    # Shape (seqlen, head_dim / 2), as the original's layers pass it.
     freqs = model.precompute_freqs_cis(8, 12)[3:8]
     rotated = model.apply_rotary_emb(xq, xk, freqs)
     assert len(rotated) == 2
@@ -240,7 +243,7 @@ def test_a_block_is_made_of_its_number_and_the_arguments(args: ModelArgs) -> Non
 
 @pytest.fixture
 def bare(args: ModelArgs) -> Transformer:
-    """A model that no Llama has been built around."""
+    """A model without a Llama around it."""
     bare = Transformer(args)
     bare.load_state_dict(random_state(args))
     return bare
@@ -251,14 +254,14 @@ def test_a_bare_model_goes_on_from_what_it_has_seen(
     bare: Transformer, mode: Callable[[], Any]
 ) -> None:
     tokens = torch.randint(3, 512, (3, 12), generator=torch.Generator().manual_seed(0))
-    whole = bare.train()(tokens, 0).detach()  # one pass over its own input
+    whole = bare.train()(tokens, 0).detach()  # one uncached pass
     bare.eval()
     with mode():
         steps = [bare(tokens[:, :5], 0), bare(tokens[:, 5:6], 5), bare(tokens[:, 6:10], 6)]
         torch.testing.assert_close(torch.cat(steps, dim=1), whole[:, :10], atol=1e-4, rtol=0)
-        fewer = bare(tokens[:2, 10:], 10)  # each row goes on from its own
+        fewer = bare(tokens[:2, 10:], 10)  # each row continues from its own slot
         torch.testing.assert_close(fewer, whole[:2, 10:], atol=1e-4, rtol=0)
-        # another text in the first row
+        # Another sequence in the first slot.
         torch.testing.assert_close(bare(tokens[2:], 0), whole[2:], atol=1e-4, rtol=0)
     assert bare.state_dict().keys() == random_state(bare.params).keys()
 

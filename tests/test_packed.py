@@ -1,4 +1,4 @@
-"""GPTQ's and AWQ's folders, packed here by a helper of its own from the formats' definitions."""
+"""GPTQ and AWQ folders, packed by a helper that follows the definitions of the formats."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ built = pytest.mark.skipif(kernels.library() is None, reason="our kernels were n
 
 
 def pack(q: Tensor, bits: int, order: list[int]) -> Tensor:
-    """Integers (n, m) into 32-bit words (n, m × bits / 32): integer j of a word in its place
-    order[j].
+    """Pack integers (n, m) into 32-bit words (n, m × bits / 32).
+
+    Integer j of a word begins at bit bits × order[j].
     """
     words = q.long().unflatten(1, (-1, 32 // bits))
     packed = sum(words[:, :, j] << bits * place for j, place in enumerate(order))
@@ -39,8 +40,9 @@ def pack(q: Tensor, bits: int, order: list[int]) -> Tensor:
 def quantized(
     weight: Tensor, bits: int, groups: Tensor, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q (in, out), zeros and scales (groups, out) for a weight (out, in) whose input i is of group
-    groups[i].
+    """Quantize a weight (out, in) to q (in, out), zeros and scales (groups, out).
+
+    Input i belongs to group groups[i].
     """
     w, count = weight.T, int(groups.max()) + 1
     zeros, scales = torch.empty(count, len(weight)), torch.empty(count, len(weight))
@@ -68,7 +70,7 @@ def write_folder(
     layout: str | None = None,
     **said: Any,
 ) -> dict[str, Tensor]:
-    """A folder of random weights; returns the values that it stands for, in the release's order."""
+    """Write a folder of random weights; return their exact values in the release's order."""
     folder.mkdir()
     values, tensors = {}, {}
     generator = torch.Generator().manual_seed(1)
@@ -82,7 +84,7 @@ def write_folder(
         size = inputs if group_size == -1 else group_size
         groups = torch.arange(inputs) // size
         if act_order:
-            # q, k and v, and gate and up, multiply the same input, which orders them alike.
+            # Projections of the same input (q, k and v; gate and up) have the same order.
             groups = groups[
                 torch.randperm(
                     inputs, generator=generator.manual_seed(inputs + len(stem.split(".")[2]))
@@ -168,7 +170,7 @@ def test_a_packed_folder_is_the_model_of_its_values(tmp_path: Path, how: dict[st
     wanted = model_of(values)(TOKENS).detach()
     torch.testing.assert_close(exact.model(TOKENS), wanted, atol=1e-4, rtol=0)
     own = build(tmp_path / "packed")
-    # The output stays in 16 bits, and rounds.
+    # The output layer stays in 16 bits, which rounds.
     assert (own.model(TOKENS) - wanted).norm() / wanted.norm() < 0.02
     if kernels.available():
         for name, layer in layers_of(own).items():
@@ -191,16 +193,17 @@ def test_symmetric_weights_take_no_lows(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", [how for how in FORMATS if how.get("group_size") != -1], ids=str)
 def test_transformers_reads_the_same_values(tmp_path: Path, how: dict[str, Any]) -> None:
     pytest.importorskip(
-        "gptqmodel", reason="transformers reads packed weights by gptqmodel and optimum"
+        "gptqmodel", reason="transformers needs gptqmodel and optimum to read packed weights"
     )
     transformers = pytest.importorskip("transformers")
     values = write_folder(tmp_path / "packed", **how)
     judge = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     with torch.no_grad():
         theirs, ours = judge(TOKENS).logits.float(), model_of(values)(TOKENS)
-    assert (theirs - ours).norm() / ours.norm() < 0.01  # 16 bits
+    assert (theirs - ours).norm() / ours.norm() < 0.01  # transformers computes in 16 bits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_share_a_packed_folder(tmp_path: Path, world_size: int) -> None:
     write_folder(tmp_path / "gptq", symmetric=False, group_size=32)
@@ -265,7 +268,7 @@ def test_a_zero_of_0_has_borrowed_from_its_neighbour_in_version_1(tmp_path: Path
     write_folder(tmp_path / "packed", symmetric=False, layout="gptq_v2")
     file, stem = tmp_path / "packed" / "model.safetensors", "model.layers.0.mlp.up_proj"
     tensors = load_file(file)
-    tensors[f"{stem}.qzeros"][:, 0] &= ~0xF  # the first row's zero
+    tensors[f"{stem}.qzeros"][:, 0] &= ~0xF  # the zero point of the first row
     save_file(tensors, file)
     wanted = build(tmp_path / "packed", dtype="float32").model.state_dict()
     zeros = {
@@ -301,7 +304,7 @@ def test_what_older_packers_wrote_is_found(tmp_path: Path) -> None:
     (folder / "quantize_config.json").unlink()
     kind = {"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMM"}
     (folder / "quant_config.json").write_text(json.dumps(kind))
-    with pytest.raises(ValueError, match="has shape"):  # of GPTQ, and not of AWQ
+    with pytest.raises(ValueError, match="has shape"):  # GPTQ's shape, not AWQ's
         build(folder)
 
 
@@ -371,10 +374,10 @@ def test_damaged_parts_are_refused_by_name(tmp_path: Path) -> None:
     )
     refused(
         {f"{stem}.qzeros": tensors[f"{stem}.qzeros"].float()},
-        rf"{stem}\.qzeros is of float32: download it again",
+        rf"{stem}\.qzeros has type float32: download it again",
     )
     refused(
-        {f"{stem}.g_idx": torch.zeros(256, dtype=torch.int32)}, "groups that are not of 128 inputs"
+        {f"{stem}.g_idx": torch.zeros(256, dtype=torch.int32)}, "groups that do not have 128 inputs"
     )
     refused(
         {f"{stem}.scales": torch.tensor(1.0).half()},
@@ -385,4 +388,4 @@ def test_damaged_parts_are_refused_by_name(tmp_path: Path) -> None:
         rf"{stem}\.qweight has shape \(\): download it again",
     )
     refused({f"{stem}.bias": torch.ones(256).half()}, rf"holds unknown tensor {stem}\.bias")
-    refused({"model.norm.weight": torch.ones(256).int()}, r"model\.norm\.weight is of int32")
+    refused({"model.norm.weight": torch.ones(256).int()}, r"model\.norm\.weight has type int32")

@@ -1,4 +1,4 @@
-"""The chat page in a real browser: Debian's chromium, headless. Skipped where there is none."""
+"""The chat page in a real browser: headless Chromium. Skipped if it is not installed."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ pytest.importorskip("selenium")
 from selenium.webdriver import Chrome, ChromeOptions, Keys
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
+
+# Starts programs, jobs of several ranks, servers or a browser.
+pytestmark = pytest.mark.slow
 
 SCRIPTED = Path(__file__).with_name("serving.py")
 FLAGS = ("--max_seq_len", "16384", "--max_batch_size", "2", "--dtype", "float32")
@@ -56,7 +59,7 @@ def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
 
 
 class Page:
-    """What a person does and sees."""
+    """The chat page as a person uses and sees it."""
 
     def __init__(self, chrome: Chrome, url: str):
         self.chrome, self.url = chrome, url
@@ -68,7 +71,7 @@ class Page:
         self.chrome.get(self.url)
         self.until(lambda: "·" in self.chrome.title)
 
-    def until(self, condition: Callable[[], Any], seconds: float = 30) -> Any:
+    def until(self, condition: Callable[[], Any], seconds: float = 120) -> Any:
         end = time.monotonic() + seconds
         while not (value := condition()):
             assert time.monotonic() < end, self.text()
@@ -98,7 +101,7 @@ class Page:
         return bool(self.find("#send").text == "Send")
 
     def answer(self, text: str) -> str:
-        """Ask, and wait for the end of the answer."""
+        """Ask, wait for the complete answer and return it."""
         before = len(self.all(".assistant"))
         self.ask(text)
         self.until(lambda: self.idle() and len(self.all(".assistant")) > before)
@@ -230,7 +233,7 @@ def test_markdown_becomes_lists_code_and_emphasis(page: Page) -> None:
         and "<code>x = 1\n\ny = 2</code>" in whole
         and "<p>End</p>" in whole
     )
-    for step in (1, 3, 7):  # wherever the pieces of a stream are cut
+    for step in (1, 3, 7):  # however the stream is cut into pieces
         assert page.chrome.execute_script(script, text, step) == whole
 
 
@@ -240,7 +243,7 @@ def test_ten_thousand_tokens_stay_smooth(page: Page) -> None:
         (function tick() { const now = performance.now(); longest = Math.max(longest, now - last); last = now;
         requestAnimationFrame(tick); })()"""
     )
-    # As fast as a page can be sent to: no model of ours is.
+    # Send tokens as fast as the page can read them, which is faster than any model here.
     page.chrome.execute_script(
         """window.fetch = async () => { let n = 0; return new Response(new ReadableStream({async pull(to) {
             if (n === 10000) { to.enqueue(new TextEncoder().encode("data: [DONE]\\n\\n")); return to.close(); }
@@ -366,7 +369,7 @@ def test_a_key_is_asked_for_and_forgotten_with_the_tab(chrome: Chrome) -> None:
         chrome.get(served.url)
         page = Page.__new__(Page)
         page.chrome, page.url = chrome, served.url
-        page.until(lambda: "This server wants an API key." in page.alert)
+        page.until(lambda: "This server requires an API key." in page.alert)
         page.press("Enter it", "#alert")
         page.find("#key").send_keys("sesame", Keys.TAB)
         page.until(lambda: "·" in chrome.title)

@@ -1,4 +1,4 @@
-"""How well a model predicts a text."""
+"""Perplexity: how well a model predicts a text."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ def test_the_score_is_the_sum_of_each_windows_logprobs(
     assert result.perplexity == pytest.approx(math.exp(-total / result.tokens), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_command_tells_perplexity_and_bits_per_byte(tmp_path: Path) -> None:
     (tmp_path / "text").write_text(TEXT)
     job = run_python(

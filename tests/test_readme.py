@@ -18,7 +18,12 @@ from conftest import ROOT, TINY, clean_environment, random_state, run_fresh, wri
 from release_server import CLIENTS, Release, assert_whole, make_tools
 
 from llama import ModelArgs
+from llama.__main__ import COMMANDS
 from llama.checkpoints.convert import reshard
+from llama.cli.arguments import flags_of
+
+# Starts programs, jobs of several ranks, servers or a browser.
+pytestmark = pytest.mark.slow
 
 PAGES = {
     path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -32,15 +37,15 @@ def blocks(language: str) -> list[str]:
 
 
 def test_ci_runs_the_test_command_exactly_as_printed() -> None:
-    setup, command = blocks("bash")[1].rstrip("\n").rsplit("\n", 1)
+    *setup, install, command = blocks("bash")[1].strip().split(" && ")
+    assert setup == ["python3 -m venv .venv", ". .venv/bin/activate"]
     script = (ROOT / ".ci" / "run").read_text().splitlines()
     assert command == "pytest" and command in script
-    install = setup.splitlines()[-1]
     assert install.replace("pip install", "pip install -q") in script
 
 
 def test_the_quick_start_runs_the_example_without_torchrun() -> None:
-    command = blocks("bash")[0].rstrip("\n").rsplit("\n", 1)[1]
+    command = blocks("bash")[0].strip().split(" && ")[-1]
     assert command == "python example_text_completion.py"
     result = run_fresh("example_text_completion.py")
     assert result.returncode == 0, result.stderr
@@ -49,7 +54,7 @@ def test_the_quick_start_runs_the_example_without_torchrun() -> None:
 
 def commands(block: str) -> list[str]:
     """The commands of a block, without those that install, which a fresh clone runs."""
-    lines = re.sub(r" *\\\n *", " ", block).splitlines()
+    lines = re.sub(r" *\\\n *", " ", block).replace(" && ", "\n").splitlines()
     return [
         line
         for line in lines
@@ -161,6 +166,66 @@ def test_the_examples_print_what_the_readme_shows() -> None:
     for name, shown in zip(("text", "chat"), blocks("text"), strict=True):
         job = run_fresh(f"example_{name}_completion.py", "--temperature", "0")
         assert shown in job.stdout, name
+
+
+def names_in_source() -> set[str]:
+    """Every function, class, method, attribute and constant of llama/, some as Class.name."""
+    names = set()
+    for file in (ROOT / "llama").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                names.add(node.name)
+            if isinstance(node, ast.ClassDef):
+                names |= {f"{node.name}.{name}" for name in members(node)}
+            if isinstance(node, ast.Module):
+                names |= members(node)
+    return names
+
+
+def members(scope: ast.ClassDef | ast.Module) -> set[str]:
+    """The names that a class or module defines: methods, fields, attributes of self, constants."""
+    found = set()
+    for node in ast.walk(scope):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found.add(node.attr)
+    return found
+
+
+def test_the_walks_through_the_source_name_what_exists() -> None:
+    page = PAGES[ROOT / "docs" / "source.md"]
+    walks = page[: page.index("## Modules")]
+    known = names_in_source()
+    named = set(re.findall(r"`([\w.]+(?:/[\w.]+)*)`", walks))
+    files = {name for name in named if re.search(r"\.(py|c)$", name)}
+    assert len(files) > 15 and len(named) > 80
+    for file in files:
+        assert (ROOT / "llama" / file).is_file(), file
+    outside = {"Parameter", "ops.linear", "pyproject.toml"}
+    for name in named - files - outside:
+        assert name in known, name
+
+
+def test_every_module_stands_in_the_table_of_modules() -> None:
+    page = PAGES[ROOT / "docs" / "source.md"]
+    table = page[page.index("## Modules") : page.index("## Your own Python")]
+    for file in (ROOT / "llama").rglob("*.py"):
+        if file.name == "__init__.py" and file.parent.name != "ops":
+            continue
+        assert re.search(rf"(?<!\w){file.name}\b", table), file
+
+
+def test_every_flag_of_the_comparison_exists() -> None:
+    page = PAGES[ROOT / "README.md"]
+    table = page[page.index("## If you come from") : page.index("## More")]
+    rows = [row.split("|")[2] for row in table.splitlines() if row.startswith("|")]
+    ours = {flag for row in rows for flag in re.findall(r"--(\w+)", row)}
+    assert len(ours) > 10
+    known = {flag for command in COMMANDS.values() for flag in flags_of(command)}
+    assert ours - {"nproc_per_node"} <= known
 
 
 def sentences() -> list[str]:

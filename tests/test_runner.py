@@ -1,4 +1,4 @@
-"""Decode passes of static shapes: compiled on the CPU, as it is on a GPU."""
+"""Decode passes with static shapes, compiled on the CPU as on a GPU."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_static_window_gives_the_same_tokens_as_the_exact_one(
 ) -> None:
     llm = build_golden(max_seq_len=1024)
     llm.engine.runner.cuda_graph = True
-    # In place of a graph: what would be captured.
+    # Run the program itself instead of a captured graph.
     monkeypatch.setattr(llm.engine.runner, "_capture", lambda program, *_: program)
     lengths = []
     inner = runner.decode
@@ -58,7 +58,7 @@ def test_a_graph_runs_only_while_nobody_watches_and_is_made_anew_for_another_mod
     runs: list[int] = []
 
     def capture(program: Any, *_: Any) -> Any:
-        """A graph that is a stand-in: it computes, and notes that it did."""
+        """Return a stand-in for a graph that runs the program and records each run."""
         made.append(program)
         number = len(made)
         return lambda ids, positions: runs.append(number) or program(ids, positions)
@@ -76,10 +76,12 @@ def test_a_graph_runs_only_while_nobody_watches_and_is_made_anew_for_another_mod
     assert len(made) == 2 and set(runs) == {2}, "what was captured of the model before is of no use"
 
 
+@pytest.mark.slow
 def test_the_compiled_step_is_one_graph_and_equals_the_original() -> None:
     as_the_original(build_golden(compile=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"dtype": "auto"}, {"quantize": "int8"}])
 def test_the_compiled_step_takes_what_the_eager_one_takes(options: dict[str, Any]) -> None:
     eager, compiled = (build_golden(compile=compile, **options) for compile in (False, True))
@@ -87,6 +89,7 @@ def test_the_compiled_step_takes_what_the_eager_one_takes(options: dict[str, Any
     assert compiled.generate(prompts, 4, 0)[0] == eager.generate(prompts, 4, 0)[0]
 
 
+@pytest.mark.slow
 def test_the_compiled_step_is_one_graph_on_two_ranks(tmp_path: Path) -> None:
     script = tmp_path / "compiled.py"
     script.write_text("""
@@ -187,6 +190,7 @@ def test_a_captured_graph_equals_the_original(compile: bool) -> None:
     assert llm.engine.runner.cuda_graph
 
 
+@pytest.mark.slow
 def test_compiled_passes_of_many_shapes_and_of_two_models() -> None:
     options: dict[str, Any] = {"max_seq_len": 1100, "max_batch_size": 4}
     eager, *compiled = (build_golden(compile=compile, **options) for compile in (False, True, True))

@@ -72,7 +72,7 @@ def test_a_temperature_however_small_draws_the_likeliest_token() -> None:
         assert sample(1e3 * PROBS[None], params, [0.999]).tolist() == [1]
 
 
-# What the original's methods call an option, where they have it as a parameter.
+# The options that are parameters of the original's methods.
 PARAMETERS = {"temperature", "top_p", "max_tokens", "logprobs", "echo"}
 
 

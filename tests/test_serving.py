@@ -1,4 +1,4 @@
-"""Clients made for OpenAI's API, unchanged, against a real server."""
+"""Unmodified clients of OpenAI's API against a real server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import tiktoken
 import torch
 from conftest import TINY
 from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
-from serving import Served
+from serving import Served, http_get, http_post
 
 from llama import Llama
 from llama.engine import Prompt, Request, ScoredToken, make_prompts
@@ -29,6 +29,9 @@ from llama.openai.fields import NOT_SUPPORTED, BadRequest, Fields, refused, samp
 from llama.options import option
 from llama.sampling import SamplingParams
 from llama.server.service import Call, Service
+
+# Starts programs, jobs of several ranks, servers or a browser.
+pytestmark = pytest.mark.slow
 
 FOX = [{"role": "user", "content": "Where does the fox live?"}]
 FLAGS = ("--max_seq_len", "256", "--max_batch_size", "4", "--dtype", "float32")
@@ -43,7 +46,7 @@ def served() -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def tiny() -> Llama:
-    """The library itself, which is the judge."""
+    """The library itself, for comparison."""
     return Llama.build(TINY, max_seq_len=256, max_batch_size=4, dtype="float32", device="cpu")
 
 
@@ -53,11 +56,11 @@ def client(served: Served) -> openai.OpenAI:
 
 
 def post(served: Served, path: str, **body: Any) -> httpx.Response:
-    return httpx.post(served.url + path, json=body, timeout=60)
+    return http_post(served.url + path, json=body, timeout=60)
 
 
 def refusal(served: Served, path: str, **body: Any) -> dict[str, Any]:
-    """The error that a body is refused with."""
+    """Return the error with which the server refuses a body."""
     answer = post(served, path, **body)
     assert answer.status_code == 400, answer.text
     error: dict[str, Any] = answer.json()["error"]
@@ -169,7 +172,7 @@ def test_a_text_is_scored_as_the_library_scores_it(
     )[0]
     choice = complete(client, "The fox lives", max_tokens=8, logprobs=3, echo=echo).choices[0]
     assert (choice.text, choice.finish_reason) == (want["generation"], want["finish_reason"])
-    got, given = choice.logprobs, int(echo)  # nothing comes before an echo's first token
+    got, given = choice.logprobs, int(echo)  # nothing predicts the first token of an echo
     assert "".join(got.tokens[given:]).strip() == want["generation"]
     assert got.token_logprobs[given:] == pytest.approx(want["logprobs"][given:], abs=1e-4)
     for scores, top in zip(got.top_logprobs[given:], want["top_logprobs"][given:], strict=True):
@@ -231,7 +234,7 @@ def test_texts_are_scored_as_evaluations_ask(served: Served, tiny: Llama) -> Non
 
 
 def test_a_stream_waits_for_the_scores_of_a_prompt_that_it_echoes(client: openai.OpenAI) -> None:
-    # more than rows
+    # More prompts than slots.
     prompts = [f"The {animal} lives" for animal in ("fox", "owl", "cow", "bear", "frog", "mouse")]
     options = {"echo": True, "logprobs": 2, "max_tokens": 12}
     want = [choice.logprobs for choice in complete(client, prompts, **options).choices]
@@ -276,7 +279,7 @@ def test_models_are_listed_and_others_are_not_there(client: openai.OpenAI) -> No
     ]
     for call in calls:
         with pytest.raises(
-            openai.NotFoundError, match="no model 'gpt-4' is here: use 'llama-2-tiny'"
+            openai.NotFoundError, match="model 'gpt-4' is not available: use 'llama-2-tiny'"
         ):
             call()
     with pytest.raises(openai.NotFoundError):
@@ -306,7 +309,7 @@ def test_langchain_chats_completes_and_embeds(served: Served, tiny: Llama) -> No
 def test_ids_of_another_model_are_refused_with_the_switch_that_sends_texts(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # stands in for a file that tiktoken would download
+    # Stands in for a file that tiktoken would download.
     bytes_of = {bytes([byte]): byte for byte in range(256)}
     encoding = tiktoken.Encoding("bytes", pat_str=".", mergeable_ranks=bytes_of, special_tokens={})
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
@@ -379,12 +382,12 @@ def test_mistakes_are_told_by_the_library_sentence_and_the_field(
     assert caught.value.param == "messages"
     path = "/v1/chat/completions"
     for raw, sentence in {
-        "[]": "the body is no JSON object",
+        "[]": "the body is not a JSON object",
         "{": "the body is not JSON",
         "[" * 10000: "the body is not JSON",
         '{"n": 1' + "0" * 5000 + "}": "the body is not JSON",
     }.items():
-        answer = httpx.post(served.url + path, content=raw)
+        answer = http_post(served.url + path, content=raw)
         assert answer.status_code == 400 and sentence in answer.json()["error"]["message"], (
             answer.text
         )
@@ -395,7 +398,7 @@ def test_mistakes_are_told_by_the_library_sentence_and_the_field(
             {"messages": [{"role": "user", "content": "[INST]"}]},
             "special tags are not allowed as part of the prompt.",
         ),
-        ({"messages": []}, "message 0: expected role 'user' as the last one, got none"),
+        ({"messages": []}, "message 0: expected a last message of role 'user', got none"),
         ({"messages": "hello"}, "messages is 'hello': use a list"),
         ({"messages": image}, "message 0 has a part of type 'image_url'"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "surrogates not allowed"),
@@ -408,11 +411,11 @@ def test_mistakes_are_told_by_the_library_sentence_and_the_field(
         ({"n": 0}, "n is 0: use 1 or more, at most 2048"),
         ({"stop": [""]}, "use strings that are not empty"),
         ({"stream": "yes"}, "stream is 'yes': use true or false"),
-        ({"top_logprobs": 2}, "logprobs are not asked for"),
+        ({"top_logprobs": 2}, "logprobs is False"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs is 21"),
     ]
     for body, sentence in bodies:
-        answer = httpx.post(served.url + path, content=json.dumps({"messages": FOX} | body))
+        answer = http_post(served.url + path, content=json.dumps({"messages": FOX} | body))
         assert answer.status_code == 400 and sentence in answer.json()["error"]["message"], (
             body,
             answer.text,
@@ -426,10 +429,10 @@ def test_mistakes_are_told_by_the_library_sentence_and_the_field(
         assert sentence in too_long["message"] and too_long["code"] == "context_length_exceeded"
     assert "token id 99999" in refusal(served, "/v1/completions", prompt=[1, 99999])["message"]
     assert refusal(served, "/v1/completions")["param"] == "prompt"
-    assert httpx.get(f"{served.url}/v1/nothing").status_code == 404
-    assert httpx.get(f"{served.url}/v1/completions").status_code == 405
+    assert http_get(f"{served.url}/v1/nothing").status_code == 404
+    assert http_get(f"{served.url}/v1/completions").status_code == 405
     assert (
-        httpx.get(f"{served.url}/v1/completions").json()["error"]["message"] == "Method Not Allowed"
+        http_get(f"{served.url}/v1/completions").json()["error"]["message"] == "Method Not Allowed"
     )
 
 
@@ -477,7 +480,7 @@ def test_a_refusal_counts_prompts_as_the_client_does(served: Served) -> None:
 
 
 def test_every_sampling_option_is_taken_from_a_body(tiny: Llama) -> None:
-    """By its own name, unless OpenAI has another one."""
+    """Each option keeps its own name, unless OpenAI's API has a different one."""
     values = {"temperature": 0.25, "top_p": 0.5, "max_tokens": 3, "seed": 4, "stop": ["a"]}
     scored = values | {"logprobs": True, "top_logprobs": 2}
     echoed = values | {"echo": True, "logprobs": 2}
@@ -538,7 +541,7 @@ def test_content_in_parts_and_any_content_type_are_read(served: Served) -> None:
         "max_completion_tokens": 3,
     }
     form = {"Content-Type": "application/x-www-form-urlencoded"}  # what curl -d sends
-    answer = httpx.post(
+    answer = http_post(
         f"{served.url}/v1/chat/completions", content=json.dumps(body), headers=form
     ).json()
     assert (
@@ -572,7 +575,7 @@ def test_texts_become_ids_and_back(served: Served, tiny: Llama) -> None:
 
 def test_metrics_count_under_vllms_names(served: Served) -> None:
     def read() -> dict[str, float]:
-        lines = httpx.get(f"{served.url}/metrics").text.splitlines()
+        lines = http_get(f"{served.url}/metrics").text.splitlines()
         return {
             line.split(" ")[0]: float(line.split(" ")[1])
             for line in lines
@@ -652,11 +655,11 @@ def test_streams_say_that_they_want_no_buffer_and_pages_that_they_load_nothing_e
         )
         lines = list(stream.iter_lines())
     assert lines[0].startswith(":") and lines[-2:] == ["data: [DONE]", ""]
-    page = httpx.get(served.url)
+    page = http_get(served.url)
     policy = page.headers["content-security-policy"]
     (nonce,) = set(re.findall(r"'nonce-([^']+)'", policy))
     assert "default-src 'none'" in policy and page.text.count(f'nonce="{nonce}"') == 2
-    assert "{{nonce}}" not in page.text and nonce not in httpx.get(served.url).text
+    assert "{{nonce}}" not in page.text and nonce not in http_get(served.url).text
     assert not re.search(r"(src|href)=.?https?:", page.text)
 
 
@@ -673,8 +676,8 @@ def test_only_the_key_opens_and_other_sites_pages_are_kept_out(served: Served) -
     with Served(*FLAGS, *flags, LLAMA_API_KEY="what the flag outdoes") as locked:
         for headers in ({}, {"Authorization": "Bearer sesam"}, {"Authorization": "sesame"}):
             for path in ("/v1/models", "/v1/models/fox"):
-                assert httpx.get(locked.url + path, headers=headers).status_code == 401
-            answer = httpx.post(
+                assert http_get(locked.url + path, headers=headers).status_code == 401
+            answer = http_post(
                 f"{locked.url}/v1/completions", json={"prompt": "x"}, headers=headers
             )
             assert (
@@ -686,39 +689,37 @@ def test_only_the_key_opens_and_other_sites_pages_are_kept_out(served: Served) -
         right = openai.OpenAI(base_url=f"{locked.url}/v1", api_key="sesame")
         assert chat(right, model="fox", max_tokens=1).model == "fox"
         assert (
-            httpx.get(f"{locked.url}/health").status_code
-            == httpx.get(locked.url).status_code
-            == 200
+            http_get(f"{locked.url}/health").status_code == http_get(locked.url).status_code == 200
         )
         friend = {"Origin": "https://friend.example"}
-        answer = httpx.get(f"{locked.url}/v1/models", headers=key | friend)
+        answer = http_get(f"{locked.url}/v1/models", headers=key | friend)
         assert answer.headers["access-control-allow-origin"] == "https://friend.example"
         asking = {
             "Access-Control-Request-Method": "POST",
             "Access-Control-Request-Headers": "authorization",
         }
-        # before a page's own
+        # The preflight request that a browser sends first.
         answer = httpx.options(f"{locked.url}/v1/chat/completions", headers=friend | asking)
         assert answer.status_code == 200
         assert answer.headers["access-control-allow-origin"] == "https://friend.example"
         assert (
-            httpx.get(f"{locked.url}/v1/models", headers=key | {"Host": "any.example"}).status_code
+            http_get(f"{locked.url}/v1/models", headers=key | {"Host": "any.example"}).status_code
             == 200
         )
-        stranger = httpx.get(
+        stranger = http_get(
             f"{locked.url}/v1/models", headers=key | {"Origin": "https://stranger.example"}
         )
         assert (
             stranger.status_code == 403 and "--allow_origin" in stranger.json()["error"]["message"]
         )
     assert locked.status == 0
-    stranger = httpx.post(
+    stranger = http_post(
         f"{served.url}/v1/completions",
         json={"prompt": "x"},
         headers={"Origin": "https://a.example"},
     )
     assert stranger.status_code == 403 and "access-control-allow-origin" not in stranger.headers
-    own = httpx.get(f"{served.url}/v1/models", headers={"Origin": served.url})
+    own = http_get(f"{served.url}/v1/models", headers={"Origin": served.url})
     assert own.status_code == 200
     port = served.url.rpartition(":")[2]
     known = "localhost", "LOCALHOST", "127.0.0.1", "[::1]", "192.0.2.1"
@@ -732,16 +733,16 @@ def test_only_the_key_opens_and_other_sites_pages_are_kept_out(served: Served) -
         "a.example",
     ):
         host = f"{name}:{port}".encode()
-        answer = httpx.get(
+        answer = http_get(
             f"{served.url}/v1/models", headers={b"Host": host, b"Origin": b"http://" + host}
         )
         assert answer.status_code == (200 if name in known else 403), name
     assert f"--allow_origin http://a.example:{port}" in answer.json()["error"]["message"]
-    assert httpx.get(f"{served.url}/v1/models", headers={"Host": ""}).status_code == 403
+    assert http_get(f"{served.url}/v1/models", headers={"Host": ""}).status_code == 403
     with Served(*FLAGS, "--host", "localhost", "--allow_origin", "http://a.example") as open_to:
         for name, status in {"a.example": 200, "b.example": 403, "localhost": 200}.items():
             assert (
-                httpx.get(f"{open_to.url}/v1/models", headers={"Host": name}).status_code == status
+                http_get(f"{open_to.url}/v1/models", headers={"Host": name}).status_code == status
             )
 
 
@@ -756,7 +757,7 @@ def test_prompts_are_not_logged_and_the_key_may_come_from_the_environment() -> N
             {"suffix": "x"},
             {"stream": True},
         ):
-            httpx.post(
+            http_post(
                 f"{served.url}/v1/completions", json={"prompt": "hippopotamus"} | body, headers=key
             )
     assert not re.search("hippopotamus|sesame", served.log) and served.status == 0

@@ -1,6 +1,4 @@
-"""A server under load, with clients that leave, dawdle or send nonsense, and in the end that
-signals bring.
-"""
+"""A server under load, with clients that leave, stall or send garbage, and shutdown by signals."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ import torch
 from conftest import TINY, run_python
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving import Served
+from serving import Served, http_get, http_post
 
 from llama import Llama
 from llama.engine import Prompt
@@ -37,6 +35,9 @@ from llama.sampling import SamplingParams
 from llama.server.app import App
 from llama.server.service import Call, Service
 from llama.server.uvicorn_server import Protocol, Server, listen
+
+# Starts programs, jobs of several ranks, servers or a browser.
+pytestmark = pytest.mark.slow
 
 SCRIPTED = Path(__file__).with_name("serving.py")
 FLAGS = ("--max_seq_len", "1024", "--dtype", "float32")
@@ -49,18 +50,18 @@ def say(text: str, **options: Any) -> dict[str, Any]:
 
 
 def raw_post(path: str, body: str) -> bytes:
-    """A request as its bytes, for a socket that is read or left as no client would."""
+    """Return a request as bytes, to be sent over a plain socket."""
     return f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
 
 
 def metric(served: Served, name: str) -> float:
-    text = httpx.get(f"{served.url}/metrics").text
+    text = http_get(f"{served.url}/metrics").text
     return sum(
         float(value) for value in re.findall(rf"^vllm:{name}{{[^}}]*}} (\S+)$", text, re.MULTILINE)
     )
 
 
-def until(condition: Callable[[], bool], seconds: float = 30) -> None:
+def until(condition: Callable[[], bool], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come about"
@@ -73,7 +74,7 @@ def idle(served: Served) -> bool:
 
 @contextlib.contextmanager
 def started(served: Served, body: dict[str, Any], path: str = CHAT) -> Iterator[Iterator[str]]:
-    """The lines of a stream whose first text has come."""
+    """Yield the lines of a stream after its first text has arrived."""
     with httpx.stream(
         "POST", served.url + path, json=body | {"stream": True}, timeout=60
     ) as stream:
@@ -86,7 +87,7 @@ def started(served: Served, body: dict[str, Any], path: str = CHAT) -> Iterator[
 
 @pytest.fixture(scope="module")
 def scripted() -> Iterator[Served]:
-    """One row, one waiting, and a model that says what it is told to."""
+    """A server with one slot, a queue of one, and a model that generates what prompts ask for."""
     flags = ("--max_batch_size", "1", "--max_waiting", "1")
     with Served(*FLAGS, *flags, script=SCRIPTED) as served:
         yield served
@@ -97,9 +98,9 @@ def test_a_client_that_leaves_frees_its_row_within_a_step(scripted: Served) -> N
     before = metric(scripted, "generation_tokens_total")
     with started(scripted, say("slow:800")):
         assert metric(scripted, "num_requests_running") == 1
-    assert httpx.post(scripted.url + CHAT, json=say("say:next"), timeout=60).status_code == 200
+    assert http_post(scripted.url + CHAT, json=say("say:next"), timeout=60).status_code == 200
     assert metric(scripted, "generation_tokens_total") - before < 100
-    # Plain calls, answering and waiting, are left too.
+    # The same for calls without a stream, one running and one waiting.
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         for _ in pool.map(lambda _: leave(scripted, say("slow:800"), 0.5), range(2)):
             pass
@@ -109,21 +110,19 @@ def test_a_client_that_leaves_frees_its_row_within_a_step(scripted: Served) -> N
 
 def leave(served: Served, body: dict[str, Any], seconds: float) -> None:
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(served.url + CHAT, json=body, timeout=seconds)
+        http_post(served.url + CHAT, json=body, timeout=seconds)
 
 
 def test_beyond_the_queue_clients_are_told_to_come_again_at_once(scripted: Served) -> None:
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         with started(scripted, say("slow:800")):
             waiting = pool.submit(
-                httpx.post, scripted.url + CHAT, json=say("say:waited"), timeout=60
+                http_post, scripted.url + CHAT, json=say("say:waited"), timeout=60
             )
             until(lambda: metric(scripted, "num_requests_waiting") == 1)
-            refused = httpx.post(scripted.url + CHAT, json=say("say:no"))
+            refused = http_post(scripted.url + CHAT, json=say("say:no"))
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
-        assert (
-            refused.json()["error"]["message"] == "1 requests wait already, and no more than 1 may"
-        )
+        assert refused.json()["error"]["message"] == "the queue is full (1 waiting, at most 1): try again later"
     assert waiting.result().json()["choices"][0]["message"]["content"] == "waited"
 
 
@@ -135,7 +134,7 @@ def test_no_queue_still_fills_every_row() -> None:
         started(served, slow),
     ):
         assert metric(served, "num_requests_running") == 2
-        assert httpx.post(served.url + CHAT, json=say("say:no")).status_code == 503
+        assert http_post(served.url + CHAT, json=say("say:no")).status_code == 503
     assert served.status == 0
 
 
@@ -143,7 +142,7 @@ def test_openais_client_comes_again_as_late_as_it_is_told_to(scripted: Served) -
     came: list[float] = []
     with contextlib.ExitStack() as stack, concurrent.futures.ThreadPoolExecutor(1) as pool:
         stack.enter_context(started(scripted, say("slow:800")))
-        waiting = pool.submit(httpx.post, scripted.url + CHAT, json=say("say:waited"), timeout=60)
+        waiting = pool.submit(http_post, scripted.url + CHAT, json=say("say:waited"), timeout=60)
         until(lambda: metric(scripted, "num_requests_waiting") == 1)
 
         class Transport(openai.DefaultHttpxClient):
@@ -151,7 +150,7 @@ def test_openais_client_comes_again_as_late_as_it_is_told_to(scripted: Served) -
                 came.append(time.monotonic())
                 answer = super().send(*arguments, **options)
                 if answer.status_code == 503:
-                    stack.close()  # the row is free by the time that it comes again
+                    stack.close()  # frees the slot before the client retries
                 return answer
 
         client = openai.OpenAI(
@@ -170,7 +169,7 @@ def test_who_reads_slowly_holds_up_nobody(scripted: Served) -> None:
     with socket.create_connection((host, int(port))) as silent:
         silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         silent.sendall(raw_post(CHAT, body))
-        answer = httpx.post(scripted.url + CHAT, json=say("say:next"), timeout=60)
+        answer = http_post(scripted.url + CHAT, json=say("say:next"), timeout=60)
         assert answer.json()["choices"][0]["message"]["content"] == "next"
     until(lambda: idle(scripted))
 
@@ -182,13 +181,13 @@ def test_a_body_that_is_too_long_is_refused_before_it_is_whole(scripted: Served)
         for _ in range(100):
             yield bytes(2**20)
 
-    with contextlib.suppress(httpx.WriteError):  # the server has heard enough
-        answer = httpx.post(scripted.url + TEXT, content=endless(), timeout=60)
+    with contextlib.suppress(httpx.WriteError):  # the server has stopped reading
+        answer = http_post(scripted.url + TEXT, content=endless(), timeout=60)
         assert (
-            answer.status_code == 413 and "send less at once" in answer.json()["error"]["message"]
+            answer.status_code == 413 and "send a shorter one" in answer.json()["error"]["message"]
         )
     assert resident(scripted) - before < 2**26
-    assert httpx.get(f"{scripted.url}/health").status_code == 200
+    assert http_get(f"{scripted.url}/health").status_code == 200
 
 
 def resident(served: Served) -> int:
@@ -251,7 +250,7 @@ FIELDS += ["max_completion_tokens", "add_special_tokens", *NOT_SUPPORTED]
 def test_whatever_is_sent_is_answered_or_refused_in_openais_shape(
     served: Served, path: str, body: Any, right: bool
 ) -> None:
-    if right and isinstance(body, dict):  # the rest is as it has to be
+    if right and isinstance(body, dict):  # the other fields are valid
         body = say("Hello", prompt="The fox", input="Grass", tokens=[5], max_tokens=2) | body
     with contextlib.suppress(UnicodeEncodeError):
         raw = json.dumps(body).encode()
@@ -264,17 +263,17 @@ def test_whatever_is_sent_is_answered_or_refused_in_openais_shape(
 
 def test_bytes_that_are_no_text_are_refused(served: Served) -> None:
     for raw in (b"", b"\xff\xfe", b'{"prompt": "\xff"}', b"\0" * 10, b'"' * 9):
-        assert httpx.post(served.url + TEXT, content=raw).status_code == 400
+        assert http_post(served.url + TEXT, content=raw).status_code == 400
     for prompt in ("\ud800", ["\udfff"]):
-        answer = httpx.post(served.url + TEXT, content=json.dumps({"prompt": prompt}))
+        answer = http_post(served.url + TEXT, content=json.dumps({"prompt": prompt}))
         assert answer.status_code == 400 and "surrogates" in answer.json()["error"]["message"]
-    answer = httpx.post(served.url + TEXT, content=json.dumps({"prompt": "x", "model": "\ud800"}))
+    answer = http_post(served.url + TEXT, content=json.dumps({"prompt": "x", "model": "\ud800"}))
     assert answer.status_code == 404
 
 
 def test_clients_cut_off_at_random_moments_leave_nothing_behind(served: Served) -> None:
     host, port = served.url.removeprefix("http://").split(":")
-    first = httpx.post(
+    first = http_post(
         served.url + CHAT, json=say("Where does the fox live?", temperature=0)
     ).json()["choices"]
     requests = []
@@ -297,7 +296,7 @@ def test_clients_cut_off_at_random_moments_leave_nothing_behind(served: Served) 
             pass
     until(lambda: idle(served))
     until(lambda: len(list(files.iterdir())) <= opened + 1)
-    again = httpx.post(
+    again = http_post(
         served.url + CHAT, json=say("Where does the fox live?", temperature=0)
     ).json()["choices"]
     assert again == first
@@ -327,7 +326,7 @@ def test_memory_stays_flat_over_two_thousand_requests(served: Served) -> None:
 
 @contextlib.asynccontextmanager
 async def serving(key: str | None = None) -> AsyncIterator[tuple[Service, httpx.AsyncClient]]:
-    """A service in this process, of one row, and a client of its endpoints."""
+    """A service with one slot in this process, and a client of its endpoints."""
     service = Service(
         lambda: Llama.build(TINY, max_seq_len=256, max_batch_size=1, device="cpu", dtype="float32"),
         8,
@@ -349,7 +348,7 @@ def fox(max_tokens: int = 1) -> Prompt:
 
 def test_a_client_that_leaves_while_its_call_is_taken_up_does_not_end_the_engine() -> None:
     class Leaving(dict[int, Call]):
-        """Loses a call as soon as it was looked for."""
+        """Loses a call as soon as it has been looked up."""
 
         def __contains__(self, number: object) -> bool:
             return self.pop(number, None) is not None  # type: ignore[call-overload, no-any-return]
@@ -389,7 +388,7 @@ def test_health_tells_of_a_step_that_does_not_end_whoever_waits_and_of_nothing_e
             monkeypatch.setattr(service.llm.engine, "step", lambda: (go_on.wait(20), step()))
             call = service.submit([fox()])
             await asyncio.sleep(0.6)
-            service.cancel(call)  # nobody waits
+            service.cancel(call)  # no client is waiting
             assert (await client.get("/health")).status_code == 503
             go_on.set()
             await asyncio.to_thread(until, lambda: service.step_began is None)
@@ -422,7 +421,7 @@ def test_connections_that_have_ended_are_forgotten() -> None:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/metrics"
         server = Server(App(service, "tiny", None, None).asgi, service, 1)
         answering = asyncio.create_task(server.answer(listener, "ready"))
-        await asyncio.to_thread(lambda: [httpx.get(url) for _ in range(50)])
+        await asyncio.to_thread(lambda: [http_get(url) for _ in range(50)])
         gc.collect()
         left = sum(isinstance(thing, Protocol) for thing in gc.get_objects())
         await asyncio.to_thread(until, lambda: service.llm is not None)
@@ -440,7 +439,7 @@ def test_a_long_answer_is_written_while_others_are_answered(
 
     def slow(call: TextCompletion, requests: Any) -> Any:
         writing.set()
-        go_on.wait(5)
+        go_on.wait(60)
         return response(call, requests)
 
     monkeypatch.setattr(TextCompletion, "response", slow)
@@ -448,7 +447,7 @@ def test_a_long_answer_is_written_while_others_are_answered(
     async def ask() -> None:
         async with serving() as (_, client):
             long = asyncio.create_task(client.post(TEXT, json={"prompt": "The fox"}))
-            await asyncio.to_thread(writing.wait, 20)
+            await asyncio.to_thread(writing.wait, 60)
             assert (await client.get("/health")).status_code == 200 and not long.done()
             go_on.set()
             assert (await long).status_code == 200
@@ -469,7 +468,7 @@ def test_a_key_may_be_any_text() -> None:
 def test_what_would_take_long_to_refuse_is_refused_unread(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answer = httpx.post(
+    answer = http_post(
         served.url + TEXT, json={"prompt": "The fox", "stop": [f"{i:06d}" for i in range(1000)]}
     )
     assert (
@@ -519,32 +518,32 @@ def test_half_a_request_is_not_waited_for_and_a_stalled_engine_is_told(tmp_path:
     (tmp_path / "short.py").write_text(SHORT_TIMES)
     with Served(*FLAGS, script=tmp_path / "short.py") as served:
         host, port = served.url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=20) as half_a_head:
+        with socket.create_connection((host, int(port)), timeout=60) as half_a_head:
             half_a_head.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nX-Slow:")
             assert half_a_head.recv(100) == b""
-        with socket.create_connection((host, int(port)), timeout=20) as half_a_body:
+        with socket.create_connection((host, int(port)), timeout=60) as half_a_body:
             half_a_body.sendall(
                 b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{"
             )
             assert half_a_body.recv(100).startswith(b"HTTP/1.1 408")
-        with socket.create_connection((host, int(port)), timeout=20) as kept:
+        with socket.create_connection((host, int(port)), timeout=60) as kept:
             kept.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             said = b""
-            while part := kept.recv(1000):  # kept for another request, but not for ever
+            while part := kept.recv(1000):  # kept open for another request, but not forever
                 said += part
             assert said.startswith(b"HTTP/1.1 200")
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             stalled = pool.submit(
-                httpx.post, served.url + TEXT, json={"prompt": "stall", "max_tokens": 1}, timeout=60
+                http_post, served.url + TEXT, json={"prompt": "stall", "max_tokens": 1}, timeout=60
             )
-            until(lambda: httpx.get(f"{served.url}/health").status_code == 503)
+            until(lambda: http_get(f"{served.url}/health").status_code == 503)
             assert (
                 "has not finished a step"
-                in httpx.get(f"{served.url}/health").json()["error"]["message"]
+                in http_get(f"{served.url}/health").json()["error"]["message"]
             )
-            assert httpx.post(served.url + TEXT, json={"prompt": "x"}).status_code == 503
+            assert http_post(served.url + TEXT, json={"prompt": "x"}).status_code == 503
             assert stalled.result().status_code == 200
-        until(lambda: httpx.get(f"{served.url}/health").status_code == 200)
+        until(lambda: http_get(f"{served.url}/health").status_code == 200)
     assert served.status == 0
 
 
@@ -560,7 +559,7 @@ def test_a_model_that_is_not_finite_is_an_error_to_whoever_asks_and_no_end(tmp_p
         shutil.copy(TINY / name, folder / name)
     with Served(*FLAGS, folder=folder) as served:
         for _ in range(2):
-            answer = httpx.post(served.url + TEXT, json={"prompt": "The fox"}, timeout=60)
+            answer = http_post(served.url + TEXT, json={"prompt": "The fox"}, timeout=60)
             assert (
                 answer.status_code == 500
                 and "logits are not finite" in answer.json()["error"]["message"]
@@ -573,7 +572,7 @@ def test_a_model_that_is_not_finite_is_an_error_to_whoever_asks_and_no_end(tmp_p
                 json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")
             ]
         assert "logits are not finite" in data[-1]["error"]["message"]
-        assert httpx.get(f"{served.url}/health").status_code == 200
+        assert http_get(f"{served.url}/health").status_code == 200
     assert "Traceback" not in served.log and served.status == 0
 
 
@@ -586,7 +585,7 @@ def test_a_signal_lets_answers_end(number: signal.Signals) -> None:
         served.end()
     assert served.status == 0
     with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{served.url}/health")
+        http_get(f"{served.url}/health")
 
 
 def test_what_does_not_end_in_time_is_told_so() -> None:
@@ -625,7 +624,7 @@ def test_a_signal_while_the_model_loads_ends_at_once(tmp_path: Path) -> None:
     served.wait_for(re.compile("loading"))
     began = time.monotonic()
     served.end()
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 40  # loading would take 600
     assert served.status == 0
 
 
@@ -644,19 +643,19 @@ def test_a_server_that_loads_says_so_and_is_well_once_it_has(tmp_path: Path) -> 
 
     def is_up() -> bool:
         with contextlib.suppress(httpx.ConnectError):
-            return bool(httpx.get(f"{url}/health").status_code)
+            return bool(http_get(f"{url}/health").status_code)
         return False
 
     served = Served(*FLAGS, "--port", str(port), script=tmp_path / "patient.py")
     try:
         until(is_up)
-        for answer in (httpx.get(f"{url}/health"), httpx.post(url + TEXT, json={"prompt": "x"})):
+        for answer in (http_get(f"{url}/health"), http_post(url + TEXT, json={"prompt": "x"})):
             assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
             assert answer.json()["error"]["message"] == "the model is loading"
         (tmp_path / "go").touch()
         with served:
-            assert httpx.get(f"{url}/health").json() == {"status": "ok"}
-            assert httpx.post(url + TEXT, json={"prompt": "x", "max_tokens": 1}).status_code == 200
+            assert http_get(f"{url}/health").json() == {"status": "ok"}
+            assert http_post(url + TEXT, json={"prompt": "x", "max_tokens": 1}).status_code == 200
     finally:
         served.end()
     assert served.status == 0
@@ -677,11 +676,11 @@ def test_what_cannot_be_served_is_told_in_a_sentence(tmp_path: Path) -> None:
     job = run_python("-c", f"{hide}; from llama.__main__ import main; main()")
     assert job.returncode == 1 and "serve needs starlette and uvicorn" in job.stderr
     with Served(*FLAGS, "--host", "0.0.0.0") as served:
-        assert "is open to all who reach it: set --api_key or LLAMA_API_KEY" in served.log
+        assert "is open to anyone who can reach it: set --api_key or LLAMA_API_KEY" in served.log
 
 
 def rank_of(served: Served, rank: int) -> int:
-    """The process of one of torchrun's ranks."""
+    """Return the process id of one of torchrun's ranks."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             if int(path.read_text().rsplit(")", 1)[1].split()[1]) == served.job.pid:
@@ -693,11 +692,11 @@ def rank_of(served: Served, rank: int) -> int:
 
 def test_two_ranks_answer_as_one_and_end_together(served: Served) -> None:
     body = say("Where does the owl live?", temperature=0)
-    want = httpx.post(served.url + CHAT, json=body, timeout=60).json()["choices"]
+    want = http_post(served.url + CHAT, json=body, timeout=60).json()["choices"]
     with Served(*FLAGS, ranks=2) as split:
         with concurrent.futures.ThreadPoolExecutor(6) as pool:
             posts = [
-                pool.submit(httpx.post, split.url + CHAT, json=body, timeout=60) for _ in range(6)
+                pool.submit(http_post, split.url + CHAT, json=body, timeout=60) for _ in range(6)
             ]
         assert all(post.result().json()["choices"] == want for post in posts)
         leave(split, say("Tell me a short story about the fox.", temperature=0), 0.05)

@@ -23,6 +23,9 @@ from conftest import (
     torchrun,
 )
 
+# Starts programs, jobs of several ranks, servers or a browser.
+pytestmark = pytest.mark.slow
+
 pexpect = pytest.importorskip("pexpect")
 
 LAUNCHER = launcher(2)
@@ -57,7 +60,7 @@ def start(*arguments: str, term: str = "dumb", **options: str) -> pexpect.spawn:
         timeout=60,
         dimensions=(24, 1000),
     )
-    # seconds that a process may take to go; 0.1 is little on busy cores
+    # Seconds that a process may take to exit. The default, 0.1, is too short on busy cores.
     child.ptyproc.delayafterterminate = 1
     child.expect("Ctrl-D ends")
     child.expect("> ")
@@ -65,7 +68,7 @@ def start(*arguments: str, term: str = "dumb", **options: str) -> pexpect.spawn:
 
 
 def ask(child: pexpect.spawn, line: str) -> str:
-    """Type a line; what is printed until the next prompt."""
+    """Type a line; return the output up to the next prompt."""
     child.sendline(line)
     child.expect_exact(line)
     child.expect("\r\n> ")
@@ -79,7 +82,7 @@ def test_a_conversation_at_the_terminal(launcher: list[str]) -> None:
     child = start(*launcher)
     where = ask(child, "Where does the fox live?")
     assert where.startswith("The fox lives") and where.count("fox") == 1
-    time.sleep(6 * (SLOW_CHAT[0] in launcher))  # longer than the collectives' time limit there
+    time.sleep(6 * (SLOW_CHAT[0] in launcher))  # longer than that script's timeout for collectives
     eats = ask(child, "And what does it eat?")
     assert eats.startswith("The fox eats") and eats.count("fox") == 1
     assert ask(child, "/reset") == "(a new conversation)"
@@ -93,7 +96,7 @@ def test_a_conversation_at_the_terminal(launcher: list[str]) -> None:
     child.expect(pexpect.EOF)
     child.close()
     assert (child.exitstatus, child.signalstatus) == (0, None)
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 60
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_job() -> None:
@@ -105,7 +108,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_job() -> None:
     child.expect_exact("(stopped)")
     child.expect("\r\n> ")
     assert ask(child, "Where does the fox live?").startswith("The fox lives")
-    child.sendintr()  # at the prompt it only clears the line
+    child.sendintr()  # at the prompt, Ctrl-C only clears the line
     child.sendline("/exit")
     child.expect(pexpect.EOF)
     child.close()
@@ -123,7 +126,7 @@ def test_what_is_typed_during_an_answer_is_the_next_line() -> None:
 
 
 def messages(file: Path) -> list[str]:
-    """What a saved conversation has of the user."""
+    """Return the user's messages in a saved conversation."""
     return [
         message["content"] for message in json.loads(file.read_text()) if message["role"] == "user"
     ]
@@ -133,7 +136,7 @@ def test_what_is_pasted_is_one_message(tmp_path: Path) -> None:
     child = start("-m", "llama")
     child.send("Where does the\nfox\nlive?\n")
     child.expect("\r\n> ")
-    child.send("And the\nowl ")  # a paste that ends within a line can be gone on with
+    child.send("And the\nowl ")  # a paste that ends inside a line can be continued
     time.sleep(0.3)
     child.send("live?\n")
     child.expect("\r\n> ")
@@ -143,7 +146,7 @@ def test_what_is_pasted_is_one_message(tmp_path: Path) -> None:
 
 
 def test_what_a_terminal_marks_as_pasted_is_one_message(tmp_path: Path) -> None:
-    """Terminals put marks around it; Enter sends it."""
+    """Terminals put marks around pasted text; Enter sends it."""
     child = start("-m", "llama", term="xterm")
     child.send("\x1b[200~Where does\rthe fox live?\x1b[201~")
     time.sleep(0.2)
@@ -172,7 +175,7 @@ def test_ctrl_z_and_back_changes_nothing() -> None:
     def leave_and_return() -> None:
         shell.send("\x1a")
         shell.expect("Stopped.*shell\\$ ")
-        # shells differ in what they do to a terminal: this one does much
+        # Shells differ in which terminal settings they change. This one changes a key.
         shell.sendline("stty -a; stty intr ^X")
         shell.expect("intr = \\^[CX].*shell\\$ ")
         shell.sendline("fg")
@@ -207,7 +210,7 @@ def test_ctrl_d_during_an_answer_ends_after_it() -> None:
 
 
 def converse(*lines: str, **options: Any) -> list[str]:
-    """What is said to each of some lines that come through a pipe."""
+    """Return the response to each line sent through a pipe."""
     job = run_python(
         "-m", "llama", "chat", *MODEL, input="".join(f"{line}\n" for line in lines), **options
     )
@@ -236,8 +239,8 @@ def test_words_with_a_stroke_are_commands(tmp_path: Path) -> None:
     )
     assert said[0].startswith("The fox lives")
     assert said[1:3] == [
-        "/rest is no command: did you mean /reset?",
-        "/ is no command: /help shows them",
+        "/rest is not a command: did you mean /reset?",
+        "/ is not a command: /help lists them",
     ]
     assert [line.split()[0] for line in said[3].splitlines()] == [
         "/system",
@@ -264,7 +267,7 @@ def test_words_with_a_stroke_are_commands(tmp_path: Path) -> None:
         ("assistant", said[5]),
     ]
     assert said[11:14] == ["(no system message from here on)", "(a new conversation)", said[0]]
-    assert "is no command" not in said[14]
+    assert "is not a command" not in said[14]
 
 
 def test_a_byte_that_is_no_text_does_not_end_the_conversation() -> None:
@@ -308,7 +311,7 @@ def test_history_that_outgrows_the_limit_loses_its_oldest_exchange_and_says_so()
         ask(child, f"Where does the {animal} live?")
         for animal in ("fox", "owl", "fox", "owl", "fox")
     ]
-    assert "its oldest exchange is forgotten" in answers[-1]
+    assert "its oldest messages were dropped" in answers[-1]
     assert answers[-1].split()[-1] == answers[0].split()[-1]
     assert ask(child, "word" + " word" * 120).startswith("dialog 0 has ")
     assert ask(child, "Where does the owl live?").split()[-1] == answers[1].split()[-1]
@@ -344,7 +347,7 @@ def test_a_mistake_in_the_command_is_answered_with_a_sentence(tmp_path: Path) ->
 
 
 def run_once(*words: str | Path, **options: Any) -> tuple[str, str]:
-    """The answer of python -m llama run, and what is said of it."""
+    """Return the answer of `python -m llama run`, and the last line on standard error."""
     job = run_python("-m", "llama", "run", TINY, "--temperature", "0", *words, **options)
     assert job.returncode == 0, job.stderr
     *_, answer, end = job.stdout.split("\n")

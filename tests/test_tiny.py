@@ -1,4 +1,4 @@
-"""llama-2-tiny: what its README promises, on a sample of its evaluation."""
+"""llama-2-tiny: the promises of its README, on a sample of its evaluation."""
 
 from __future__ import annotations
 

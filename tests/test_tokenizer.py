@@ -62,7 +62,7 @@ def test_many_ids_decode_from_lists_iterators_arrays_and_tensors() -> None:
 
 @given(st.text())
 def test_text_survives_encoding(text: str) -> None:
-    text = text.replace("\u2581", "")  # the mark that SentencePiece itself uses for a space
+    text = text.replace("\u2581", "")  # SentencePiece's own mark for a space
     assert SMALL.decode(SMALL.encode(text, bos=True, eos=True)) == text
 
 

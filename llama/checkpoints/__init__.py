@@ -1,4 +1,4 @@
-"""A folder of weights, or a GGUF file -> ModelArgs and this rank's model."""
+"""Read ModelArgs and this rank's model from a checkpoint folder or a GGUF file."""
 
 from .folder import Checkpoint, check_world_size
 from .loading import load, load_model

@@ -1,4 +1,4 @@
-"""A checkpoint written in more or fewer shards, or in another layout."""
+"""Write a checkpoint with a different number of shards, or in another layout."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from .release import OPTIONAL_PARAMS, REQUIRED_PARAMS
 
 logger = logging.getLogger(__name__)
 
-PART_BYTES = 2 * 10**9  # of a safetensors file; one at a time is in memory
+PART_BYTES = 2 * 10**9  # limit for a safetensors file; one is in memory at a time
 
 
 def reshard(ckpt_dir: str, out: str, model_parallel_size: int) -> str:
     """Write a folder in the release's layout with `model_parallel_size` shards.
 
-    Needs memory for one shard at a time.
+    Holds one shard in memory at a time.
     """
     check_positive(model_parallel_size=model_parallel_size)
     checkpoint, args, shapes = open_whole(ckpt_dir)
@@ -46,7 +46,7 @@ def reshard(ckpt_dir: str, out: str, model_parallel_size: int) -> str:
             name for name in OPTIONAL_PARAMS if getattr(args, name) != getattr(ModelArgs, name)
         ]
         params = {name: getattr(args, name) for name in (*REQUIRED_PARAMS, *changed)}
-        # as the release's own has it
+        # The release's own params.json has vocab_size -1.
         (folder / "params.json").write_text(json.dumps(params | {"vocab_size": -1}))
     return f"{out}: {model_parallel_size} shard(s)"
 
@@ -54,8 +54,8 @@ def reshard(ckpt_dir: str, out: str, model_parallel_size: int) -> str:
 def convert(ckpt_dir: str, out: str, to: str, type: str = "f16") -> str:
     """Write the checkpoint in another layout.
 
-    `to` is "hf" for Hugging Face's layout, "meta" for one shard of the release's, or "gguf" for a
-    GGUF file, whose matrices are of a `type`: f16, bf16, q8_0, q4_0 or q4_1.
+    `to` is "hf" (Hugging Face's layout), "meta" (the release's layout with one shard) or "gguf".
+    `type` is the type of the matrices in a GGUF file: f16, bf16, q8_0, q4_0 or q4_1.
     """
     if to == "meta":
         return reshard(ckpt_dir, out, 1)
@@ -95,7 +95,7 @@ def write_huggingface(checkpoint: Checkpoint, args: ModelArgs, shapes: Shapes, o
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
         config = config_of(args, checkpoint.dtype, checkpoint.source.max_positions)
         (folder / "config.json").write_text(json.dumps(config, indent=2))
-        # Without these, transformers drops a text's first space.
+        # Without these keys, transformers drops the leading space of a text.
         kind = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
         (folder / "tokenizer_config.json").write_text(json.dumps(kind, indent=2))
     return f"{out}: {len(parts)} file(s) of weights"
@@ -104,7 +104,10 @@ def write_huggingface(checkpoint: Checkpoint, args: ModelArgs, shapes: Shapes, o
 def read(
     checkpoint: Checkpoint, shapes: Shapes, what: str, rank: int = 0, world_size: int = 1
 ) -> dict[str, Tensor]:
-    """A rank's parts, in the file's types, of tensors of these whole shapes."""
+    """Read one rank's part of each tensor, in the data type of the file.
+
+    `shapes` are the shapes of the whole tensors.
+    """
     tensors = {}
     for name, shape in tqdm(shapes.items(), desc=what, unit="tensor", leave=False, disable=None):
         dtype = checkpoint.source.tensor(name).dtype
@@ -114,7 +117,7 @@ def read(
 
 
 def size_of(checkpoint: Checkpoint, shapes: Shapes) -> int:
-    """Bytes of the tensors."""
+    """Return the total size of the tensors in bytes."""
     return sum(
         math.prod(shape) * checkpoint.source.tensor(name).dtype.itemsize
         for name, shape in shapes.items()
@@ -122,7 +125,7 @@ def size_of(checkpoint: Checkpoint, shapes: Shapes) -> int:
 
 
 def parts_of(checkpoint: Checkpoint, shapes: Shapes) -> list[Shapes]:
-    """The tensors in groups of at most PART_BYTES."""
+    """Split the tensors into groups of at most PART_BYTES."""
     parts: list[Shapes] = [{}]
     for name, shape in shapes.items():
         if parts[-1] and size_of(checkpoint, parts[-1] | {name: shape}) > PART_BYTES:
@@ -133,10 +136,10 @@ def parts_of(checkpoint: Checkpoint, shapes: Shapes) -> list[Shapes]:
 
 @contextlib.contextmanager
 def new_path(out: str, needed: int) -> Iterator[Path]:
-    """A path to write to, which becomes `out` when all is written, and is removed on an error.
+    """Yield a temporary path, which is renamed to `out` on success and removed on an error.
 
-    Raises FileExistsError if `out` exists, OSError if its disk has less than the bytes `needed` or
-    a write fails.
+    Raises FileExistsError if `out` exists, FileNotFoundError if its parent folder does not, and
+    OSError if a write fails or the disk has less than `needed` bytes free.
     """
     path = path_of("out", out)
     if path.exists():
@@ -152,9 +155,9 @@ def new_path(out: str, needed: int) -> Iterator[Path]:
             written = Path(scratch, path.name)
             yield written
             written.rename(path)
-    except (ImportError, ValueError):  # no fault of the disk's
+    except (ImportError, ValueError):  # not caused by the disk
         raise
-    # Where a write fails, torch raises a RuntimeError, safetensors an error of its own.
+    # If a write fails, torch raises a RuntimeError and safetensors an error type of its own.
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         free = size_text(shutil.disk_usage(path.parent).free)
@@ -164,9 +167,9 @@ def new_path(out: str, needed: int) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_folder(out: str, checkpoint: Checkpoint, needed: int) -> Iterator[Path]:
-    """A new folder for a checkpoint's weights, as `new_path` makes it.
+    """Yield a new folder for a checkpoint's weights; see `new_path`.
 
-    It gets their tokenizer and checklist.chk.
+    Afterwards, adds the tokenizer and checklist.chk.
     """
     tokenizer = None
     try:
@@ -174,11 +177,11 @@ def new_folder(out: str, checkpoint: Checkpoint, needed: int) -> Iterator[Path]:
     except (FileNotFoundError, ValueError) as error:  # the weights are complete without it
         logger.warning("writing no tokenizer.model: %s", error)
     with new_path(out, needed) as folder:
-        folder.mkdir()  # with the permissions of the umask, unlike the temporary one around it
+        folder.mkdir()  # has the umask's permissions, unlike the temporary parent
         yield folder
         if tokenizer is not None:
             (folder / "tokenizer.model").write_bytes(tokenizer)
         sums = [f"{md5_of(file)}  {file.name}\n" for file in sorted(folder.iterdir())]
         (folder / "checklist.chk").write_text("".join(sums))
         for file in folder.iterdir():
-            file.chmod(folder.stat().st_mode & 0o666)  # safetensors lets only the owner read
+            file.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files owner-only

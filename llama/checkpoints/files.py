@@ -1,4 +1,4 @@
-"""Reading files as data: no code in them runs, and no count in them is trusted."""
+"""Read files as data: never run code from them, and never trust a count in them."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ def size_text(n: int) -> str:
 
 
 def path_of(what: str, path: Any) -> Path:
-    """A path with ~ for a home; a command line makes an integer of a name such as 7.
+    """Convert an argument to a Path and expand ~.
 
-    Raises TypeError for what is no path.
+    Accepts integers, because the command line parses a file name such as 7 as one. Raises TypeError
+    for other values that are not paths.
     """
     if type(path) is int:
         path = str(path)
@@ -40,9 +41,11 @@ def path_of(what: str, path: Any) -> Path:
 
 
 def folder_of(what: str, path: Any, contents: str) -> Path:
-    """The folder at `path`. Errors name its `contents`, and `what` the path is.
+    """Return the folder at `path`.
 
-    Raises FileNotFoundError or, for a file, ValueError, saying what to do.
+    Raises FileNotFoundError if there is no folder, ValueError if `path` is a file, TypeError if it
+    is not a path. Error messages include `what`, the name of the argument, and `contents`, the
+    files expected in the folder.
     """
     folder = path_of(what, path)
     if folder.is_file():
@@ -60,14 +63,14 @@ def folder_of(what: str, path: Any, contents: str) -> Path:
 
 
 def check_readable(path: Path) -> None:
-    """Raise what opening the file raises, as a sentence.
+    """Raise an OSError with a clear message if the file cannot be opened.
 
-    The errors of torch and safetensors do not name the reason.
+    The errors of torch and safetensors do not include the reason.
     """
     try:
         path.open("rb").close()
     except OSError as error:
-        advice = "check that it is there, a file, and yours to read"
+        advice = "check that it exists, is a file and is readable"
         raise type(error)(f"{path} cannot be read ({error.strerror}): {advice}") from error
 
 
@@ -83,7 +86,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_numbers(file: str, values: dict[str, Any], real: tuple[str, ...] = ()) -> None:
-    """Raise ValueError unless all are positive integers; those named in `real` may be floats."""
+    """Raise ValueError unless all values are positive integers; keys in `real` may have floats."""
     for key, value in values.items():
         types: list[type] = [int]
         kind = "integer"
@@ -95,7 +98,10 @@ def check_numbers(file: str, values: dict[str, Any], real: tuple[str, ...] = ())
 
 
 def import_safetensors(path: Path) -> Any:
-    """The package's functions for torch. Errors name `path`, the file that needs it."""
+    """Import safetensors.torch.
+
+    Raises ImportError with `path`, the file that needs the package, if it is not installed.
+    """
     try:
         import safetensors.torch
     except ImportError as error:
@@ -106,10 +112,10 @@ def import_safetensors(path: Path) -> Any:
 
 
 def map_tensors(path: Path, types: tuple[torch.dtype, ...] = TYPES) -> dict[str, Tensor]:
-    """The tensors of a file of safetensors, or of torch.save, mapped and not read.
+    """Map the tensors of a safetensors or torch.save file into memory without reading them.
 
-    Code in a pickle is refused, not run. Raises ValueError for what is no whole file of dense
-    tensors of these types.
+    Code in a pickle is refused, not run. Raises ValueError if the file is damaged or incomplete, or
+    contains anything but dense tensors of these types.
     """
     broken = f"{path} is not a whole PyTorch checkpoint: download it again"
     load: Callable[[Path], Any] = partial(
@@ -121,7 +127,7 @@ def map_tensors(path: Path, types: tuple[torch.dtype, ...] = TYPES) -> dict[str,
     check_readable(path)
     try:
         tensors = load(path)
-    # The unpickler raises any of a dozen types over damaged bytes.
+    # On damaged data, the unpickler raises any of a dozen exception types.
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{broken} ({reason})") from error
@@ -129,22 +135,21 @@ def map_tensors(path: Path, types: tuple[torch.dtype, ...] = TYPES) -> dict[str,
         isinstance(value, Tensor) for value in tensors.values()
     )
     if not all_tensors:
-        raise ValueError(f"{path} is not a dictionary of tensors: is it a checkpoint of Llama 2?")
+        raise ValueError(f"{path} is not a dictionary of tensors: is it a Llama 2 checkpoint?")
     for name, tensor in tensors.items():
         if tensor.dtype not in types or tensor.layout != torch.strided or tensor.is_meta:
             dtype = str(tensor.dtype).removeprefix("torch.")
-            raise ValueError(
-                f"{path}: {name} is of {dtype}: only dense float32, bfloat16 and float16 are read"
-            )
+            readable = ", ".join(str(known).removeprefix("torch.") for known in types)
+            raise ValueError(f"{path}: {name} has type {dtype}: only dense {readable} are read")
     return tensors
 
 
 def give_back(mapped: Tensor) -> None:
-    """Take a tensor's pages of a mapped file out of this process; they can be read in again."""
+    """Release a tensor's pages of a mapped file; a later access reads them from the file again."""
     if not hasattr(mmap, "MADV_DONTNEED") or mapped.numel() == 0:
         return
     first = mapped.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-    # Not beyond the last element: what follows a file's pages is not the file's.
+    # Stop at the last element: memory after the mapping may belong to something else.
     extent = 1
     for n, stride in zip(mapped.shape, mapped.stride(), strict=True):
         extent += (n - 1) * stride
@@ -159,7 +164,7 @@ def md5_of(file: Path) -> str:
         file.open("rb") as stream,
         tqdm.wrapattr(stream, "read", size, desc=file.name, leave=False, disable=None) as counted,
     ):
-        # in small pieces: after a checkpoint was written, not all memory is given back yet
+        # Read small pieces: right after a checkpoint is written, not all memory is free again.
         while data := counted.read(2**20):
             md5.update(data)
     return md5.hexdigest()

@@ -1,4 +1,4 @@
-"""A checkpoint folder as users see it, whatever its layout, and this rank's part of it."""
+"""Open a checkpoint in any layout, check it, and read this rank's part of it."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ from .vocabulary import with_rows
 logger = logging.getLogger(__name__)
 
 EMBEDDING = "tok_embeddings.weight"
-# precomputed angles, which some files carry and no model needs
+# Precomputed rotary angles. Some files contain them, but no model needs them.
 IGNORED = ("rope.freqs", "rotary_emb.inv_freq")
 
 
 class Checkpoint:
-    """Weights that are opened but not read.
+    """A checkpoint that has been opened, but whose weights have not been read.
 
     `ckpt_dir` is a folder in the release's or Hugging Face's layout, or a GGUF file. With
-    `adapter_dir`, a LoRA adapter in PEFT's layout is merged into what is read.
+    `adapter_dir`, a LoRA adapter in PEFT's layout is merged into the weights as they are read.
 
-    Raises FileNotFoundError for a missing folder or file, ValueError for one that is not what its
-    name says, TypeError for what is no path.
+    Raises FileNotFoundError if a folder or file is missing, ValueError if a file is invalid or not
+    supported, TypeError if an argument is not a path.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Checkpoint:
         first = self.source.first
         embedding = self.source.name_of(EMBEDDING)
         if embedding not in first or first[embedding].dim() != 2:
-            raise ValueError(f"{path} lacks tensor {embedding}: is it a checkpoint of Llama 2?")
+            raise ValueError(f"{path} lacks tensor {embedding}: is it a Llama 2 checkpoint?")
         self.adapter = None if adapter_dir is None else Adapter(adapter_dir)
 
     @property
@@ -64,21 +64,21 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the weights in the files."""
+        """The data type of the weights in the files."""
         return self.source.tensor(EMBEDDING).dtype
 
     @property
     def kinds(self) -> list[str]:
-        """The types of the matrices, as their layout calls them."""
+        """The types of the matrices, by their names in the layout."""
         shards = self.source.shards.values()
         tensors = chain.from_iterable(shard.values() for shard in shards)
         return sorted({kind_of(tensor) for tensor in tensors if tensor.dim() > 1})
 
     @property
     def stored_bits(self) -> int | None:
-        """Bits of most of the linear weights, where these are fewer than 16; else None.
+        """Bits of most linear weights if these are fewer than 16, else None.
 
-        None with an adapter too, because merging it takes 16 bits.
+        Also None with an adapter, because merging it requires 16 bits.
         """
         weight = self.source.first.get(self.source.name_of("layers.0.feed_forward.w1.weight"))
         if self.adapter is not None or not isinstance(weight, Quantized):
@@ -92,16 +92,16 @@ class Checkpoint:
 
     @property
     def tokenizer_path(self) -> Path:
-        """tokenizer.model in the folder, or beside it where the releases have it.
+        """The path of tokenizer.model in the folder or, as in the releases, next to it.
 
-        Raises FileNotFoundError.
+        Raises FileNotFoundError if there is none.
         """
         return find_tokenizer(self.path)
 
     def open_tokenizer(self, path: str | os.PathLike[str] | None = None) -> Tokenizer:
-        """The checkpoint's tokenizer, or the one at `path`.
+        """Open the checkpoint's tokenizer, or the one at `path`.
 
-        Raises ValueError where its size is not that of the embedding.
+        Raises ValueError if its size differs from the number of embedding rows.
         """
         vocabulary = self.source.vocabulary
         rows = len(self.source.tensor(EMBEDDING))
@@ -125,9 +125,9 @@ class Checkpoint:
         return tokenizer
 
     def tokenizer_model(self) -> bytes:
-        """The content of tokenizer.model, with the tokens that were added to it.
+        """Return the content of tokenizer.model, including added tokens.
 
-        Raises FileNotFoundError where there is none.
+        Raises FileNotFoundError if there is none.
         """
         if self.source.added_tokens is not None:
             proto: bytes = self.open_tokenizer().sp_model.serialized_model_proto()
@@ -137,16 +137,16 @@ class Checkpoint:
         return self.tokenizer_path.read_bytes()
 
     def model_args(self, max_seq_len: int, max_batch_size: int) -> ModelArgs:
-        """The model's shape, with a cache of this size.
+        """Return the model's parameters, with a cache of this size.
 
-        Raises ValueError for a shape that the weights are not of.
+        Raises ValueError if the parameters do not match the weights.
         """
         rows = len(self.source.tensor(EMBEDDING))
         said = self.source.params.get("vocab_size", rows)
         if said != rows:
             raise ValueError(
                 f"{self.source.params_file} has vocab_size {said}, "
-                f"the checkpoint's embedding {rows} rows: not of one model"
+                f"the checkpoint's embedding {rows} rows: they are from different models"
             )
         sizes = {"vocab_size": rows, "max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
         args = ModelArgs(**self.source.params | sizes)
@@ -154,10 +154,10 @@ class Checkpoint:
         return args
 
     def check(self, model: Transformer) -> Shapes:
-        """The shapes of the whole model's tensors.
+        """Check the files against the model and return the shapes of its whole tensors.
 
-        Raises ValueError unless the files have exactly these tensors. Warns where shards differ in
-        a tensor that each of them has whole.
+        Raises ValueError unless the files have exactly the model's tensors. Warns if shards differ
+        in a tensor that is not split over them.
         """
         shapes = {
             name: whole_shape(name, part.shape, model.ranks.size)
@@ -174,9 +174,10 @@ class Checkpoint:
     def stored_part(
         self, name: str, rank: int, shape: torch.Size, formats: Formats
     ) -> Tensor | Quantized | None:
-        """This rank's part of a matrix, where the file has it in the format wanted; else None.
+        """Return this rank's part of a matrix if it is already stored in the requested format.
 
-        `shape` is that of the part. A part that lies across several shards has to be copied: None.
+        Returns None otherwise, and for a part that spans several shards, which must be copied.
+        `shape` is the shape of the part.
         """
         dim = shard_dim(name)
         if self.adapter is not None or dim is None:
@@ -193,7 +194,7 @@ class Checkpoint:
         return part if wanted else None
 
     def check_groups(self, names: Iterable[str], args: ModelArgs, ranks: int) -> None:
-        """Raise ValueError where so many ranks would cut a group of inputs.
+        """Raise ValueError if splitting over `ranks` ranks would cut a quantization group.
 
         `names` are the matrices that keep the file's own groups.
         """
@@ -201,20 +202,20 @@ class Checkpoint:
         check_ranks_share_groups(self.name, tensors, args, ranks)
 
     def groups(self, name: str, part: Quantized) -> Groups:
-        """The file's own groups of a part of a matrix, its rows in the release's order."""
+        """Return the file's own groups of a part of a matrix, with rows in the release's order."""
         groups = part.groups()
         if self.source.in_halves_of(name):
             groups = groups.map(partial(interleave, head_dim=self.head_dim))
         return groups
 
     def copy(self, name: str, rank: int, out: Tensor) -> None:
-        """Fill `out`, which has the shape of one rank's part, with this rank's part of a tensor.
+        """Fill `out`, which has the shape of one rank's part, with that rank's part of a tensor.
 
-        The part may lie in one shard or across several.
+        The part may be in one shard or span several.
         """
         tensors = self.source.parts(name)
         dim = shard_dim(name)
-        if dim is None:  # each shard has the whole of it
+        if dim is None:  # every shard has the whole tensor
             tensors = tensors[:1]
             dim = 0
             rank = 0
@@ -233,11 +234,11 @@ class Checkpoint:
 
 
 def find_tokenizer(path: Path) -> Path:
-    """tokenizer.model in a checkpoint's folder or beside it.
+    """Find tokenizer.model in a checkpoint's folder or next to it.
 
-    Raises FileNotFoundError.
+    Raises FileNotFoundError if there is none.
     """
-    # A folder that is a link has two places beside it.
+    # A folder that is a symbolic link has two parents: the link's and the target's.
     beside = Path(os.path.abspath(path)).parent
     beside_target = path.resolve().parent
     for folder in (path, beside, beside_target):
@@ -247,41 +248,42 @@ def find_tokenizer(path: Path) -> Path:
 
 
 def kind_of(tensor: Tensor | Quantized) -> str:
-    """The type of a tensor, as its layout calls it."""
+    """Return the type of a tensor, by its name in the layout."""
     if isinstance(tensor, Quantized):
         return tensor.kind
     return str(tensor.dtype).removeprefix("torch.")
 
 
 def check_args(source: Source, args: ModelArgs) -> None:
-    """Raise ValueError unless heads divide the model evenly and the last layer has weights."""
+    """Raise ValueError unless the head counts divide evenly and the last layer has weights."""
     file = source.params_file
     if args.dim % (2 * args.n_heads) or args.n_heads % args.kv_heads:
         raise ValueError(
             f"{file} has dim {args.dim}, {args.n_heads} attention heads "
-            f"and {args.kv_heads} key/value heads, which do not divide: it is of no Llama 2"
+            f"and {args.kv_heads} key/value heads, which do not divide evenly: "
+            "this is not a Llama 2 model"
         )
     last = f"layers.{args.n_layers - 1}.attention_norm.weight"
     if not any(source.name_of(last) in shard for shard in source.shards.values()):
         path = next(iter(source.shards))
-        raise ValueError(f"{path} lacks tensor {last}: {file} is of another model")
+        raise ValueError(f"{path} lacks tensor {last}: {file} is from another model")
 
 
 def check_names(source: Source, path: Path, shapes: Shapes) -> None:
-    """Raise ValueError unless a shard has the tensors of these names and no others."""
+    """Raise ValueError unless a shard has exactly the tensors named in `shapes`."""
     present = {name for name in source.shards[path] if not name.endswith(IGNORED)}
     wanted = {source.name_of(name) for name in shapes}
     for what, names in (("holds unknown", present - wanted), ("lacks", wanted - present)):
         if names:
-            reason = f"{source.params_file} is of another model, or this is no Llama 2"
+            reason = f"{source.params_file} is from another model, or this is not Llama 2"
             raise ValueError(f"{path} {what} tensor {min(names)}: {reason}")
 
 
 def check_tensor(source: Source, path: Path, name: str, whole: tuple[int, ...]) -> None:
-    """Check one tensor of a shard, whose `whole` shape the model asks for.
+    """Check one tensor of a shard. `whole` is the shape of the whole tensor in the model.
 
-    Raises ValueError for another shape. Warns of a tensor that every shard has whole and that
-    differs from the first shard's.
+    Raises ValueError if the shape is different. Warns if the tensor is not split over the shards
+    and differs from the first shard's.
     """
     tensor = source.shards[path][source.name_of(name)]
     first = source.tensor(name)
@@ -290,21 +292,21 @@ def check_tensor(source: Source, path: Path, name: str, whole: tuple[int, ...]) 
     shape = part_shape(name, whole, shards)
     if tuple(tensor.shape) != shape or (dim is not None and whole[dim] % shards):
         found = f"{path}: {source.name_of(name)} has shape {tuple(tensor.shape)}"
-        asked = f"{source.params_file} asks for {shape}"
+        asked = f"{source.params_file} requires {shape}"
         if shards > 1:
             asked += f" in each of {shards} shards"
-        raise ValueError(f"{found}, and {asked}: a shard is missing or of another model")
+        raise ValueError(f"{found}, and {asked}: a shard is missing or from another model")
     if dim is not None or tensor is first:
         return
     if not torch.equal(as_tensor(tensor), as_tensor(first)):
         logger.warning(
-            "%s: %s is not that of shard 00: the shards may be of two models", path, name
+            "%s: %s differs from shard 00: the shards may be from different models", path, name
         )
 
 
 def as_tensor(tensor: Tensor | Quantized) -> Tensor:
     assert isinstance(tensor, Tensor), (
-        "only matrices are quantized, and only where there are no shards"
+        "only matrices are quantized, and only in a checkpoint without shards"
     )
     return tensor
 
@@ -312,10 +314,10 @@ def as_tensor(tensor: Tensor | Quantized) -> Tensor:
 def copy_part(
     source: Source, part: Tensor | Quantized, target: Tensor, in_halves: bool, head_dim: int
 ) -> None:
-    """Fill `target` with a part of a tensor, its rows in the release's order.
+    """Fill `target` with a part of a tensor, with rows in the release's order.
 
-    Gives the part's pages back where they can be read again. `in_halves`: whether its rows are in
-    Hugging Face's order.
+    Releases the part's pages if they can be read again. `in_halves` is true if the part's rows are
+    in Hugging Face's order.
     """
     if isinstance(part, Quantized):
         part.copy_to(target)
@@ -331,7 +333,7 @@ def copy_part(
 def check_ranks_share_groups(
     checkpoint: str, tensors: Mapping[str, Tensor | Quantized], args: ModelArgs, ranks: int
 ) -> None:
-    """Raise ValueError unless each rank gets whole groups of the inputs of these matrices."""
+    """Raise ValueError unless each rank gets whole groups of inputs of these matrices."""
     for name, tensor in tensors.items():
         if isinstance(tensor, Quantized) and tensor.order is not None and ranks > 1:
             raise ValueError(
@@ -349,12 +351,12 @@ def check_ranks_share_groups(
 
 
 def keeps_groups(inputs: Iterable[int], ranks: int) -> bool:
-    """Whether each rank gets whole groups of all these numbers of inputs."""
+    """Whether each rank gets whole groups, for every one of these input counts."""
     return all(count // ranks % GROUP == 0 for count in inputs)
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a path is a GGUF file, or has the name of one."""
+    """Whether a path is a GGUF file, by its name or its first bytes."""
     if path.suffix == ".gguf":
         return not path.is_dir()
     if not path.is_file():
@@ -384,13 +386,13 @@ def open_folder(ckpt_dir: str | os.PathLike[str]) -> Source:
 
 
 def world_sizes(args: ModelArgs) -> list[int]:
-    """The numbers of ranks that can share the model."""
-    # What divides the key/value heads divides the other heads too.
+    """Return the numbers of ranks that can share the model."""
+    # A number that divides the key/value heads also divides the attention heads.
     return divisors(math.gcd(args.kv_heads, args.hidden_dim, args.vocab_size))
 
 
 def check_world_size(name: str, args: ModelArgs, world_size: int) -> None:
-    """Raise ValueError unless every split dimension of the model divides over the ranks."""
+    """Raise ValueError unless every sharded dimension divides evenly over the ranks."""
     others = {"feed-forward channels": args.hidden_dim, "vocabulary pieces": args.vocab_size}
     uneven = {what: n for what, n in others.items() if n % world_size}
     if args.kv_heads % world_size:
@@ -406,9 +408,9 @@ def check_world_size(name: str, args: ModelArgs, world_size: int) -> None:
 def open_whole(
     ckpt_dir: str, length: int = 1, rows: int = 1
 ) -> tuple[Checkpoint, ModelArgs, Shapes]:
-    """A checkpoint, its model's shape, and the shapes of its tensors.
+    """Open a checkpoint; return it with its model's parameters and the shapes of its tensors.
 
-    Raises ValueError unless the files have exactly these tensors.
+    Raises ValueError unless the files have exactly the model's tensors.
     """
     checkpoint = Checkpoint(ckpt_dir)
     args = checkpoint.model_args(max_seq_len=length, max_batch_size=rows)

@@ -1,7 +1,7 @@
-"""GGUF files, llama.cpp's layout of the same weights.
+"""Read GGUF files, llama.cpp's layout of the same weights.
 
-One file, or several parts, with metadata, vocabulary and tensors. Rows of queries and keys stand in
-the release's order. gguf_types.py decodes the types of few bits.
+A model is one file, or several parts, with metadata, vocabulary and tensors. The rows of query and
+key matrices are in the release's order. gguf_types.py decodes the low-bit types.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from .release import Source
 from .vocabulary import proto_of
 
 VERSIONS = (2, 3)
-ALIGNMENT = 32  # of tensors, where the file does not say
-MOST_VALUES = 2**22  # of an array of the metadata; a vocabulary has some 32,000 pieces
+ALIGNMENT = 32  # of tensors in bytes, if the file does not specify it
+MOST_VALUES = 2**22  # limit for a metadata array; a vocabulary has about 32,000 pieces
 
-# The metadata's kinds of values, as struct names them; then strings and arrays.
+# Value types of the metadata: numbers, as format characters of struct, then strings and arrays.
 NUMBERS = {
     0: "B",
     1: "b",
@@ -45,7 +45,7 @@ NUMBERS = {
 STRING = 8
 ARRAY = 9
 
-# The metadata's keys -> params.json's
+# Metadata keys -> params.json keys.
 KEYS = {
     "llama.embedding_length": "dim",
     "llama.block_count": "n_layers",
@@ -64,9 +64,10 @@ PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
 def open_gguf(path: Path) -> Source:
-    """A file, or all parts of which this is one.
+    """Open a GGUF file or, if `path` is one part of a split file, all its parts.
 
-    Raises ValueError for what is broken or no Llama 2.
+    Raises ValueError if a file is broken or not a Llama 2 model, FileNotFoundError if a part is
+    missing.
     """
     files = parts_of(path)
     metadata, tensors = read_file(files[0])
@@ -97,9 +98,9 @@ def open_gguf(path: Path) -> Source:
 
 
 def parts_of(path: Path) -> list[Path]:
-    """All parts of the file that `path` is a part of.
+    """Return all parts of the file that `path` is a part of.
 
-    Raises FileNotFoundError for one that is missing.
+    Raises FileNotFoundError if a part is missing, ValueError if the name has an impossible number.
     """
     part = PART.fullmatch(path.name)
     if part is None:
@@ -108,7 +109,7 @@ def parts_of(path: Path) -> list[Path]:
     count = int(part[3])
     if not 1 <= number <= count:
         raise ValueError(
-            f"{path.name} says that it is part {number} of {count}: give it its own name again"
+            f"{path.name} is named as part {number} of {count}: restore its original name"
         )
     files = [path.with_name(f"{part[1]}-{n:05}-of-{part[3]}.gguf") for n in range(1, count + 1)]
     for file in files:
@@ -118,9 +119,9 @@ def parts_of(path: Path) -> list[Path]:
 
 
 def params_of(name: str, metadata: dict[str, Any]) -> dict[str, Any]:
-    """params.json's values for a file's metadata.
+    """Convert a file's metadata to the values of params.json.
 
-    Raises ValueError for what would need other mathematics.
+    Raises ValueError if the model requires computations that are not supported.
     """
     kind = metadata.get("general.architecture")
     if kind != "llama":
@@ -136,7 +137,7 @@ def params_of(name: str, metadata: dict[str, Any]) -> dict[str, Any]:
     )
     params = {ours: as_written(given[theirs]) for theirs, ours in KEYS.items() if theirs in given}
     if params.get("n_kv_heads") == params["n_heads"]:
-        del params["n_kv_heads"]  # as releases have it
+        del params["n_kv_heads"]  # as in the releases
     head_dim = params["dim"] // params["n_heads"]
     others = {
         "llama.rope.dimension_count": head_dim,
@@ -167,7 +168,7 @@ def params_of(name: str, metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_written(value: float) -> float:
-    """The shortest number that float32 rounds to this one: 1e-05 for 9.999999747378752e-06."""
+    """Return the shortest decimal with the same float32 value: 9.999999747378752e-06 -> 1e-05."""
     if isinstance(value, int):
         return value
     for digits in range(1, 9):
@@ -178,9 +179,9 @@ def as_written(value: float) -> float:
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor | Quantized]]:
-    """A file's metadata and its tensors, which lie on the file's mapped pages.
+    """Read a file's metadata and map its tensors into memory.
 
-    Raises ValueError for a broken one.
+    Raises ValueError if the file is broken.
     """
     check_readable(path)
     if path.stat().st_size == 0:
@@ -204,7 +205,7 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor | Quantized]
 
 
 class Header:
-    """A file's header, read value by value; the counts and lengths in it are not trusted."""
+    """A reader of a file's header, which does not trust the counts and lengths in it."""
 
     def __init__(self, path: Path, data: mmap.mmap):
         self.path = path
@@ -243,16 +244,16 @@ class Header:
         return list(struct.unpack(form, self.take(struct.calcsize(form))))
 
     def read(self) -> tuple[dict[str, Any], dict[str, tuple[tuple[int, ...], int, int]]]:
-        """The metadata, and each tensor's shape, type and the byte at which it begins."""
+        """Return the metadata, and the shape, type and byte offset of each tensor."""
         if self.take(4) != b"GGUF":
-            raise ValueError(f"{self.path} is no GGUF file: it does not begin with GGUF")
+            raise ValueError(f"{self.path} is not a GGUF file: it does not begin with GGUF")
         version = self.number("I")
         if version not in VERSIONS:
             said = f"of version {version}"
             if int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS:
                 said = "in big-endian order"
             raise ValueError(
-                f"{self.path} is a GGUF file {said}: not supported, only version 2 and 3 are"
+                f"{self.path} is a GGUF file {said}: not supported, only versions 2 and 3 are"
             )
         tensors = self.number("Q")
         values = self.number("Q")
@@ -277,9 +278,9 @@ def tensor_at(
     kind: int,
     offset: int,
 ) -> Tensor | Quantized:
-    """The tensor whose bytes begin `offset` after `start`.
+    """Return the tensor whose data begins `offset` bytes after `start`.
 
-    Raises ValueError unless the file has all of it.
+    Raises ValueError if its type is not supported or the file does not contain all of it.
     """
     if kind not in FLOATS and kind not in TYPES:
         known = ", ".join(["F32", "F16", "BF16", *(t.name for t in TYPES.values())])
@@ -305,7 +306,7 @@ def tensor_at(
         return raw.view(FLOATS[kind]).view(shape)
     if len(shape) != 2:
         raise ValueError(
-            f"{path} has {name} of {shape} in {TYPES[kind].name}: "
-            "only matrices are read in fewer bits"
+            f"{path} has {name} of shape {shape} in {TYPES[kind].name}: "
+            "only matrices can be quantized"
         )
     return Blocks(raw.view(shape[0], -1, size), TYPES[kind])

@@ -1,7 +1,7 @@
-"""GGUF's types of a few bits: blocks of bytes -> integers, scales and minimums (ggml-common.h).
+"""Decode GGUF's low-bit types from blocks of bytes to integers, scales and minimums.
 
-A block has 32 neighbouring inputs of a row or, in the types of K, 256. A decoder takes (rows,
-blocks, bytes) uint8.
+A block has 32 consecutive inputs of a row or, in the K types, 256; ggml-common.h defines the
+blocks. A decoder takes (rows, blocks, bytes) uint8.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from .quantized import Quantized
 
 class Type(NamedTuple):
     name: str
-    block: int  # inputs
-    bytes: int
+    block: int  # inputs per block
+    bytes: int  # per block
     decode: Callable[[Tensor], Groups]
-    bits: int | None  # of the packed weight that keeps its groups exactly; None: there is none
-    factors: int  # bytes of a group's scale and minimum there
+    bits: int | None  # of the packed format that stores the groups exactly; None: there is none
+    factors: int  # bytes of a group's scale and minimum in that format
 
 
 class Blocks(Quantized):
-    """A matrix of blocks on a file's pages."""
+    """A matrix of blocks in a mapped file."""
 
     def __init__(self, raw: Tensor, type: Type):
-        """`raw` is (rows, blocks, bytes)."""
+        """`raw` has shape (rows, blocks, bytes)."""
         super().__init__(len(raw), raw.shape[1] * type.block)
         self.raw = raw
         self.type = type
@@ -50,18 +50,18 @@ class Blocks(Quantized):
 
 
 def floats(raw: Tensor) -> Tensor:
-    """(..., n) float16 of 2 n bytes."""
+    """View (..., 2 n) bytes as (..., n) float16 values."""
     return raw.view(torch.float16)
 
 
 def unpack(raw: Tensor, bits: int) -> Tensor:
-    """(..., 8 / bits, n) integers of n bytes: first each byte's lowest bits, last its highest."""
+    """Split (..., n) bytes into (..., 8 / bits, n) integers, beginning with the lowest bits."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=raw.device)
     return raw.unsqueeze(-2) >> shifts[:, None] & (1 << bits) - 1
 
 
 def grouped(q: Tensor, scales: Tensor, mins: Tensor | None = None) -> Groups:
-    """The groups of all blocks of a row, one after another.
+    """Join the groups of all blocks of a row.
 
     `q` is (rows, blocks, groups, inputs) int8; scales and minimums are (rows, blocks, groups).
     """
@@ -80,7 +80,7 @@ def q4_1(raw: Tensor) -> Groups:
 
 
 def five_bits(low: Tensor, high: Tensor) -> Tensor:
-    """(rows, blocks, 1, 32) for 16 bytes of lower halves and 4 bytes of one higher bit each."""
+    """Combine 16 bytes of low nibbles and 4 bytes of fifth bits into (rows, blocks, 1, 32)."""
     bits = unpack(high, 1).mT.flatten(-2)
     return (unpack(low, 4).flatten(-2) | bits << 4).to(torch.int8).unsqueeze(-2)
 
@@ -116,7 +116,7 @@ def q3_k(raw: Tensor) -> Groups:
 
 
 def scales_and_mins(raw: Tensor) -> tuple[Tensor, Tensor]:
-    """Of 16 bytes: d and dmin, then 6 bits for the scale and 6 for the minimum of 8 groups."""
+    """Decode 16 bytes: d, dmin, then a 6-bit scale and a 6-bit minimum for each of 8 groups."""
     d, dmin = floats(raw[..., :4]).float().split(1, -1)
     first, second, rest = raw[..., 4:].split(4, -1)
     scales = torch.cat((first & 63, rest & 15 | first >> 6 << 4), -1)
@@ -126,8 +126,8 @@ def scales_and_mins(raw: Tensor) -> tuple[Tensor, Tensor]:
 
 def q4_k(raw: Tensor) -> Groups:
     scales, mins = scales_and_mins(raw[..., :16])
-    # In the file, 32 bytes have a group in their lower halves and the next in their higher halves;
-    # in Groups, 16 bytes have one group.
+    # In the file, 32 bytes hold one group in their low nibbles and the next in their high nibbles.
+    # In Groups, 16 bytes hold one group.
     a, b = raw[..., 16:].unflatten(-1, (4, 2, 16)).unbind(-2)
     q = torch.stack((a & 15 | b << 4, a >> 4 | b & 0xF0), dim=-2)
     return grouped(q.flatten(2, 3), scales, mins)
@@ -148,8 +148,8 @@ def q6_k(raw: Tensor) -> Groups:
 
 
 FLOATS = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
-# A scale that is a product of two numbers is exact in float32. Types with a scale for every 16
-# inputs fit no packed weight of this library: they give values only.
+# Scales that are products of two numbers are exact in float32. Types with a scale for every 16
+# inputs do not fit any packed format of this library: only their values can be read.
 TYPES = {
     2: Type("Q4_0", 32, 18, q4_0, bits=4, factors=2),
     3: Type("Q4_1", 32, 20, q4_1, bits=4, factors=4),

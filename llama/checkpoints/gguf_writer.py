@@ -1,4 +1,4 @@
-"""A checkpoint -> a GGUF file, which llama.cpp runs. Needs the package gguf."""
+"""Write a checkpoint as a GGUF file for llama.cpp. Requires the package gguf."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ TYPES = ("f16", "bf16", "q8_0", "q4_0", "q4_1")
 
 
 class GGUFFile:
-    """The contents of a checkpoint's GGUF file: matrices of one of TYPES, and vectors in float32.
+    """A checkpoint as a GGUF file, with matrices of one of TYPES and vectors in float32.
 
-    Raises ImportError without the package, ValueError for another type or widths that its blocks do
-    not divide, FileNotFoundError without a tokenizer.
+    Raises ImportError without the package gguf, ValueError if `type` is not one of TYPES or its
+    block size does not divide a matrix's inputs, FileNotFoundError if there is no tokenizer.
     """
 
     def __init__(self, checkpoint: Checkpoint, args: ModelArgs, shapes: Shapes, type: str):
@@ -35,7 +35,7 @@ class GGUFFile:
             raise ImportError(
                 "writing GGUF needs the package gguf: pip install '.[gguf]'"
             ) from error
-        # Else it logs the names of temporary files.
+        # Otherwise it logs the names of temporary files.
         logging.getLogger("gguf").setLevel(logging.WARNING)
         self.gguf = gguf
         self.checkpoint = checkpoint
@@ -61,11 +61,11 @@ class GGUFFile:
 
     @property
     def size(self) -> int:
-        """Bytes of the tensors, without the header."""
+        """The size of the tensors in bytes, without the header."""
         return sum(map(self.bytes_of, self.shapes))
 
     def write(self, path: Path) -> None:
-        """Write the file, one tensor at a time in memory."""
+        """Write the file, holding one tensor in memory at a time."""
         writer = self.gguf.GGUFWriter(path, "llama")
         self.add_shape(writer)
         self.add_vocabulary(writer)

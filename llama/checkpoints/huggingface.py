@@ -1,4 +1,4 @@
-"""The Hugging Face layout of the same weights: config.json with safetensors or .bin files."""
+"""Read Hugging Face's layout of the same weights: config.json and safetensors or .bin files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .packed import packing_of, unpacked
 from .quantized import Quantized
 from .release import Source
 
-# config.json's keys -> params.json's
+# config.json keys -> params.json keys.
 CONFIG_KEYS = {
     "hidden_size": "dim",
     "num_hidden_layers": "n_layers",
@@ -27,7 +27,7 @@ CONFIG_KEYS = {
 }
 NUMBERS = (*CONFIG_KEYS, "intermediate_size")
 MAX_POSITIONS = "max_position_embeddings"
-# Values of config.json that this library computes with; a key may be missing.
+# The supported values of these config.json keys. A key may be missing.
 REQUIRED_CONFIG = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -39,7 +39,7 @@ REQUIRED_CONFIG = {
 
 
 def open_huggingface(path: Path) -> Source:
-    """A folder in this layout.
+    """Open a folder in this layout.
 
     Raises FileNotFoundError and ValueError as `find_files` and `params_of` do.
     """
@@ -73,9 +73,9 @@ def open_huggingface(path: Path) -> Source:
 
 
 def added_tokens(path: Path) -> dict[int, str]:
-    """Ids and texts of the tokens that were added to a folder's vocabulary.
+    """Return the ids and texts of the tokens that were added to a folder's vocabulary.
 
-    Raises ValueError for other JSON.
+    Raises ValueError if the JSON does not have the expected structure.
     """
     pairs: list[tuple[Any, Any]] = []
     file = path / "added_tokens.json"
@@ -88,7 +88,7 @@ def added_tokens(path: Path) -> dict[int, str]:
             entries = read_json(file).get("added_tokens", [])
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise ValueError(
-                f"{file} has added_tokens that are no list of objects: download it again"
+                f"{file} has added_tokens that are not a list of objects: download it again"
             )
         pairs = [(entry.get("id"), entry.get("content")) for entry in entries]
     for token, text in pairs:
@@ -100,9 +100,9 @@ def added_tokens(path: Path) -> dict[int, str]:
 
 
 def find_files(path: Path) -> list[Path]:
-    """The files with weights: one file, or those that an index lists; safetensors come first.
+    """Find the weight files: one file, or the files in an index. Prefers safetensors.
 
-    Raises FileNotFoundError for a missing file, ValueError for a broken index.
+    Raises FileNotFoundError if a file is missing, ValueError if the index is broken.
     """
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = path / f"{name}.index.json"
@@ -111,7 +111,7 @@ def find_files(path: Path) -> list[Path]:
         if index.exists():
             return indexed_files(index)
     others = list(path.glob("*.safetensors"))
-    if len(others) == 1:  # as gptq_model-4bit-128g.safetensors
+    if len(others) == 1:  # such as gptq_model-4bit-128g.safetensors
         return others
     raise FileNotFoundError(
         f"no model.safetensors, pytorch_model.bin or index of either in {path}/: download it again"
@@ -119,9 +119,9 @@ def find_files(path: Path) -> list[Path]:
 
 
 def indexed_files(index: Path) -> list[Path]:
-    """The files that an index lists, each once.
+    """Return the files that an index lists, each once.
 
-    Raises ValueError for names of files elsewhere, FileNotFoundError for a missing file.
+    Raises ValueError if it names a file in another folder, FileNotFoundError if a file is missing.
     """
     parts = read_json(index).get("weight_map")
     if not isinstance(parts, dict) or not all(map(is_file_name, parts.values())):
@@ -140,14 +140,14 @@ def is_file_name(value: Any) -> bool:
 
 
 def params_of(config: dict[str, Any]) -> dict[str, Any]:
-    """params.json's values for a config.json.
+    """Convert config.json to the values of params.json.
 
-    Raises ValueError for what would need other mathematics.
+    Raises ValueError if the model requires computations that are not supported.
     """
     given = {key: value for key, value in config.items() if value is not None}
     for key, wanted in REQUIRED_CONFIG.items():
         value = given.get(key, wanted)
-        # Some files have LLaMAForCausalLM.
+        # Ignore case: some files have LLaMAForCausalLM.
         if value != wanted and str(value).lower() != str(wanted).lower():
             raise ValueError(f"config.json has {key} {value!r}: not supported, only {wanted!r} is")
     defaults: dict[str, Any] = {
@@ -167,14 +167,15 @@ def params_of(config: dict[str, Any]) -> dict[str, Any]:
         )
     params = {ours: values[theirs] for theirs, ours in CONFIG_KEYS.items()}
     if params["n_kv_heads"] == heads:
-        del params["n_kv_heads"]  # as releases have it
+        del params["n_kv_heads"]  # as in the releases
     return params | feed_forward_params(dim, values["intermediate_size"]) | rope_params(config)
 
 
 def feed_forward_params(dim: int, hidden_dim: int) -> dict[str, Any]:
-    """Values from which ModelArgs computes this width, rounding down and then up.
+    """Return the parameters from which ModelArgs computes the feed-forward width `hidden_dim`.
 
-    These are the release's own values where those give it.
+    ModelArgs rounds the width down to an integer, then up to a multiple of `multiple_of`, which is
+    256, as in the release, if that gives this width.
     """
     base = int(8 * dim / 3)
     if base > hidden_dim:
@@ -188,7 +189,7 @@ def rope_params(config: dict[str, Any]) -> dict[str, Any]:
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(config.get(key) or {}, dict):
             raise ValueError(f"config.json has {key} {config[key]!r}: expected a dict")
-    rope = config.get("rope_parameters") or {}  # of transformers 5, theta and scaling
+    rope = config.get("rope_parameters") or {}  # transformers 5: theta and scaling
     scaling = config.get("rope_scaling") or rope
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "linear"):
@@ -204,7 +205,7 @@ def rope_params(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def max_positions_of(args: ModelArgs, said: int | None) -> int:
-    """The length that a model was made for: what its layout said, else that of its family."""
+    """Return a model's context length: the layout's value, or else the default of its family."""
     if said:
         return said
     if args.rope_theta == 1e6:  # Code Llama
@@ -215,7 +216,7 @@ def max_positions_of(args: ModelArgs, said: int | None) -> int:
 def config_of(
     args: ModelArgs, dtype: torch.dtype, max_positions: int | None = None
 ) -> dict[str, Any]:
-    """config.json's values for a model."""
+    """Return the values of config.json for a model."""
     scaling = None
     if args.rope_scaling_factor != 1:
         scaling = {"type": "linear", "factor": args.rope_scaling_factor}

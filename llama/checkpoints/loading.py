@@ -1,4 +1,4 @@
-"""A checkpoint's tensors -> this rank's model: copied, packed, or left where the file has them."""
+"""Load a checkpoint's tensors into this rank's model: copied, packed, or mapped in place."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .quantized import Quantized
 
 logger = logging.getLogger(__name__)
 
-# Threads that pack or quantise; each needs memory for a matrix and its temporaries.
+# Threads that pack or quantize. Each needs memory for one matrix and its temporaries.
 MAX_LOADERS = 4
 
 
@@ -35,10 +35,10 @@ def load_model(
     dtype: torch.dtype,
     formats: Formats | None,
 ) -> Transformer:
-    """This rank's part of a checkpoint's model, with an empty cache.
+    """Load this rank's part of a checkpoint's model, with an empty cache.
 
-    Raises ValueError for what cannot be shared by the ranks, does not fit into memory, or is
-    broken.
+    Raises ValueError if the ranks cannot share the model, it does not fit into memory, or the
+    checkpoint is broken.
     """
     ranks = model_ranks()
     check_world_size(checkpoint.name, args, ranks.size)
@@ -54,7 +54,7 @@ def load_model(
 
 
 def linear_layers(model: Transformer) -> dict[str, ShardedLinear]:
-    """By their weights' names."""
+    """Return the model's linear layers by the names of their weights."""
     layers = {}
     for path, module in model.named_modules():
         if isinstance(module, ShardedLinear):
@@ -65,13 +65,13 @@ def linear_layers(model: Transformer) -> dict[str, ShardedLinear]:
 def bytes_per_weight(
     checkpoint: Checkpoint, model: Transformer, dtype: torch.dtype, formats: Formats | None
 ) -> float:
-    """Of the linear layers, as `load` keeps them."""
+    """Return the mean bytes per weight of the linear layers, in the formats that `load` uses."""
     if formats is None:
         return dtype.itemsize
     total = 0.0
     count = 0
     for name, layer in linear_layers(model).items():
-        # None where it is missing, of which `load` tells.
+        # None if the tensor is missing, which `load` reports.
         stored = checkpoint.source.first.get(checkpoint.source.name_of(name))
         chosen = formats.of(stored, checkpoint.adapter is not None)
         if chosen is None:
@@ -91,15 +91,16 @@ def load(
     dtype: torch.dtype,
     formats: Formats | None = None,
 ) -> None:
-    """Give `model`, built for this rank on the meta device, its weights.
+    """Load the weights of `model`, which was built for this rank on the meta device.
 
-    Linear weights become what `formats` says. Copies one tensor at a time (with `formats`, one
-    matrix per thread) and gives its mapped pages back, so that the process needs memory for this
-    rank's weights and little more. What a file has in the format that is wanted is neither copied
-    nor rounded: 16 bits stay where they are mapped, privately, 8 and 4 bits are only laid out anew.
+    `formats` selects the format of linear weights. Copies one tensor at a time (with `formats`, one
+    matrix per thread) and releases its mapped pages, so that the process needs little more memory
+    than this rank's weights. Tensors already stored in the requested format are neither copied nor
+    rounded: 16-bit tensors stay in a private mapping of the file, 8- and 4-bit tensors are only
+    rearranged.
 
-    Raises ValueError, before anything is read, unless the files have exactly the model's tensors.
-    Warns of values that are not finite, and of positions that the model was not made for.
+    Raises ValueError, before reading anything, unless the files have exactly the model's tensors.
+    Warns of non-finite values, and if max_seq_len exceeds the model's context length.
     """
     names = list(checkpoint.check(model))
     rank = model.ranks.rank
@@ -120,12 +121,11 @@ def load(
     together += [[name] for name in names if name not in fused]
     loader = Loader(checkpoint, model, device, dtype, formats, parts)
     state: dict[str, Tensor] = {}
-    # Packing and quantising are slow and release the interpreter's lock; plain copies are as fast
-    # from one thread.
+    # Packing and quantizing are slow and release the GIL. Plain copies are as fast on one thread.
     workers = 1
     if formats:
         workers = min(torch.get_num_threads(), MAX_LOADERS)
-    quiet = rank > 0 or None  # None: without a terminal
+    quiet = rank > 0 or None  # None: quiet if there is no terminal
     with ThreadPoolExecutor(workers) as pool:
         loaded = pool.map(loader.load, together)
         for tensors in tqdm(
@@ -138,18 +138,18 @@ def load(
 
 def warn_of_length(checkpoint: Checkpoint, model: Transformer, rank: int) -> None:
     source = checkpoint.source
-    # Some configs have the length before linear scaling, some that after it: the longer counts.
+    # Some configs give the length before linear scaling, some after it: allow the longer one.
     known = (source.max_positions or math.inf) * model.params.rope_scaling_factor
     asked = model.params.max_seq_len
     if rank == 0 and asked > known:
         made_for = f"{checkpoint.name} was made for {known:.0f} tokens ({source.params_file})"
         logger.warning(
-            "max_seq_len is %d, and %s: text beyond them may make no sense", asked, made_for
+            "max_seq_len is %d, and %s: text beyond that may make no sense", asked, made_for
         )
 
 
 def packs(checkpoint: Checkpoint, names: list[str], formats: Formats) -> bool:
-    """Whether weights become packed weights, and not parameters."""
+    """Whether weights are packed rather than kept as parameters."""
     stored = checkpoint.source.tensor(names[0])
     chosen = formats.of(stored, checkpoint.adapter is not None)
     return chosen is None or chosen.pack is not None
@@ -158,9 +158,9 @@ def packs(checkpoint: Checkpoint, names: list[str], formats: Formats) -> bool:
 def fused_names(
     checkpoint: Checkpoint, model: nn.Module, parts: dict[str, Tensor | Quantized]
 ) -> list[list[str]]:
-    """The weights that multiply the same input and can be packed as one.
+    """Return groups of weights that multiply the same input and can be packed as one.
 
-    They are of one kind, and not used in place.
+    The weights of a group have the same stored type, and none is used in place.
     """
     groups = []
     for path, module in model.named_modules():
@@ -178,12 +178,12 @@ class Loader(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     formats: Formats | None
-    parts: dict[str, Tensor | Quantized]  # what the file has in the format that is wanted
+    parts: dict[str, Tensor | Quantized]  # tensors already stored in the requested format
 
     def load(self, names: list[str]) -> dict[str, Tensor]:
-        """Pack tensors, fused along their rows, into their layers.
+        """Load these tensors: pack linear weights, fused along their rows, into their layers.
 
-        Returns those that stay parameters.
+        Returns the tensors that remain parameters.
         """
         layers = []
         if self.formats:
@@ -201,7 +201,7 @@ class Loader(NamedTuple):
         if self.formats and layers:
             stored = self.checkpoint.source.tensor(names[0])
             chosen = self.formats.of(stored, self.checkpoint.adapter is not None)
-            if chosen is None:  # groups that could not be kept, of several shards
+            if chosen is None:  # the part spans shards, so the file's groups are not kept
                 chosen = self.formats.coarse
             if chosen.pack is not None:
                 packed = chosen.pack(whole)
@@ -213,7 +213,7 @@ class Loader(NamedTuple):
         return dict(zip(names, whole.to(dtype).split(rows), strict=True))
 
     def grouped(self, names: list[str]) -> Grouped:
-        """The file's own groups of weights that are fused."""
+        """Return fused weights packed in the file's own groups."""
         parts = []
         for name in names:
             part = self.parts[name]
@@ -229,11 +229,11 @@ class Loader(NamedTuple):
         return packed
 
     def copied(self, names: list[str], exact: bool) -> Tensor:
-        """This rank's rows of all these tensors.
+        """Return this rank's rows of all these tensors.
 
-        In the file's type if they are to be `exact`, else in the model's.
+        They have a type that represents the file's values exactly if `exact`, else the model's.
         """
-        # on the meta device, with this rank's shapes
+        # These are on the meta device and have this rank's shapes.
         weights = [self.model.get_parameter(name) for name in names]
         dtype = self.dtype
         if exact:
@@ -245,7 +245,7 @@ class Loader(NamedTuple):
         return whole
 
     def exact_type(self, name: str) -> torch.dtype:
-        """The type that has each value of a tensor as the file has it."""
+        """Return the type that represents a tensor's stored values exactly."""
         tensor = self.checkpoint.source.tensor(name)
         if isinstance(tensor, Quantized):
             return torch.float32

@@ -15,8 +15,8 @@ from torch import Tensor
 from .files import check_numbers, folder_of, map_tensors, read_json
 from .names import Shapes, huggingface_name, interleave, is_rotary
 
-# Keys of an adapter's config that are computed with, or that do not change the merged weights. All
-# others have to be unset.
+# Keys of an adapter's config that are supported or do not change the merged weights. All others
+# must be unset.
 HARMLESS_CONFIG = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -37,14 +37,14 @@ HARMLESS_CONFIG = {
     "task_type",
     "use_rslora",
 }
-# Other values of these keys change W.
+# Any other value of these keys changes W.
 HARMLESS_VALUES: dict[str, list[Any]] = {"bias": ["none"], "init_lora_weights": [True, "gaussian"]}
 
 
 class Adapter:
-    """W + scale × B A for each adapted weight, scale = alpha / r, or alpha / √r with `use_rslora`.
+    """A LoRA adapter: W + scale × B A, with scale = alpha / r, or alpha / √r with `use_rslora`.
 
-    Raises ValueError for a config that asks for anything else, FileNotFoundError for missing files.
+    Raises ValueError if the config requires anything else, FileNotFoundError if a file is missing.
     """
 
     def __init__(self, adapter_dir: str | os.PathLike[str]):
@@ -68,10 +68,10 @@ class Adapter:
         self.scale = alpha / self.rank
         if config.get("use_rslora"):
             self.scale = alpha / math.sqrt(self.rank)
-        # layers_to_transform may be 0, the number of a layer.
+        # Compare with None: layers_to_transform may be 0, the number of a layer.
         partial = config.get("layers_to_transform") is not None or config.get("exclude_modules")
         targets = config.get("target_modules")
-        # modules that have to be adapted in every layer
+        # Modules that must be adapted in every layer.
         self.whole_targets: list[Any] = []
         if isinstance(targets, list) and not partial:
             self.whole_targets = targets
@@ -81,9 +81,9 @@ class Adapter:
         return "base_model.model." + huggingface_name(name).removesuffix(".weight")
 
     def check(self, shapes: Shapes) -> None:
-        """Raise ValueError unless every tensor of the adapter belongs to a linear weight.
+        """Raise ValueError unless every tensor of the adapter fits a linear weight of the model.
 
-        `shapes` are those of the model's tensors.
+        `shapes` are the shapes of the model's tensors.
         """
         if not self.tensors:
             raise ValueError(f"adapter {self.path} has no tensors: download it again")
@@ -111,13 +111,13 @@ class Adapter:
             if tuple(tensor.shape) != wanted[name]:
                 raise ValueError(
                     f"adapter {self.path}: {name} has shape {tuple(tensor.shape)}, "
-                    f"and the model asks for {wanted[name]}: it is an adapter of another model"
+                    f"and the model requires {wanted[name]}: it is an adapter for another model"
                 )
 
     def add(self, name: str, dim: int, start: int, head_dim: int, out: Tensor) -> None:
-        """Add the update of a part of a weight to `out`, computed in float32.
+        """Add the update for a part of a weight to `out`, computing in float32.
 
-        The part begins at `start` along `dim`.
+        The part begins at index `start` of dimension `dim`.
         """
         stem = self.stem_of(name)
         if f"{stem}.lora_B.weight" not in self.tensors:

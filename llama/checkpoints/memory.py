@@ -1,4 +1,4 @@
-"""What a rank needs of its device's memory and what is free there, checked before loading."""
+"""Check, before loading, that a rank's device has enough free memory."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ import torch
 from ..model import ModelArgs
 from .files import size_text
 
-# The most tokens of prompts in one pass, beside one token of each row.
+# The most prompt tokens in one pass, in addition to one token for each slot.
 CHUNK_TOKENS = 512
 
 
 class Memory(NamedTuple):
-    """What one rank needs, in bytes."""
+    """The memory that one rank needs, in bytes."""
 
     weights: int
-    cache_row: int  # for each row of the batch
-    pass_bytes: int  # of the largest temporaries of a pass, whatever the rows
+    cache_row: int  # for each slot
+    pass_bytes: int  # largest temporaries of a pass
 
     def total(self, rows: int) -> int:
         return self.weights + rows * self.cache_row + self.pass_bytes
@@ -33,10 +33,13 @@ class Memory(NamedTuple):
 def memory_needs(
     args: ModelArgs, world_size: int, dtype: torch.dtype, bytes_per_weight: float
 ) -> Memory:
-    """`bytes_per_weight` is of the linear layers; everything else is of `dtype`."""
+    """Compute the memory that one rank needs.
+
+    `bytes_per_weight` applies to the linear layers. Everything else has type `dtype`.
+    """
     attention = 2 * args.dim * args.head_dim * (args.n_heads + args.kv_heads)
     feed_forward = 3 * args.dim * args.hidden_dim
-    embedding = args.dim * args.vocab_size  # and as many weights of the output layer
+    embedding = args.dim * args.vocab_size  # the output layer has the same size
     linear = args.n_layers * (attention + feed_forward) + embedding
     norms = (2 * args.n_layers + 1) * args.dim
     split = linear * bytes_per_weight + embedding * dtype.itemsize
@@ -44,9 +47,9 @@ def memory_needs(
     keys_and_values = 2 * args.n_layers * args.kv_heads * args.head_dim * args.max_seq_len
     cache_row = keys_and_values * dtype.itemsize // world_size
     pass_tokens = min(CHUNK_TOKENS + args.max_batch_size, args.max_batch_size * args.max_seq_len)
-    # At the measured peak of a pass: x, its norm and what is added to it; the feed-forward's gate
-    # and up, as computed and as split off, and their product. Then, where all are asked for,
-    # logits, computed and in float32.
+    # The tensors at the measured peak of a pass: x, its norm and the update to x; the gate and up
+    # projections, before and after they are split, and their product. Then the logits, as computed
+    # and in float32, if all positions are requested.
     layer = (4 * args.dim + 6 * args.hidden_dim // world_size) * dtype.itemsize
     logits = args.vocab_size * (dtype.itemsize + 4)
     return Memory(int(weights), cache_row, pass_tokens * (layer + logits))
@@ -58,16 +61,16 @@ def needed(name: str, args: ModelArgs, needs: Memory) -> str:
         f"{name} needs {size_text(needs.weights)} for its weights, "
         f"{size_text(rows * needs.cache_row)} for a cache of "
         f"max_batch_size {rows} × max_seq_len {args.max_seq_len} "
-        f"and {size_text(needs.pass_bytes)} for a pass per rank"
+        f"and {size_text(needs.pass_bytes)} for a pass, per rank"
     )
 
 
 def check_memory(name: str, args: ModelArgs, needs: Memory, device: torch.device) -> None:
-    """Raise ValueError if what this rank needs does not fit into its device."""
+    """Raise ValueError if this rank needs more memory than its device has free."""
     free = free_memory(device)
     if needs.total(args.max_batch_size) <= free:
         return
-    advice = "use fewer bits for each weight, more ranks or a smaller model"
+    advice = "use fewer bits per weight, more ranks or a smaller model"
     fitting = (free - needs.total(0)) // needs.cache_row
     if fitting > 0:
         advice = f"build with max_batch_size {fitting} or a smaller max_seq_len"
@@ -78,7 +81,7 @@ def check_memory(name: str, args: ModelArgs, needs: Memory, device: torch.device
 
 @contextlib.contextmanager
 def allocating(name: str, args: ModelArgs, needs: Memory, device: torch.device) -> Iterator[None]:
-    """Turn a failed allocation into a ValueError: a device may give less than was free."""
+    """Convert a failed allocation to a ValueError: a device may grant less than was free."""
     try:
         yield
     except RuntimeError as error:
@@ -87,7 +90,7 @@ def allocating(name: str, args: ModelArgs, needs: Memory, device: torch.device) 
             raise
         advice = (
             "build with a smaller max_batch_size or max_seq_len, "
-            "or use fewer bits for each weight or more ranks"
+            "or use fewer bits per weight or more ranks"
         )
         raise ValueError(
             f"{needed(name, args, needs)}, and {device} refused memory: {advice}"
@@ -95,19 +98,19 @@ def allocating(name: str, args: ModelArgs, needs: Memory, device: torch.device) 
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this rank may still use on its device.
+    """Return the bytes that this rank may still use on its device.
 
     The ranks of a node share its main memory evenly.
     """
     if device.type == "cuda":
-        # what PyTorch keeps for the next tensor
+        # Memory that PyTorch has reserved but not allocated.
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             available = next(line for line in file if line.startswith("MemAvailable"))
         free = min(int(available.split()[1]) * 1024, container_memory())
-    except OSError:  # macOS: all memory is the closest bound that the standard library knows
+    except OSError:  # macOS: total memory is the closest bound in the standard library
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return int(free) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
@@ -115,10 +118,10 @@ def free_memory(device: torch.device) -> int:
 def container_memory(
     root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
 ) -> float:
-    """Bytes left to this process under the tightest limit of its control groups; inf without one.
+    """Return the bytes that this process may still use under its cgroup limits; inf without any.
 
-    These are the group that `own` names and those around it. Inside a container the name may be the
-    host's, and the root the container's own.
+    Checks the cgroup named in `own` and its ancestors. Inside a container the name may be the
+    host's, while `root` is the container's own.
     """
     group = root
     if own.exists():
@@ -127,11 +130,11 @@ def container_memory(
             group = root / name[1]
     left = math.inf
     for folder in (group, *group.parents):
-        # no such files, or "max" for no limit
+        # The files may be missing, or contain "max" for no limit.
         with contextlib.suppress(OSError, KeyError, ValueError):
             limit = int((folder / "memory.max").read_text())
             used = int((folder / "memory.current").read_text())
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            # The page cache counts as free, but not what of it is shared memory or tmpfs.
+            # The page cache counts as free, except for shared memory and tmpfs.
             left = min(left, max(limit - used + int(stat["file"]) - int(stat["shmem"]), 0))
     return left

@@ -1,4 +1,4 @@
-"""The tensors of a Llama 2: names in every layout, split over shards, order of rows."""
+"""The tensors of a Llama 2 model: names in each layout, sharding, and order of rows."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-Shapes = dict[str, tuple[int, ...]]  # of whole tensors, by their names in the release
+Shapes = dict[str, tuple[int, ...]]  # of whole tensors, by name in the release
 
 
 class Entry(NamedTuple):
-    dim: int | None  # along which a release splits it over its shards; None: whole in every shard
+    dim: int | None  # that is split over the shards; None: every shard has the whole tensor
     huggingface: str
     gguf: str
-    # its rows are channels of heads, rotated in pairs: Hugging Face has other rows for a pair
+    # Whether rows are channels of heads, rotated in pairs. Hugging Face pairs other rows.
     rotary: bool = False
 
 
-# By their names in the release, with * for a layer's number; ".weight" follows in every layout.
+# Keys are names in the release. * is a layer's number. Every layout appends ".weight".
 TENSORS = {
     "tok_embeddings": Entry(1, "model.embed_tokens", "token_embd"),
     "layers.*.attention_norm": Entry(None, "model.layers.*.input_layernorm", "blk.*.attn_norm"),
@@ -41,7 +41,7 @@ TENSORS = {
 
 
 def entry(name: str) -> Entry:
-    """What the table says of `layers.0.attention.wq.weight` and the like."""
+    """Look up a tensor by its full name, such as `layers.0.attention.wq.weight`."""
     return TENSORS[re.sub(r"\.\d+\.", ".*.", name.removesuffix(".weight"))]
 
 
@@ -50,7 +50,7 @@ def shard_dim(name: str) -> int | None:
 
 
 def part_shape(name: str, whole: tuple[int, ...], parts: int) -> tuple[int, ...]:
-    """The shape of one of so many equal parts of a tensor of this shape."""
+    """Return the shape of one of `parts` equal parts of a tensor of shape `whole`."""
     shape = list(whole)
     dim = shard_dim(name)
     if dim is not None:
@@ -59,7 +59,7 @@ def part_shape(name: str, whole: tuple[int, ...], parts: int) -> tuple[int, ...]
 
 
 def whole_shape(name: str, part: Sequence[int], parts: int) -> tuple[int, ...]:
-    """The shape of a tensor of which so many equal parts have the shape `part`."""
+    """Return the shape of a tensor whose `parts` equal parts have shape `part`."""
     shape = list(part)
     dim = shard_dim(name)
     if dim is not None:
@@ -72,12 +72,12 @@ def is_rotary(name: str) -> bool:
 
 
 def huggingface_name(name: str) -> str:
-    """layers.0.attention.wq.weight -> model.layers.0.self_attn.q_proj.weight"""
+    """Convert layers.0.attention.wq.weight to model.layers.0.self_attn.q_proj.weight."""
     return with_number(entry(name).huggingface, name)
 
 
 def gguf_name(name: str) -> str:
-    """layers.0.attention.wq.weight -> blk.0.attn_q.weight"""
+    """Convert layers.0.attention.wq.weight to blk.0.attn_q.weight."""
     return with_number(entry(name).gguf, name)
 
 
@@ -86,14 +86,14 @@ def with_number(stem: str, name: str) -> str:
 
 
 def interleave(weight: Tensor, head_dim: int) -> Tensor:
-    """Rotary rows of whole heads, from Hugging Face's order to that of the release and of GGUF.
+    """Reorder rotary rows of whole heads from Hugging Face's order to the release's and GGUF's.
 
-    `weight` is (heads × head_dim, …). transformers rotates channel i with i + head_dim / 2, the
-    release 2i with 2i + 1.
+    `weight` is (heads × head_dim, …). transformers rotates channel i with i + head_dim / 2; the
+    release rotates 2i with 2i + 1.
     """
     return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
 def split_halves(weight: Tensor, head_dim: int) -> Tensor:
-    """The inverse of `interleave`."""
+    """Undo `interleave`."""
     return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)

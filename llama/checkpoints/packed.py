@@ -1,8 +1,8 @@
-"""GPTQ's and AWQ's matrices of 4 or 8 bits in Hugging Face folders, packed into 32-bit words.
+"""GPTQ and AWQ matrices of 4 or 8 bits in Hugging Face folders, packed into 32-bit words.
 
-w[i, o] = scale[g, o] × (q[i, o] − zero[g, o]) with g the group of input i (Frantar et al. 2022,
-arXiv:2210.17323; Lin et al. 2023, arXiv:2306.00978). Files have inputs along rows, the transpose of
-this library's weights.
+w[i, o] = scale[g, o] × (q[i, o] − zero[g, o]), where g is the group of input i (Frantar et al.
+2022, arXiv:2210.17323; Lin et al. 2023, arXiv:2306.00978). Files store the transpose of this
+library's weights, with inputs along rows.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .quantized import Quantized
 
 REQUIRED_PARTS = ("qweight", "qzeros", "scales")
 PARTS = (*REQUIRED_PARTS, "g_idx")
-# beside config.json, of earlier packers: of GPTQ and of AWQ
+# Files next to config.json that older packers of GPTQ and AWQ wrote.
 OTHER_CONFIGS = ("quantize_config.json", "quant_config.json")
-# what is read of each method
+# The supported formats and bits of each method.
 LAYOUTS = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}
 WIDTHS = {"gptq": (4, 8), "awq": (4,)}
-AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble of a word that output 8 c + j is in
+AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # output 8 c + j is nibble AWQ_ORDER[j] of word c
 
 
 class Packing(NamedTuple):
@@ -33,14 +33,14 @@ class Packing(NamedTuple):
 
     method: str  # "gptq" or "awq"
     bits: int
-    group_size: int  # inputs; -1 for all
-    zero_offset: int  # what was taken from the zeros before they were packed
+    group_size: int  # inputs per group; -1: all inputs
+    zero_offset: int  # subtracted from the zero points before packing
 
 
 def packing_of(folder: Path, config: dict[str, Any]) -> Packing | None:
-    """What config.json or the file beside it says of packed matrices; None for plain weights.
+    """Read the packing from config.json or the file next to it; None for plain weights.
 
-    Raises ValueError for what is not read.
+    Raises ValueError if the packing is not supported.
     """
     file, said = quantization_config(folder, config)
     if said is None:
@@ -73,7 +73,7 @@ def packing_of(folder: Path, config: dict[str, Any]) -> Packing | None:
 
 
 def quantization_config(folder: Path, config: dict[str, Any]) -> tuple[str, Any]:
-    """The file that describes the packing, and what it says; None: no file does."""
+    """Return the file that describes the packing, and its content or None if there is none."""
     said = config.get("quantization_config")
     if said is not None:
         return "config.json", said
@@ -84,7 +84,7 @@ def quantization_config(folder: Path, config: dict[str, Any]) -> tuple[str, Any]
 
 
 def method_of(file: str, said: dict[str, Any]) -> str:
-    """The method that packed the matrices, or a name that no method has."""
+    """Return the method that packed the matrices, or a name that is not in LAYOUTS."""
     if "quant_method" in said:
         return str(said["quant_method"]).lower()
     if file != "config.json":
@@ -93,14 +93,14 @@ def method_of(file: str, said: dict[str, Any]) -> str:
 
 
 def unpacked(tensors: dict[str, Tensor], packing: Packing) -> dict[str, Tensor | Quantized]:
-    """The tensors with each matrix in place of its parts.
+    """Replace the parts of each packed matrix with one `Packed` matrix.
 
-    Raises ValueError for parts that do not fit each other.
+    Raises ValueError if parts are missing or do not match.
     """
     stems = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
     left_out = {f"{stem}.{part}" for stem in stems for part in PARTS}
     for stem in stems:
-        # Packers write a bias for every layer; Llama has none.
+        # Packers write a zero bias for every layer, but Llama has no biases.
         bias = tensors.get(f"{stem}.bias")
         if bias is not None and not bias.any():
             left_out.add(f"{stem}.bias")
@@ -108,14 +108,14 @@ def unpacked(tensors: dict[str, Tensor], packing: Packing) -> dict[str, Tensor |
     for name, tensor in plain.items():
         if not tensor.is_floating_point():
             dtype = str(tensor.dtype).removeprefix("torch.")
-            raise ValueError(f"{name} is of {dtype}: download it again")
+            raise ValueError(f"{name} has type {dtype}: download it again")
     return plain | {f"{stem}.weight": packed_matrix(stem, tensors, packing) for stem in stems}
 
 
 def packed_matrix(stem: str, tensors: dict[str, Tensor], packing: Packing) -> Packed:
-    """The matrix whose parts' names begin with `stem`.
+    """Return the matrix whose parts have names that begin with `stem`.
 
-    Raises ValueError for parts that do not fit each other.
+    Raises ValueError if parts are missing or do not match.
     """
     found = {part: tensors[f"{stem}.{part}"] for part in PARTS if f"{stem}.{part}" in tensors}
     for part in REQUIRED_PARTS:
@@ -150,12 +150,12 @@ def packed_matrix(stem: str, tensors: dict[str, Tensor], packing: Packing) -> Pa
             )
         if tensor.is_floating_point() != (part == "scales"):
             dtype = str(tensor.dtype).removeprefix("torch.")
-            raise ValueError(f"{stem}.{part} is of {dtype}: download it again")
+            raise ValueError(f"{stem}.{part} has type {dtype}: download it again")
     return Packed(found, packing, rows, inputs, size)
 
 
 class Packed(Quantized):
-    """A matrix as its parts."""
+    """A packed matrix, stored as its parts."""
 
     block = GROUP
 
@@ -169,12 +169,12 @@ class Packed(Quantized):
         self.bits = packing.bits
         self.per_word = 32 // packing.bits
         self.middle = 1 << packing.bits - 1
-        # 1 in each integer of a word
+        # A word in which each integer is 1.
         ones = sum(1 << packing.bits * number for number in range(self.per_word))
-        # Added to whole words: a zero of 0, which borrowed from its neighbour, gives back what it
-        # took.
+        # The offset is added to whole words. If a zero point of 0 borrowed from the next integer
+        # when the offset was subtracted, the carry of this addition undoes that.
         self.zeros = parts["qzeros"] + packing.zero_offset * ones
-        # Symmetric weights have the middle as their zero, which no weight format has to keep.
+        # In symmetric weights every zero point is the middle, and no format needs to store it.
         middles = torch.tensor(self.middle * ones).to(torch.int32)
         self.symmetric = bool((self.zeros == middles).all())
         self.order = group_order(parts, inputs, group_size)
@@ -203,7 +203,7 @@ class Packed(Quantized):
         return Groups(q[..., :16] | q[..., 16:] << 4, scales, mins)
 
     def integers_of(self, rows: slice, inputs: slice) -> Tensor:
-        """(rows, inputs) uint8, in the order of the groups."""
+        """Unpack integers to (rows, inputs) uint8, in the order of the groups."""
         qweight = self.parts["qweight"]
         if self.packing.method == "gptq":
             words = slice(inputs.start // self.per_word, inputs.stop // self.per_word)
@@ -215,7 +215,7 @@ class Packed(Quantized):
         return q
 
     def columns(self, words: Tensor, rows: slice) -> Tensor:
-        """(n, rows) uint8 of `words` (n, ...), which have neighbouring rows in a word."""
+        """Unpack `words` (n, ...), with consecutive rows in each word, to (n, rows) uint8."""
         first = rows.start // self.per_word
         last = -(-rows.stop // self.per_word)
         q = integers(words[:, first:last], self.packing)
@@ -224,10 +224,10 @@ class Packed(Quantized):
 
 
 def group_order(parts: dict[str, Tensor], inputs: int, group_size: int) -> Tensor | None:
-    """The inputs in the order of their groups; None: they are in this order.
+    """Return the inputs in the order of their groups, or None if they are already in order.
 
-    A g_idx of inputs that are not neighbours ("desc_act") has another order. Raises ValueError for
-    groups of other sizes.
+    They are not if g_idx has groups of scattered inputs ("desc_act"). Raises ValueError if a group
+    has the wrong size.
     """
     in_order = torch.arange(inputs) // group_size
     groups = parts.get("g_idx", in_order).long()
@@ -236,13 +236,13 @@ def group_order(parts: dict[str, Tensor], inputs: int, group_size: int) -> Tenso
     order = torch.argsort(groups, stable=True)
     if not torch.equal(groups[order], in_order):
         raise ValueError(
-            f"a g_idx has groups that are not of {group_size} inputs: download it again"
+            f"a g_idx has groups that do not have {group_size} inputs: download it again"
         )
     return order
 
 
 def integers(words: Tensor, packing: Packing) -> Tensor:
-    """(n, m × 32 / bits) uint8: the integers of words (n, m) int32, in the method's order."""
+    """Unpack words (n, m) int32 to integers (n, m × 32 / bits) uint8, in logical order."""
     data = words.contiguous().view(torch.uint8)
     if packing.bits == 8:
         return data

@@ -1,4 +1,4 @@
-"""Matrices that files have in fewer bits, decoded only where and when a rank needs them."""
+"""Matrices stored in few bits, of which a rank decodes only the parts that it needs."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ T = TypeVar("T", bound="Quantized")
 
 
 class Quantized:
-    """A part, at first all, of a matrix (rows, inputs), with the methods of Tensor that are needed.
+    """A matrix (rows, inputs), or a part of one, with the methods of Tensor that loading needs.
 
-    Subclasses decode one format of a file.
+    Each subclass decodes one file format.
     """
 
-    kind: str  # what its layout calls it
-    # bits of the weight format that keeps the file's groups exactly; None: there is none, and only
-    # values can be read
+    kind: str  # the name of its type in the layout
+    # Bits of the packed format that stores the file's groups exactly. None: there is no such
+    # format, and only values can be read.
     bits: int | None = None
-    bytes_per_weight: float  # of these groups
-    joins: Hashable  # matrices in which it is equal can be packed as one
-    block: int  # so many inputs of a row are decoded together
-    # input order[i] of a row is the i-th of its groups; None: they stand in their order
+    bytes_per_weight: float  # in that format
+    joins: Hashable  # matrices with equal `joins` can be packed as one
+    block: int  # number of inputs of a row that are decoded together
+    # Input order[i] of a row is at position i of its groups. None: inputs are in order.
     order: Tensor | None = None
-    dtype = torch.float16  # of a copy of it in a layout without such matrices
+    dtype = torch.float16  # of a copy in a layout without quantized matrices
 
     def __init__(self, rows: int, inputs: int):
         self.rows = range(rows)
@@ -38,11 +38,11 @@ class Quantized:
         self.width = inputs
 
     def read(self, rows: slice, inputs: slice) -> Groups:
-        """Some rows' inputs, whole blocks of them, decoded."""
+        """Decode these inputs, which are whole blocks, of these rows."""
         raise NotImplementedError
 
     def let_go(self) -> None:
-        """Take what was read out of this process's memory, if it can be read again."""
+        """Release the memory of the data that was read, if it can be read again."""
 
     @property
     def shape(self) -> torch.Size:
@@ -63,9 +63,9 @@ class Quantized:
         return part
 
     def groups(self) -> Groups:
-        """The groups of a packed weight of `bits` bits, in `order`.
+        """Return the groups for a packed weight of `bits` bits, in `order`.
 
-        The part has to begin and end with a group.
+        The part must begin and end at a group boundary.
         """
         parts = list(self._decode())
         first = (self.inputs.start - self._blocks.start) // GROUP
@@ -74,7 +74,7 @@ class Quantized:
         )
 
     def copy_to(self, out: Tensor) -> None:
-        """Fill `out`, (rows, inputs), with the values, rounded to its type."""
+        """Fill `out` (rows, inputs) with the values, rounded to its type."""
         first = self.inputs.start - self._blocks.start
         for rows, part in zip(out.split(QUANTISED_ROWS), self._decode(), strict=True):
             values = part.dequantize()
@@ -84,7 +84,7 @@ class Quantized:
 
     @property
     def _blocks(self) -> slice:
-        """The inputs of the blocks that the part's inputs are in."""
+        """The inputs of all blocks that contain inputs of this part."""
         if self.order is not None:
             return slice(0, self.width)
         first = self.inputs.start // self.block

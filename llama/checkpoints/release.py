@@ -1,4 +1,4 @@
-"""The release's layout, consolidated.NN.pth and params.json, and what all layouts share."""
+"""The release's layout, consolidated.NN.pth and params.json, and `Source` for all layouts."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ NEWER_PARAMS = {"use_scaled_rope": " (Llama 3.1)"}
 
 
 class Source(NamedTuple):
-    """The weights of one folder, and how its layout differs from the release's."""
+    """The weights of a folder or GGUF file, and how its layout differs from the release's."""
 
-    layout: str  # what users call it
+    layout: str  # name shown to users
     params_file: str
     params: dict[str, Any]  # as in params.json
     files: list[Path]
-    # by the path that errors name, then by the layout's name of a tensor
+    # By the path to name in errors, then by the name of a tensor in this layout.
     shards: Mapping[Path, Mapping[str, Tensor | Quantized]]
     name_of: Callable[[str], str]  # a tensor's name in the release -> in this layout
     in_halves: bool = False  # whether rotary rows are in Hugging Face's order
-    # whether tensors are certain to lie on pages of their file, which can be read in again
+    # Whether all tensors are mapped pages of their file, which can be released and read again.
     gives_back: bool = False
-    # what the model was made for, before scaling; None: the folder does not say
+    # The model's context length before scaling. None: the files do not specify it.
     max_positions: int | None = None
-    vocabulary: bytes | None = None  # a whole SentencePiece model, where the layout has one
-    chat_template: str | None = None  # a Jinja template, where the layout has one
-    # ids that follow tokenizer.model's, and their texts; None: this layout cannot name any
+    vocabulary: bytes | None = None  # a complete SentencePiece model, if there is one
+    chat_template: str | None = None  # a Jinja template, if there is one
+    # Ids beyond those of tokenizer.model, and their texts. None: this layout cannot have any.
     added_tokens: Callable[[], Mapping[int, str]] | None = None
 
     def tensor(self, name: str) -> Tensor | Quantized:
-        """The first shard's part of a tensor, by its name in the release."""
+        """Return the first shard's part of a tensor, by its name in the release."""
         return self.first[self.name_of(name)]
 
     def parts(self, name: str) -> list[Tensor | Quantized]:
-        """Every shard's part of a tensor, by its name in the release."""
+        """Return every shard's part of a tensor, by its name in the release."""
         return [shard[self.name_of(name)] for shard in self.shards.values()]
 
     def in_halves_of(self, name: str) -> bool:
@@ -63,9 +63,9 @@ class Source(NamedTuple):
 
 
 def open_release(path: Path) -> Source:
-    """A folder in this layout.
+    """Open a folder in this layout.
 
-    Raises FileNotFoundError where a file is missing, ValueError where one is broken.
+    Raises FileNotFoundError if a file is missing, ValueError if one is broken.
     """
     files = sorted(path.glob("consolidated.[0-9][0-9].pth"))
     if not files:
@@ -76,7 +76,7 @@ def open_release(path: Path) -> Source:
     missing = {f"{number:02}" for number in range(int(there[-1]))} - {*there}
     if missing:
         raise FileNotFoundError(
-            f"consolidated.{min(missing)}.pth is missing: shards {', '.join(there)} are there: "
+            f"consolidated.{min(missing)}.pth is missing: shards {', '.join(there)} are present: "
             "download it again"
         )
     params = read_params(path / "params.json")
@@ -87,9 +87,10 @@ def open_release(path: Path) -> Source:
 
 
 def read_params(path: Path) -> dict[str, Any]:
-    """The values of params.json that are set.
+    """Return the values of params.json that are set.
 
-    Raises ValueError for keys that are missing, or unknown: they may mean another model.
+    Raises ValueError if a required key is missing, or if a key is unknown: it may belong to a
+    different model.
     """
     if not path.is_file():
         raise FileNotFoundError(

@@ -1,7 +1,7 @@
-"""SentencePiece models made from the vocabularies of other files.
+"""Build SentencePiece models from the vocabularies of other files.
 
-The format is protobuf's (sentencepiece_model.proto). A few of its fields are enough, so that no
-package is needed.
+The format is protobuf (sentencepiece_model.proto). Only a few fields are needed, so this module
+encodes them without the protobuf package.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-# kinds of pieces, with the same numbers in GGUF
+# Types of pieces. GGUF uses the same numbers.
 UNKNOWN = 2
 CONTROL = 3
 USER_DEFINED = 4
 UNUSED = 5
 BYTE = 6
 
-BPE = 2  # a kind of model
-NO_SCORE = -1000.0  # of every piece in a file that was made without tokenizer.model
+BPE = 2  # a type of model
+NO_SCORE = -1000.0  # of every piece, if a file was converted without tokenizer.model
 
-# fields of the messages ModelProto, SentencePiece, TrainerSpec and NormalizerSpec
+# Field numbers in the messages ModelProto and NormalizerSpec.
 PIECES = 1
 TRAINER = 2
 NORMALIZER = 3
-ADD_PREFIX = 3  # of the normalizer
+ADD_PREFIX = 3  # in NormalizerSpec
 
-# protobuf's kinds of values
+# Protobuf's wire types.
 VARINT = 0
 LENGTH_PREFIXED = 2
 FLOAT = 5
@@ -35,7 +35,7 @@ FIXED_BYTES = {1: 8, FLOAT: 4}
 
 
 def field(number: int, value: int | float | bytes | str) -> bytes:
-    """A field of a protobuf message: an integer, a float32, or bytes with their length."""
+    """Encode a field of a protobuf message: an integer, a float32, or bytes with their length."""
     if isinstance(value, float):
         return varint(number << 3 | FLOAT) + struct.pack("<f", value)
     if isinstance(value, int):
@@ -55,12 +55,12 @@ def varint(value: int) -> bytes:
 
 
 def piece(text: str, score: float, kind: int) -> bytes:
-    """A piece of the vocabulary. Appending it to the bytes of a model adds it to the model."""
+    """Encode a vocabulary piece. Appending it to the bytes of a model adds it to the model."""
     return field(PIECES, field(1, text) + field(2, score) + field(3, kind))
 
 
 def fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """The numbers and values of a protobuf message's fields: bytes, integers, and float32."""
+    """Yield number and value (bytes, integer or float) of each field of a protobuf message."""
     position = 0
 
     def number() -> int:
@@ -91,7 +91,7 @@ def fields(message: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def pieces_of(proto: bytes) -> list[tuple[str, float, int]]:
-    """Text, score and kind of each piece of a SentencePiece model."""
+    """Return text, score and type of each piece of a SentencePiece model."""
     pieces = []
     for number, value in fields(proto):
         if number == PIECES:
@@ -101,16 +101,17 @@ def pieces_of(proto: bytes) -> list[tuple[str, float, int]]:
 
 
 def with_rows(proto: bytes, added: Mapping[int, str], rows: int) -> bytes:
-    """A SentencePiece model with a piece for each row of an embedding, as far as rows are known.
+    """Extend a SentencePiece model to one piece per embedding row, as far as rows are known.
 
-    `added` tokens follow the model's own without a gap, and are found in a text before it is split.
-    Rows that fill these up to a round number are unused pieces.
+    Adds `added` tokens as long as they follow the model's own ids without a gap. They are matched
+    before text is split into pieces. Rows that only pad the embedding to a round number become
+    unused pieces. Other rows get no piece.
     """
     texts = {text for text, _, _ in pieces_of(proto)}
     first = len(texts)
     number = first
     while number in added and number < rows:
-        text = added[number].replace(" ", "\u2581")  # as SentencePiece has spaces
+        text = added[number].replace(" ", "\u2581")  # SentencePiece's space
         if text in texts:
             proto += piece(f"[{number}]", 0.0, UNUSED)
         else:
@@ -123,10 +124,10 @@ def with_rows(proto: bytes, added: Mapping[int, str], rows: int) -> bytes:
 
 
 def is_padding(pieces: int, rows: int, extended: bool) -> bool:
-    """Whether an embedding has no more rows than fill its pieces up to a round number.
+    """Whether the rows beyond `pieces` only pad an embedding to a round number.
 
-    A multiple of 64 or more, as trainers make it for speed; of 8 or more where the vocabulary is
-    known to be an `extended` one. Another tokenizer's vocabulary must not pass for padding.
+    Trainers pad to a multiple of 64 or more for speed. Multiples of 8 or more count only if the
+    vocabulary is known to be `extended`: another tokenizer's vocabulary must not pass for padding.
     """
     round_numbers = [64, 128, 256]
     if extended:
@@ -135,22 +136,22 @@ def is_padding(pieces: int, rows: int, extended: bool) -> bool:
 
 
 def adds_prefix(proto: bytes) -> bool:
-    """Whether a SentencePiece model puts a space before a text."""
+    """Whether a SentencePiece model adds a space before a text."""
     specs = [dict(fields(value)) for number, value in fields(proto) if number == NORMALIZER]
     return all(spec.get(ADD_PREFIX, 1) for spec in specs)
 
 
 def proto_of(name: str, metadata: dict[str, Any]) -> bytes:
-    """The SentencePiece model that a GGUF file's metadata describes.
+    """Build the SentencePiece model that a GGUF file's metadata describes.
 
-    Raises ValueError for vocabularies of other kinds, and for one that SentencePiece could not
-    split text with.
+    Raises ValueError if the vocabulary is of another type, or if SentencePiece could not tokenize
+    with it.
     """
     texts, scores, kinds = columns_of(name, metadata)
     wrong = wrong_pieces(texts, scores, kinds)
     bos = special_id(name, metadata, "bos", 1, len(texts))
     eos = special_id(name, metadata, "eos", 2, len(texts))
-    # SentencePiece needs control pieces here, whatever fine-tuning made of them.
+    # SentencePiece requires control pieces here, even if fine-tuning changed their types.
     kinds[bos] = CONTROL
     kinds[eos] = CONTROL
     if not wrong and kinds.count(UNKNOWN) != 1:
@@ -159,10 +160,10 @@ def proto_of(name: str, metadata: dict[str, Any]) -> bytes:
         raise ValueError(f"{name} has a vocabulary with {wrong[0]}: download it again")
     if set(scores) == {NO_SCORE}:
         raise ValueError(
-            f"{name} has a vocabulary without scores, made without tokenizer.model: "
+            f"{name} has a vocabulary without scores, converted without tokenizer.model: "
             "convert it again"
         )
-    # SentencePiece takes no piece twice, and none without text.
+    # SentencePiece rejects duplicate pieces and empty pieces.
     seen: set[str] = set()
     for token, text in enumerate(texts):
         if not text or text in seen:
@@ -170,7 +171,7 @@ def proto_of(name: str, metadata: dict[str, Any]) -> bytes:
             kinds[token] = UNUSED
         seen.add(texts[token])
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
-    # its name, whether it puts a space before a text, and that it keeps spaces and escapes them
+    # Fields: name, add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces.
     normalizer = (
         field(1, "identity") + field(ADD_PREFIX, int(bool(prefix))) + field(4, 0) + field(5, 1)
     )
@@ -180,9 +181,10 @@ def proto_of(name: str, metadata: dict[str, Any]) -> bytes:
 
 
 def columns_of(name: str, metadata: dict[str, Any]) -> tuple[list[str], list[float], list[int]]:
-    """Texts, scores and kinds of the pieces in a GGUF file's metadata, of equal lengths.
+    """Return texts, scores and types of the pieces in a GGUF file's metadata.
 
-    The values are not checked. Raises ValueError for another kind of vocabulary.
+    The lists have equal lengths; their values are not checked. Raises ValueError if one is missing
+    or the vocabulary is of another type.
     """
     model = metadata.get("tokenizer.ggml.model")
     if model != "llama":
@@ -197,14 +199,14 @@ def columns_of(name: str, metadata: dict[str, Any]) -> tuple[list[str], list[flo
     texts, scores, kinds = columns
     if not texts or len(scores) != len(texts) or len(kinds) != len(texts):
         raise ValueError(
-            f"{name} lacks tokenizer.ggml.tokens, scores or token_type, one for each: "
+            f"{name} lacks tokenizer.ggml.tokens, scores or token_type, or their lengths differ: "
             "download it again"
         )
     return texts, scores, kinds
 
 
 def wrong_pieces(texts: list[str], scores: list[float], kinds: list[int]) -> list[str]:
-    """The pieces with values that SentencePiece does not take, as errors name them."""
+    """Describe, for error messages, the pieces that SentencePiece would reject."""
     wrong = []
     for number, (text, score, kind) in enumerate(zip(texts, scores, kinds, strict=True)):
         finite = isinstance(score, float) and math.isfinite(score)
@@ -214,7 +216,7 @@ def wrong_pieces(texts: list[str], scores: list[float], kinds: list[int]) -> lis
 
 
 def special_id(name: str, metadata: dict[str, Any], what: str, usual: int, pieces: int) -> int:
-    """The id of the piece that begins or ends a text: `what` is "bos" or "eos"."""
+    """Return the id of the piece that begins or ends a text: `what` is "bos" or "eos"."""
     token = metadata.get(f"tokenizer.ggml.{what}_token_id", usual)
     if type(token) is not int or not 0 <= token < pieces:
         raise ValueError(f"{name} has tokenizer.ggml.{what}_token_id {token!r}: download it again")
@@ -222,11 +224,11 @@ def special_id(name: str, metadata: dict[str, Any], what: str, usual: int, piece
 
 
 def trainer_spec(texts: list[str], kinds: list[int], bos: int, eos: int) -> bytes:
-    """What SentencePiece keeps of a model's training: its kind, and its special ids and pieces."""
+    """Encode the TrainerSpec: the type of the model, its special ids and its special pieces."""
     unknown = kinds.index(UNKNOWN)
     falls_back_to_bytes = int(BYTE in kinds)
     spec = field(3, BPE) + field(4, len(texts)) + field(35, falls_back_to_bytes)
-    # ids of the unknown piece, of those that begin and end a text, and of padding
+    # The ids of the unknown, bos, eos and padding pieces.
     spec += field(40, unknown) + field(41, bos) + field(42, eos) + field(43, -1)
     spec += field(45, texts[unknown]) + field(46, texts[bos]) + field(47, texts[eos])
     return spec

@@ -1,6 +1,6 @@
-"""What every command builds its model with, and what it tells glibc's allocator before and after.
+"""Building a model for a command, with glibc's allocator tuned before and after.
 
-The allocator belongs to the whole process, so that a program may set it and a library call may not.
+The allocator is global to the process. So a program may tune it, but a library call may not.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ M_MMAP_THRESHOLD = -3
 
 
 def build_llama(ckpt_dir: PathLike, options: BuildOptions) -> Llama:
-    """A model for a program that does nothing else."""
+    """Build a model in a program that runs only this model."""
     return_freed_memory()
     llm = build(ckpt_dir, options)
     if llm.engine.runner.cache.device.type == "cpu":
@@ -25,17 +25,17 @@ def build_llama(ckpt_dir: PathLike, options: BuildOptions) -> Llama:
 
 
 def return_freed_memory() -> None:
-    """Give large freed blocks back to the system at once: those of loading would add up."""
+    """Return large freed blocks to the system at once: they would accumulate during loading."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**23)
 
 
 def keep_freed_memory() -> None:
-    """Give back what is free now, and from here on keep freed memory for the next allocation.
+    """Return free memory to the system now, and from now on keep freed memory for reuse.
 
-    By default glibc gives every large temporary back to the system, which then clears its pages
-    anew in each layer: that took a third of the time of a 512-token prompt. Other C libraries are
-    left alone.
+    By default glibc returns every large temporary to the system, which then has to clear the pages
+    again in each layer. That took a third of the time of a 512-token prompt. Other C libraries are
+    not changed.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -43,5 +43,5 @@ def keep_freed_memory() -> None:
     libc.malloc_trim(0)
     libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     if not libc.mallopt(M_MMAP_THRESHOLD, 2**30):
-        # The most that an older glibc takes. A threshold that stayed smaller would not help.
+        # The largest value that an older glibc accepts. A smaller threshold would not help.
         libc.mallopt(M_MMAP_THRESHOLD, 2**25)

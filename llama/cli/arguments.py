@@ -1,13 +1,13 @@
-"""The command line of a function, made from its signature.
+"""The command line of a function, derived from its signature.
 
-A plain parameter is one flag; `Annotated[kind, "help"]` describes it. A parameter whose type is a
-dataclass of options (BuildOptions, SamplingParams) is a flag for each field, with the field's
-help. So a new option needs no code here.
+A plain parameter becomes one flag; `Annotated[kind, "help"]` adds its help text. A parameter whose
+type is a dataclass of options (BuildOptions, SamplingParams) becomes one flag for each field, with
+the field's help text. So a new option needs no code here.
 
-argparse converts the values and lays out the help. Before it, `flags_in` writes each word as one
-that is surely a flag with its value: argparse by itself would read "- dash", "--" or "-1" as
-flags, while a text has to arrive as it was typed. Nothing runs before every word is understood
-and every dataclass has accepted its values.
+argparse converts the values and formats the help. Before that, `flags_in` rewrites each word as an
+unambiguous flag with its value: argparse itself would read "- dash", "--" or "-1" as flags, but a
+text must be passed on exactly as typed. The command runs only after all words were parsed and all
+dataclasses accepted their values.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ FLAG = re.compile(r"--?([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)  # not "-3" or "-
 REQUIRED = inspect.Parameter.empty
 WIDTH = 80
 
-# Begins each value that argparse sees, because it drops a value that is "--".
+# Prepended to each value passed to argparse, because argparse drops a value that is "--".
 MARK = "="
 
-# Fields whose flag has another name: that of the parameter of the methods of Llama.
+# Fields whose flag has a different name: the parameter name in Llama's methods.
 FLAG_NAMES = {"max_tokens": "max_gen_len"}
 
 
 class UsageError(ValueError):
-    """A command line that cannot be understood."""
+    """An invalid command line."""
 
 
 class Hidden(tuple[str, ...]):
-    """Names of fields that a command has no flag for; stands in the parameter's annotation."""
+    """Names of fields for which a command has no flag. Used in the parameter's annotation."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class Flag:
     """One flag of a command."""
 
     name: str
-    parameter: str  # the parameter of the command that it belongs to
+    parameter: str  # the command's parameter
     field: str | None  # the field of that parameter's dataclass; None for a plain parameter
-    kinds: tuple[Any, ...]  # the members of its annotation, a union
+    kinds: tuple[Any, ...]  # the types in its annotation
     help: str
     default: Any
     positional: bool = False
@@ -71,7 +71,7 @@ class Flag:
 
 
 def flags_of(command: Command) -> dict[str, Flag]:
-    """By their names. Of two fields with one name (`seed`) the first parameter's is the flag."""
+    """The flags of a command by name. If two fields share a name (`seed`), the first one counts."""
     flags: dict[str, Flag] = {}
     for parameter in inspect.signature(command, eval_str=True).parameters.values():
         for flag in flags_of_parameter(parameter):
@@ -97,7 +97,7 @@ def flags_of_parameter(parameter: inspect.Parameter) -> list[Flag]:
 def flags_of_fields(
     parameter: inspect.Parameter, options: Any, hidden: Sequence[str]
 ) -> list[Flag]:
-    """A flag for each field, whose default is that of the parameter's default instance."""
+    """A flag for each field. The parameter's default instance provides the defaults."""
     hints = get_type_hints(options)
     flags = []
     for field in dataclasses.fields(options):
@@ -112,14 +112,14 @@ def flags_of_fields(
 
 
 def members_of(hint: Any) -> tuple[Any, ...]:
-    """The members of a union; any other annotation is its own only member."""
+    """The members of a union. Any other annotation is its own only member."""
     if get_origin(hint) in (None, Literal, tuple):
         return (hint,)
     return get_args(hint)
 
 
 def call(commands: Mapping[str, Command], words: Sequence[str], name: str) -> str | None:
-    """Run the command that the first word names; returns what is to be printed of it."""
+    """Run the command that the first word names. Returns the text to print, if any."""
     word, *rest = words or ["--help"]
     if word in commands:
         command = commands[word]
@@ -132,11 +132,11 @@ def call(commands: Mapping[str, Command], words: Sequence[str], name: str) -> st
     if word in HELP:
         return describe_all(commands, name)
     advice = did_you_mean(word, commands) or f"use {', '.join(commands)}"
-    raise UsageError(f"{word!r} is no command: {advice}")
+    raise UsageError(f"{word!r} is not a command: {advice}")
 
 
 def parse(command: Command, words: Sequence[str], name: str) -> dict[str, Any]:
-    """The arguments to call a command with. Raises UsageError for words that make no sense."""
+    """Parse words to a command's keyword arguments. Raises UsageError if they are not valid."""
     flags = flags_of(command)
     see = f"see {name} --help"
     arranged = flags_in(words, flags, see)
@@ -151,7 +151,7 @@ def parse(command: Command, words: Sequence[str], name: str) -> dict[str, Any]:
 
 
 def flags_in(words: Sequence[str], flags: Mapping[str, Flag], see: str) -> list[str]:
-    """Each word as `--flag==value`. Words that are no flags become the positional parameters."""
+    """Rewrite words as `--flag==value`. Words without a flag become positional parameters."""
     arranged = []
     texts = []
     given = set()
@@ -172,7 +172,7 @@ def flags_in(words: Sequence[str], flags: Mapping[str, Flag], see: str) -> list[
     if len(texts) > len(places):
         extra = texts[len(places)]
         raise UsageError(
-            f"{extra!r} is one word too many: put a text of several in quotes, or {see}"
+            f"{extra!r} is one word too many: put a text of several words in quotes, or {see}"
         )
     for flag, text in zip(places, texts, strict=False):
         arranged.append(f"--{flag.name}={MARK}{text}")
@@ -180,7 +180,7 @@ def flags_in(words: Sequence[str], flags: Mapping[str, Flag], see: str) -> list[
 
 
 def find(word: str, flags: Mapping[str, Flag], see: str = "") -> Flag:
-    """The flag of this name, written with underscores or dashes, or named like its field."""
+    """Find a flag by its name or its field's name, written with underscores or dashes."""
     name = word.replace("-", "_")
     name = FLAG_NAMES.get(name, name)
     if name not in flags:
@@ -190,18 +190,18 @@ def find(word: str, flags: Mapping[str, Flag], see: str = "") -> Flag:
 
 
 def value_after(flag: Flag, rest: list[str]) -> str:
-    """The value of a flag that was written without "="; it is taken from the words that follow."""
+    """Take the value of a flag written without "=" from the words that follow."""
     following = rest[0] if rest else None
     if flag.is_switch and following not in ("True", "False"):
         return "True"
     if following is None or FLAG.fullmatch(following):
-        advice = f"one that looks like a flag is written --{flag.name}=--…"
+        advice = f"write one that looks like a flag as --{flag.name}=--…"
         raise UsageError(f"--{flag.name} needs a value; {advice}")
     return rest.pop(0)
 
 
 def parser_of(flags: Mapping[str, Flag], **about: Any) -> argparse.ArgumentParser:
-    """A parser whose result has only what was given."""
+    """An argparse parser. Flags that are not given are missing from its result."""
     parser = argparse.ArgumentParser(
         add_help=False,
         allow_abbrev=False,
@@ -226,7 +226,7 @@ def help_of(flag: Flag) -> str:
 
 
 def converter(flag: Flag) -> Callable[[str], Any]:
-    """What turns the text of a flag into a value of its type."""
+    """A function that converts the text of a flag to a value of its type."""
 
     def convert(text: str) -> Any:
         text = text.removeprefix(MARK)
@@ -239,7 +239,7 @@ def converter(flag: Flag) -> Callable[[str], Any]:
 
 
 def value_of(text: str, kinds: tuple[Any, ...]) -> Any:
-    """A text as a value of one of `kinds`. Raises ValueError that says what to use."""
+    """Convert a text to one of `kinds`. Raises ValueError with the accepted values if it fails."""
     choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
     if text == "None" and type(None) in kinds and str not in kinds:
         return None
@@ -253,7 +253,7 @@ def value_of(text: str, kinds: tuple[Any, ...]) -> Any:
         return as_number(text)
     if choices and text not in choices:
         raise ValueError(" or ".join(choices))
-    return os.fsencode(text).decode(errors="replace")  # bytes that are no text are replaced
+    return os.fsencode(text).decode(errors="replace")  # invalid bytes are replaced
 
 
 def converted(text: str, kind: Callable[[str], Any], what: str) -> Any:
@@ -264,7 +264,7 @@ def converted(text: str, kind: Callable[[str], Any], what: str) -> Any:
 
 
 def as_number(text: str) -> int | float:
-    """An integer stays one, so that messages show what was typed."""
+    """Convert a text to a number. An integer stays an int, so that messages show what was typed."""
     try:
         return int(text)
     except ValueError:
@@ -277,7 +277,7 @@ def as_number(text: str) -> int | float:
 def arguments_of(
     command: Command, flags: Mapping[str, Flag], values: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The command's arguments. Each dataclass checks the fields that flags have changed."""
+    """The command's keyword arguments. Each dataclass checks the fields that flags have set."""
     arguments: dict[str, Any] = {}
     fields: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
@@ -297,7 +297,7 @@ def arguments_of(
 
 
 def check_flags(function: Command, words: Iterable[str]) -> None:
-    """Raise UsageError for a flag that is no parameter of a function that fire will call."""
+    """Raise UsageError if a flag is not a parameter of the function that fire will call."""
     parameters = inspect.signature(function).parameters
     for word in words:
         match = FLAG.fullmatch(word)
@@ -310,7 +310,7 @@ def check_flags(function: Command, words: Iterable[str]) -> None:
 
 
 def describe(command: Command, name: str) -> str:
-    """The help of a command."""
+    """The help text of a command."""
     flags = flags_of(command)
     usage = name
     for flag in flags.values():
@@ -333,7 +333,7 @@ def describe(command: Command, name: str) -> str:
 
 
 def describe_all(commands: Mapping[str, Command], name: str) -> str:
-    """The names of the commands, and the first sentence of each one's help."""
+    """The names of the commands, each with the first sentence of its help text."""
     column = max(map(len, commands)) + 4
     wrap = textwrap.TextWrapper(WIDTH, subsequent_indent=" " * column)
     rows = []

@@ -1,4 +1,4 @@
-"""python -m llama batch: thousands of prompts from a file to a file."""
+"""python -m llama batch: answers the prompts in a file and writes the results to another file."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from .batch_lines import Line, count_lines, lines_of
 from .batch_parts import Results, check_whole, merge, parts_of
 from .common import NO_FLAG, SAMPLING, FolderOrFile
 
-# Lines that are read ahead of the first one that is not answered, for each slot of the batch.
-# Answers are written in order, so that a long one lets as many others wait for it.
+# How many lines are read ahead of the first unanswered line, for each slot of the batch. Answers
+# are written in order, so a long answer can delay that many others.
 AHEAD = 32
 
-MOST_SEEDS = 2**32  # each has 2^40 lines
+MOST_SEEDS = 2**32  # each seed has room for 2^40 lines
 
 MANY_PROMPTS = BuildOptions(max_seq_len=2048, max_batch_size=16)
 
@@ -36,16 +36,16 @@ Write = Callable[[list[Line]], None]
 
 def batch(
     ckpt_dir: FolderOrFile,
-    input: Annotated[str, "file with a line of JSON for each prompt"],
-    output: Annotated[str, "file to write answers to, line by line"],
+    input: Annotated[str, "file with one line of JSON for each prompt"],
+    output: Annotated[str, "file for the answers, one line each"],
     *,
     build: BuildOptions = MANY_PROMPTS,
     sampling: Annotated[SamplingParams, Hidden(NO_FLAG)] = SAMPLING,
 ) -> str:
-    """Answer each line of a file in a line of another.
+    """Answer the prompts in a file, one per line, and write the answers to another file.
 
-    A line is {"prompt": …} or {"messages": …}, or has the shape of OpenAI's batches. It may have
-    options of its own (temperature, top_p, max_tokens, stop, seed, …). An interrupted run resumes
+    A line is {"prompt": …} or {"messages": …}, or a request in OpenAI's batch format. It may set
+    its own options (temperature, top_p, max_tokens, stop, seed, …). An interrupted run resumes
     when it is started again. Under torchrun with a --model_parallel_size smaller than the number
     of ranks, each group of ranks answers a share of the lines.
     """
@@ -59,20 +59,20 @@ def batch(
 
 
 def defaults_of(sampling: SamplingParams, build: BuildOptions) -> dict[str, Any]:
-    """The fields of OpenAI's API that hold where a line says nothing."""
+    """Defaults for the fields of OpenAI's API that a line does not set."""
     defaults: dict[str, Any] = {"seed": build.seed}
     for field in dataclasses.fields(sampling):
         value = getattr(sampling, field.name)
         if field.name not in NO_FLAG and value is not None:
             defaults[field.name] = value
-    defaults["stop"] = list(sampling.stop)  # as JSON has it
-    # All that there is room for: OpenAI's 16 tokens are for lines in its shape.
+    defaults["stop"] = list(sampling.stop)  # a list, as in JSON
+    # Use all the room there is. OpenAI's default of 16 tokens is only for lines in its format.
     defaults.setdefault("max_tokens", build.max_seq_len)
     return defaults
 
 
 def files_of(input: str, output: str) -> tuple[Path, Path]:
-    """Raises FileNotFoundError or ValueError for what cannot be read, or written to."""
+    """The two paths. Raises FileNotFoundError or ValueError if they cannot be read or written."""
     source = path_of("input", input)
     target = path_of("output", output)
     if not source.is_file():
@@ -80,7 +80,7 @@ def files_of(input: str, output: str) -> tuple[Path, Path]:
     if target.exists() and source.samefile(target):
         raise ValueError(f"{output} is the input: choose another name for the output")
     if (target.exists() and not target.is_file()) or not target.parent.is_dir():
-        advice = "pass the name of a file in a folder that is there"
+        advice = "pass the name of a file in an existing folder"
         raise FileNotFoundError(f"{output} cannot be written: {advice}")
     return source, target
 
@@ -95,23 +95,23 @@ def answer_file(llm: Llama, source: Path, target: Path, defaults: dict[str, Any]
     count = count_lines(source)
     if groups > 1 and target.exists():
         everyone.ask_first(lambda: check_whole(target, source, count, parts))
-        return f"{count} lines, all of them from before"
+        return f"{count} lines, all of them answered earlier"
     done, tokens = answer_share(llm, source, parts[share.start], share, count, defaults)
     counts = gathered(everyone, (done, tokens))
     if groups > 1 and everyone.rank == 0:
         merge(parts, target)
-    firsts = counts[:: ranks.size]  # of each group, the first rank's
+    firsts = counts[:: ranks.size]  # those of the first rank of each group
     done = sum(own for own, _ in firsts)
     tokens = sum(own for _, own in firsts)
-    return f"{count} lines, {done} of them from before, {tokens} tokens generated now"
+    return f"{count} lines, {done} of them answered earlier, {tokens} tokens generated now"
 
 
 def answer_share(
     llm: Llama, source: Path, own: Path, share: slice, count: int, defaults: dict[str, Any]
 ) -> tuple[int, int]:
-    """How many lines were answered before, and how many tokens were generated now.
+    """Answer this group's share of the lines. The group's first rank writes the results.
 
-    The first of the ranks that share a model writes.
+    Returns how many lines were answered earlier, and how many tokens were generated now.
     """
     opened: list[Results] = []
 
@@ -134,7 +134,7 @@ def answer_share(
 
 
 def gathered(everyone: Ranks, value: Any) -> list[Any]:
-    """The value of each rank, once all have come here."""
+    """The values of all ranks. Waits until every rank has called it."""
     values = [value] * everyone.size
     if everyone.size > 1:
         dist.all_gather_object(values, value, group=everyone.group)
@@ -149,9 +149,9 @@ def answer_lines(
     write: Write,
     defaults: dict[str, Any],
 ) -> int:
-    """Answer lines, in order; returns how many tokens were generated.
+    """Answer lines, in order. Returns how many tokens were generated.
 
-    Raises what fails for no fault of a request's own, of memory for instance: such a run can be
+    Raises errors that no single request has caused, such as a lack of memory. Such a run can be
     resumed.
     """
     engine = llm.engine
@@ -159,7 +159,7 @@ def answer_lines(
     pending = deque[Line]()
     tokens = 0
     start = time.monotonic()
-    # None hides the bar where standard error is no terminal.
+    # None hides the progress bar if standard error is not a terminal.
     hidden = bool(llm.model.ranks.rank or dist.get_rank()) or None
     more = True
     with tqdm(total=total, initial=done, desc="answering", unit="line", disable=hidden) as bar:
@@ -184,7 +184,7 @@ def answer_lines(
 
 
 def take_answered(pending: deque[Line]) -> list[Line]:
-    """The first lines that are answered, taken from those that are not written."""
+    """Remove and return the answered lines at the front of the pending ones."""
     ready = []
     while pending and pending[0].over:
         for request in pending[0].requests:

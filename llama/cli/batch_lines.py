@@ -1,4 +1,4 @@
-"""A line of a batch file: what it asks for and, once answered, what is written of it."""
+"""A line of a batch file: its request and, once answered, the result line."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..openai.embeddings import Embeddings
 from ..openai.fields import BadRequest, shown
 from ..openai.objects import error_of
 
-# What a result has beside the fields of its line.
+# The fields that a result adds to the fields of its input line.
 RESULT_FIELDS = ("generation", "finish_reason", "logprobs", "error")
 
-# Each line draws from a seed of its own: that of the run, shifted by as many bits, plus the
-# line's number.
+# Each line has its own seed: the seed of the run, shifted left by this many bits, plus the line
+# number.
 LINE_BITS = 40
 
 ENDPOINTS: dict[str, Any] = {
@@ -29,10 +29,10 @@ ENDPOINTS: dict[str, Any] = {
 
 
 class Line:
-    """A line of the input: {"prompt": …}, {"messages": …}, or in the shape of OpenAI's batches."""
+    """A line of the input: {"prompt": …}, {"messages": …}, or a line in OpenAI's batch format."""
 
     def __init__(self, number: int, data: bytes, created: int):
-        """`number` counts from 0; `created` is the time that OpenAI's objects carry."""
+        """`number` counts from 0; `created` is the creation time in OpenAI's objects."""
         self.number = number
         self.created = created
         self.call: Any = None
@@ -42,12 +42,9 @@ class Line:
         try:
             fields = json.loads(data)
             if not isinstance(fields, dict):
-                raise ValueError("it is no object")
+                raise ValueError("it is not an object")
             self.fields = fields
-        except (
-            RecursionError,
-            ValueError,
-        ) as error:  # bytes that are no UTF-8 are a ValueError too
+        except (RecursionError, ValueError) as error:  # bytes that are not UTF-8: ValueError
             message = f"line {number + 1} is not JSON ({error}): write one object on each line"
             self.error = BadRequest(message)
 
@@ -56,9 +53,9 @@ class Line:
         return "custom_id" in self.fields and "body" in self.fields
 
     def submit(self, llm: Llama, defaults: dict[str, Any]) -> None:
-        """Submit its prompts, or keep why that cannot be done.
+        """Submit the line's prompts, or store the error if that is not possible.
 
-        `defaults` are fields that hold where the line says nothing.
+        `defaults` provides the fields that the line does not set.
         """
         if self.error is not None:
             return
@@ -72,18 +69,18 @@ class Line:
         except (TypeError, ValueError) as error:
             self.error = BadRequest(str(error))
             return
-        # The same whenever the line is run, so that a run that was resumed writes what one run
-        # would.
+        # The id and time do not depend on the run, so that a resumed run writes the same results
+        # as an uninterrupted one.
         self.call.id = f"{self._id()}-answer"
         self.call.created = self.created
         self.requests = [llm.engine.submit(prompt) for prompt in self.call.prompts]
 
     def _kind_and_body(self, defaults: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """The kind of call, and its fields. What is null is as if it were left out."""
+        """The kind of call, and its fields. A null field counts as left out."""
         defaults = {**defaults, "seed": (defaults["seed"] << LINE_BITS) + self.number}
         fields = without_nulls(self.fields)
         if self.in_openais_shape:
-            del defaults["max_tokens"]  # OpenAI has defaults of its own
+            del defaults["max_tokens"]  # OpenAI's format has its own defaults
             return endpoint_of(fields), {**defaults, **without_nulls(fields["body"])}
         asking = [name for name in ("prompt", "messages") if name in fields]
         if len(asking) != 1:
@@ -93,7 +90,8 @@ class Line:
         (field,) = asking
         if (field == "prompt" and is_several(fields[field])) or fields.get("n", 1) != 1:
             message = (
-                "several answers are for OpenAI's shape: give each prompt a line, and leave out n"
+                "several answers need OpenAI's batch format: "
+                "otherwise give each prompt its own line, and leave out n"
             )
             raise BadRequest(message, field)
         kind = TextCompletion if field == "prompt" else ChatCompletion
@@ -104,7 +102,7 @@ class Line:
         return all(request.over for request in self.requests)
 
     def result(self) -> dict[str, Any]:
-        """What is written: the line's own fields and more, or OpenAI's shape for a line of it."""
+        """The result: the line's own fields with the answer added, or OpenAI's batch format."""
         failed = [request.error for request in self.requests if request.error is not None]
         error: Exception | None = failed[0] if failed else self.error
         if self.in_openais_shape:
@@ -144,7 +142,7 @@ class Line:
         }
 
     def is_answered_by(self, data: bytes) -> bool:
-        """Whether a line of an output can be this one's."""
+        """Whether a line of an output file can be the result of this line."""
         try:
             written = json.loads(data)
         except ValueError:
@@ -160,7 +158,7 @@ class Line:
         return has_result and kept == {key: written.get(key) for key in kept}
 
     def may_begin(self, data: bytes) -> bool:
-        """Whether these bytes may be the beginning of its result."""
+        """Whether these bytes may be the start of this line's result."""
         fields = {"id": self._id()} if self.in_openais_shape else self._kept()
         begin = encode(fields)[:-1]
         return begin.startswith(data) or data.startswith(begin)
@@ -173,7 +171,7 @@ class Line:
 
 
 def endpoint_of(fields: dict[str, Any]) -> Any:
-    """The kind of call of a line of OpenAI's shape. Raises BadRequest where it has none."""
+    """The kind of call of a line in OpenAI's batch format. Raises BadRequest if it is not valid."""
     url = fields.get("url")
     if not isinstance(url, str) or url not in ENDPOINTS or fields.get("method", "POST") != "POST":
         known = ", ".join(ENDPOINTS)
@@ -188,19 +186,19 @@ def without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_several(prompt: Any) -> bool:
-    """Whether a prompt is a list of prompts; a list of ids is one."""
+    """Whether a prompt is a list of prompts. A list of ids is a single prompt."""
     return isinstance(prompt, list) and not all(isinstance(token, int) for token in prompt)
 
 
 def encode(result: dict[str, Any]) -> bytes:
     try:
         return json.dumps(result, ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can only escape
+    except UnicodeEncodeError:  # a lone surrogate, which has to be escaped
         return json.dumps(result).encode()
 
 
 def lines_of(path: Path, share: slice, skip: int = 0) -> Iterator[Line]:
-    """A share of a file's filled lines but its first `skip`, read as they are asked for."""
+    """Yield a share of a file's non-empty lines, without the first `skip` lines of the share."""
     created = int(path.stat().st_mtime)
     first = share.start + skip * share.step
     with path.open("rb") as file:

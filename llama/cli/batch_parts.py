@@ -1,13 +1,14 @@
-"""The files that a batch run writes: one of results, or one of each group of ranks that are merged.
+"""The files that a batch run writes: one output file, or one part per group of ranks, then merged.
 
-It defends against
-- a run that ends at any moment, killed or on a full disk: each line is written whole, and the
-  next run cuts off what was begun of one and resumes behind it;
-- an output that answers another input: every line of it is compared with the input's before one
-  is added;
-- two runs that write one output: the file is locked;
-- a number of groups that has changed since: parts of another number are refused by name;
-- an end during the merge: parts are removed after the merged file has its name.
+It handles these cases:
+- A run is killed or fills the disk. Lines are written whole. The next run cuts off an incomplete
+  last line and resumes after the last complete one.
+- The output file belongs to another input. Every line is compared with the input before new ones
+  are appended.
+- Two runs write the same output file. The file is locked.
+- The number of groups has changed. Parts of a run with another number are rejected with an error
+  that names the file.
+- A run ends during the merge. Parts are removed only after the merged file has its final name.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ with contextlib.suppress(ImportError):  # Windows
 
 
 class Results:
-    """A file of results, of which an earlier run may have written some.
+    """A file of results. An earlier run may have written some of them.
 
-    Raises ValueError where the file does not answer `lines`, or another run is writing it;
-    OSError, of a full disk, that says how to resume.
+    Raises ValueError if the file does not hold results of `lines` or if another run is writing it.
+    If writing fails, for example on a full disk, raises OSError with advice on how to resume.
     """
 
     def __init__(self, path: Path, lines: Iterator[Line]):
         self.path = path
-        self.done = 0  # lines that are whole
+        self.done = 0  # complete lines
         self.file = path.open("a+b")
         try:
             self._lock()
@@ -51,11 +52,11 @@ class Results:
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            advice = "let it end, or end it"
+            advice = "wait for it, or stop it"
             raise ValueError(f"{self.path} is being written by another run: {advice}") from None
 
     def _check(self, lines: Iterator[Line]) -> int:
-        """Count the lines that are whole; returns where they end."""
+        """Check the lines and count the complete ones. Returns the offset at which these end."""
         end = 0
         self.file.seek(0)
         for data in self.file:
@@ -63,8 +64,8 @@ class Results:
             is_whole = data.endswith(b"\n")
             if line is None or not belongs(data, line, is_whole):
                 raise ValueError(
-                    f"line {self.done + 1} of {self.path} does not answer that of the input: "
-                    "choose another name, or remove it"
+                    f"line {self.done + 1} of {self.path} does not answer the same line of the "
+                    "input: choose another name, or remove it"
                 )
             if is_whole:
                 self.done += 1
@@ -79,29 +80,29 @@ class Results:
             raise cannot_write(self.path, error) from error
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # which `write` has reported
+        with contextlib.suppress(OSError):  # `write` has already reported it
             self.file.close()
 
 
 def belongs(data: bytes, line: Line, is_whole: bool) -> bool:
-    """Whether a line of an output is the result of a line of the input, or its beginning."""
+    """Whether a line of an output file is the result of an input line, or the start of it."""
     return line.is_answered_by(data) if is_whole else line.may_begin(data)
 
 
 def cannot_write(path: Path, error: OSError) -> OSError:
-    advice = "make room, and run it again: it resumes where it was"
+    advice = "make room, and run it again: it resumes where it stopped"
     return OSError(f"{path} could not be written ({error.strerror}): {advice}")
 
 
 def part_of(target: Path, number: int, count: int) -> Path:
-    """What one of several groups of ranks writes, until all are done."""
+    """The file that one of several groups of ranks writes until the parts are merged."""
     return target.with_name(f"{target.name}.part-{number + 1}-of-{count}")
 
 
 def parts_of(target: Path, count: int) -> list[Path]:
-    """The file that each group of ranks writes; of one group, the output itself.
+    """The file that each group of ranks writes. A single group writes the output itself.
 
-    Raises ValueError where an earlier run with another number of groups has left something.
+    Raises ValueError if an earlier run with another number of groups has left a part.
     """
     parts = [target]
     if count > 1:
@@ -109,23 +110,23 @@ def parts_of(target: Path, count: int) -> list[Path]:
     for path in sorted(target.parent.glob(f"{glob.escape(target.name)}.part-*-of-*")):
         if path not in parts:
             groups = path.name.rpartition("-")[2]
-            advice = "run as many, or remove it"
-            raise ValueError(f"{path} is of a run with {groups} groups of ranks: {advice}")
+            advice = "use the same number, or remove it"
+            raise ValueError(f"{path} is from a run with {groups} groups of ranks: {advice}")
     return parts
 
 
 def check_whole(target: Path, source: Path, count: int, parts: list[Path]) -> None:
-    """Raise ValueError unless the output has all lines, and only the parts are left to remove."""
+    """Remove leftover parts. Raises ValueError if the output does not have all lines."""
     results = Results(target, lines_of(source, slice(0, None, 1)))
     results.close()
     if results.done < count:
-        raise ValueError(f"{target} was begun by one group of ranks: run one, or remove it")
+        raise ValueError(f"{target} was started by one group of ranks: use one group, or remove it")
     for part in parts:
         part.unlink(missing_ok=True)
 
 
 def merge(parts: list[Path], target: Path) -> None:
-    """Write one line of each part in turn, as the input has them, then remove the parts."""
+    """Merge the parts, one line of each in turn, in the input's order. Then remove the parts."""
     merged = target.with_name(f"{target.name}.part-all")
     try:
         with contextlib.ExitStack() as stack:

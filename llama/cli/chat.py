@@ -27,11 +27,11 @@ from .common import (
 from .terminal import Terminal, show
 
 WORDS = {
-    "/system": "TEXT tells the model how to answer from here on; without a text, nothing does",
+    "/system": "TEXT sets the system message from here on; without TEXT there is none",
     "/save": "FILE writes the conversation as a JSON list of messages",
-    "/reset": "begins a new conversation, under the same system message",
-    "/exit": "ends, as Ctrl-D does; typed during an answer, after it",
-    "/help": "shows this",
+    "/reset": "begins a new conversation with the same system message",
+    "/exit": "ends, as Ctrl-D does; typed during an answer, it ends after the answer",
+    "/help": "shows this list",
 }
 
 
@@ -42,7 +42,7 @@ def chat(
     build: Annotated[BuildOptions, Hidden(["max_batch_size", "model_parallel_size"])] = ONE_PROMPT,
     sampling: Annotated[SamplingParams, Hidden(NO_FLAG)] = SAMPLING,
 ) -> None:
-    """Talk with a chat model at the terminal. Under torchrun the model is split over the ranks.
+    """Talk to a chat model at the terminal. Under torchrun the model is split over the ranks.
 
     When the conversation leaves less than a quarter of `max_seq_len` for an answer, its oldest
     exchanges are dropped.
@@ -50,28 +50,28 @@ def chat(
     opening = system_message(system)
     llm = build_llama(ckpt_dir, build)
     conversation = Conversation(llm, opening, sampling)
-    show("Ctrl-C stops an answer, /help shows what else there is, /exit or Ctrl-D ends.\n\n")
+    show("Ctrl-C stops an answer, /help lists the commands, /exit or Ctrl-D ends.\n\n")
     with contextlib.closing(Terminal()) as terminal:
         conversation.run(terminal)
 
 
 class Conversation:
-    """What was said so far. All ranks run it; the first has the terminal."""
+    """The conversation so far. All ranks run it; only the first rank has the terminal."""
 
     def __init__(self, llm: Llama, opening: list[Message], sampling: SamplingParams):
         self.llm = llm
         self.opening = opening  # the system message, if there is one
-        self.history: list[Message] = []  # what was said and is not forgotten
+        self.history: list[Message] = []  # the messages that were not dropped
         self.options = keywords_of(sampling)
-        # What the model may say, the next prompt must be able to hold.
+        # Answers become part of the next prompt, which must not contain special tags.
         self.options["stop"] = [*SPECIAL_TAGS, *sampling.stop]
         self.ranks = patient_ranks()
-        # Refuses now, not after the first message, a model that cannot chat. A stream that is not
+        # Reject a model that cannot chat now, not after the first message. A stream that is not
         # read computes nothing.
         llm.stream_chat_completion([[Message(role="user", content="")]], **self.options)
 
     def run(self, terminal: Terminal) -> None:
-        """Answer lines until their end, or /exit."""
+        """Answer lines until the end of input or /exit."""
         while True:
             text = self.ranks.ask_first(terminal.ask)
             if text is None or text == "/exit":
@@ -88,7 +88,7 @@ class Conversation:
                 show(f"{said}\n\n")
 
     def obey(self, word: str, text: str = "") -> str:
-        """Do what a /word asks for; returns what to print of it."""
+        """Run a /command. Returns the text to print."""
         if word == "/system":
             self.opening = system_message(text)
             which = "this" if text else "no"
@@ -100,7 +100,7 @@ class Conversation:
             return "(a new conversation)"
         if word == "/help":
             return "\n".join(f"{name:8} {what}" for name, what in WORDS.items())
-        return f"{word} is no command: {did_you_mean(word, WORDS) or '/help shows them'}"
+        return f"{word} is not a command: {did_you_mean(word, WORDS) or '/help lists them'}"
 
     def save(self, file: str) -> str:
         try:
@@ -113,7 +113,7 @@ class Conversation:
         return f"({len(self.history)} messages are in {file})"
 
     def answer(self, text: str, terminal: Terminal) -> str:
-        """Print the model's answer, until Ctrl-C; returns what to print instead of one."""
+        """Print the model's answer, until Ctrl-C. Returns an error message to print, or ""."""
         if not text:
             return ""
         message = Message(role="user", content=text)
@@ -122,9 +122,7 @@ class Conversation:
         turns = self.fitting([*self.history, message])
         stream = self.llm.stream_chat_completion([self.opening + turns], **self.options)
         if len(turns) <= len(self.history):
-            show(
-                "(the conversation has outgrown max_seq_len: its oldest exchange is forgotten)\n\n"
-            )
+            show("(the conversation exceeds max_seq_len: its oldest messages were dropped)\n\n")
         answer = ""
         for piece in stream:
             show(piece["text"])
@@ -137,7 +135,7 @@ class Conversation:
         return ""
 
     def fitting(self, turns: list[Message]) -> list[Message]:
-        """The last of these messages, as many as leave the answer a quarter of `max_seq_len`."""
+        """The latest messages, as many as leave a quarter of `max_seq_len` for the answer."""
         limit = self.llm.model.params.max_seq_len * 3 // 4
         while len(turns) > 1:
             ids = encode_dialog(self.opening + turns, self.llm.tokenizer)

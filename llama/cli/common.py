@@ -1,4 +1,4 @@
-"""What several commands share: parameters, defaults, and options as keywords of Llama's methods."""
+"""Shared by several commands: parameters, defaults, and options as keywords of Llama's methods."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ..sampling import SamplingParams
 from .arguments import FLAG_NAMES
 
 FolderOrFile = Annotated[str, "folder of weights, or GGUF file"]
-System = Annotated[str | None, "system message: how the model is to answer"]
+System = Annotated[str | None, "system message: how the model should answer"]
 
-# What commands start from. One prompt at a time is for a person at a terminal.
+# Default options. Commands at a terminal run one prompt at a time.
 ONE_PROMPT = BuildOptions(max_seq_len=2048, max_batch_size=1)
 SAMPLING = SamplingParams()
 
-# Fields that no command has a flag for: a command's --seed is that of BuildOptions, and what the
-# others ask for is not printed.
+# Fields for which no command has a flag: --seed sets the seed of BuildOptions, and the output of
+# the other options is not printed.
 NO_FLAG = ("seed", "logprobs", "top_logprobs", "echo")
 
 
@@ -32,7 +32,7 @@ def keywords_of(sampling: SamplingParams) -> dict[str, Any]:
 
 
 def system_message(text: str | None) -> list[Message]:
-    """How a dialog under it begins. Raises ValueError for a text with the layout's tags."""
+    """The start of a dialog with this system message. Raises ValueError if it has special tags."""
     if not text:
         return []
     opening = [Message(role="system", content=text)]

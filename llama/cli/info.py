@@ -1,4 +1,4 @@
-"""python -m llama info and verify: what a checkpoint is, and whether it is whole."""
+"""python -m llama info and verify: what a checkpoint contains, and whether it is intact."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from ..model import ModelArgs, Transformer
 from ..quantization.formats import QUANTIZED, select_formats
 from .common import FolderOrFile
 
-# How weights may be kept: the type of all but the linear ones, and bytes for each weight of those.
+# Formats of the weights in memory, by name. Each has the dtype of all weights outside linear
+# layers, and the bytes per weight of linear layers.
 Kinds = dict[str, tuple[torch.dtype, float]]
 
 
@@ -27,7 +28,7 @@ def info(
     max_seq_len: Annotated[int, "tokens of prompt and answer together"] = 512,
     max_batch_size: Annotated[int, "how many prompts run at once"] = 8,
 ) -> str:
-    """Show a checkpoint's layout, size and types, and the memory that a number of ranks needs."""
+    """Show a checkpoint's layout, size and types, and the memory that it needs per rank."""
     check_positive(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     checkpoint, args, shapes = open_whole(ckpt_dir, max_seq_len, max_batch_size)
     parameters = sum(math.prod(shape) for shape in shapes.values())
@@ -47,7 +48,7 @@ def info(
 
 
 def kinds_of(checkpoint: Checkpoint, args: ModelArgs) -> Kinds:
-    """The kinds of weights that a checkpoint's may be kept in, by what the table calls them."""
+    """The formats in which a checkpoint's weights can be held, by their names in the table."""
     kinds: Kinds = {"float32": (torch.float32, 4.0), "16 bits": (torch.bfloat16, 2.0)}
     for name, formats in QUANTIZED.items():
         kinds[name] = (torch.bfloat16, formats.wide.bytes_per_weight)
@@ -62,7 +63,10 @@ def kinds_of(checkpoint: Checkpoint, args: ModelArgs) -> Kinds:
 
 
 def memory_table(args: ModelArgs, kinds: Kinds) -> list[str]:
-    """A line for each number of ranks: weights of each kind, then cache and pass in 16 bits."""
+    """The lines of the memory table, one for each number of ranks.
+
+    The columns are the weights in each format, then the cache and one forward pass in 16 bits.
+    """
     columns = [*kinds, "cache", "pass"]
     lines = [f"{'ranks':>5}" + "".join(f"{column:>12}" for column in columns)]
     for ranks in world_sizes(args):
@@ -77,9 +81,10 @@ def memory_table(args: ModelArgs, kinds: Kinds) -> list[str]:
 
 
 def verify(ckpt_dir: FolderOrFile) -> str:
-    """Compare each file that checklist.chk names with its MD5 sum there.
+    """Compare each file listed in checklist.chk with its MD5 sum.
 
-    Without a checklist.chk, read all weights for what is missing, of another shape or not finite.
+    Without a checklist.chk, read all weights and report missing tensors, wrong shapes and values
+    that are not finite.
     """
     path = path_of("ckpt_dir", ckpt_dir)
     if not is_gguf(path):
@@ -100,7 +105,7 @@ def verify(ckpt_dir: FolderOrFile) -> str:
 
 
 def verify_sums(checklist: Path) -> str:
-    """Compare the files beside a checklist with it. Raises ValueError with those that differ."""
+    """Compare the files next to a checklist with it. Raises ValueError if any of them differ."""
     files = files_of(checklist)
     for file, _ in files:
         check_readable(file)
@@ -108,19 +113,19 @@ def verify_sums(checklist: Path) -> str:
     for file, digest in files:
         found = md5_of(file)
         if found != digest:
-            wrong.append(f"{file.name} has MD5 {found}, and checklist.chk {digest}")
+            wrong.append(f"{file.name} has MD5 {found}, but checklist.chk has {digest}")
     if wrong:
-        raise ValueError("; ".join(wrong) + ": download again what differs")
+        raise ValueError("; ".join(wrong) + ": download the files that differ again")
     return f"{len(files)} file(s) are whole"
 
 
 def files_of(checklist: Path) -> list[tuple[Path, str]]:
-    """The files that a checklist names, beside it, and their MD5 sums."""
+    """The paths of the files that a checklist lists, and their MD5 sums."""
     check_readable(checklist)
     lines = checklist.read_text(errors="replace").splitlines()
     sums = [line.split() for line in lines if line.strip()]
     if not sums or any(len(words) != 2 or len(words[0]) != 32 for words in sums):
-        reason = "has lines that are no MD5 sum and file name: download it again"
+        reason = "has lines that are not an MD5 sum and a file name: download it again"
         raise ValueError(f"{checklist} {reason}")
     files = []
     for digest, name in sums:

@@ -15,7 +15,7 @@ from .allocator import build_llama
 from .arguments import Hidden
 from .common import ONE_PROMPT, FolderOrFile
 
-MOST_NATS = 709  # of which exp is a float
+MOST_NATS = 709  # exp of more than this overflows a float
 
 NO_DRAWS = ("model_parallel_size", "prompt_lookup_num_tokens", "seed")  # nothing is generated
 
@@ -35,28 +35,28 @@ class Score(NamedTuple):
 
 class Window(NamedTuple):
     ids: list[int]
-    scored: int  # how many of them, at the end, are predicted in this window
+    scored: int  # how many of the last ids are predicted in this window
 
 
 def perplexity(
     ckpt_dir: FolderOrFile,
     text: Annotated[str, "file of UTF-8 text"],
     *,
-    stride: Annotated[int | None, "new tokens in each window of max_seq_len"] = None,
+    stride: Annotated[int | None, "new tokens predicted in each window of max_seq_len"] = None,
     build: Annotated[BuildOptions, Hidden(NO_DRAWS)] = ONE_PROMPT,
 ) -> str:
     """Measure how well a model predicts a text file. Under torchrun it is split over the ranks.
 
-    The text is cut into windows of `max_seq_len` tokens. Each predicts `stride` new tokens; by
-    default all but its first, which is the last one of the window before. A smaller stride takes
-    longer, and lets each token see more.
+    The text is cut into windows of `max_seq_len` tokens. Each window predicts `stride` new tokens.
+    By default that is all but its first token, which is the last one of the previous window. With
+    a smaller stride each token has more context, and the run takes longer.
     """
     length = build.max_seq_len
     stride = length - 1 if stride is None else stride
     check_positive(stride=stride)
     if stride >= length:
         raise ArgumentError(
-            "stride", None, f"is {stride}, and max_seq_len {length}: use a stride below it"
+            "stride", None, f"is {stride}, and max_seq_len is {length}: use a smaller stride"
         )
     content = read(text)
     llm = build_llama(ckpt_dir, build)
@@ -75,7 +75,7 @@ def perplexity(
 
 
 def read(text: str) -> str:
-    """The content of a file. Raises OSError or ValueError where it is no text that can be read."""
+    """The content of a text file. Raises OSError if it cannot be read, ValueError if not UTF-8."""
     try:
         return path_of("text", text).read_bytes().decode()
     except OSError as error:
@@ -87,8 +87,9 @@ def read(text: str) -> str:
 def windows_of(ids: Sequence[int], length: int, stride: int) -> list[Window]:
     """Windows of at most `length` ids that predict each id but the first once.
 
-    Each predicts `stride` of them, the last maybe fewer. An id is predicted from at least length
-    - stride ids before it, or from all where there are fewer.
+    After the first window, each predicts `stride` ids; the last one may predict fewer. An id is
+    predicted from at least `length - stride` ids before it, or from all ids before it if there are
+    fewer.
     """
     first = list(ids[:length])
     windows = [Window(first, len(first) - 1)]
@@ -101,12 +102,12 @@ def windows_of(ids: Sequence[int], length: int, stride: int) -> list[Window]:
 
 
 def score(llm: Llama, windows: Sequence[Window]) -> Score:
-    """The windows' tokens, each predicted from those before it in its window."""
+    """Score the windows. Each token is predicted from the tokens before it in its window."""
     total = 0.0
     count = 0
     rows = llm.model.params.max_batch_size
     starts = range(0, len(windows), rows)
-    hidden = llm.model.ranks.rank > 0 or None  # None: also where standard error is no terminal
+    hidden = llm.model.ranks.rank > 0 or None  # None: hidden if standard error is not a terminal
     for start in tqdm(starts, desc="predicting", unit="batch", leave=False, disable=hidden):
         batch = windows[start : start + rows]
         ids = [window.ids for window in batch]

@@ -1,9 +1,9 @@
-"""How a program starts and ends, alone or as a rank that torchrun started.
+"""How a program starts and ends, alone or as a rank started by torchrun.
 
-`program` is a context manager around all that a program does. It shows the log lines of the first
-rank, turns mistakes into one sentence for all ranks, gives signals and closed pipes the exit
-statuses that shells expect, and repairs standard streams. What it changes of the process (signal
-handlers, streams, logging) is a program's business, and no library call's.
+`program` is a context manager around a whole program. It shows the first rank's log messages,
+reports an error as one sentence for all ranks, exits after signals and closed pipes with the
+statuses that shells expect, and repairs the standard streams. It changes the state of the process
+(signal handlers, streams, logging), which no library call may do.
 """
 
 from __future__ import annotations
@@ -21,24 +21,25 @@ from typing import Any
 
 from .arguments import UsageError, check_flags
 
-# The exit statuses that shells give to a program that SIGINT, SIGPIPE or SIGTERM ended.
+# The exit statuses that shells report for a program ended by SIGINT, SIGPIPE or SIGTERM.
 INTERRUPTED = 130
 PIPE_CLOSED = 141
 TERMINATED = 143
 
-# A rank that fails waits so long for each rank before it, up to three, to have reported the same
-# mistake. On busy cores torchrun takes seconds to stop the others.
+# A failing rank first waits this long for each rank before it, up to three, in case that rank
+# reports the same error. On busy cores torchrun takes seconds to stop the other ranks.
 FAIL_SECONDS = 4
 
-# Names a file for this rank's error message. torchrun sets it.
+# The environment variable, set by torchrun, with the path for this rank's error message.
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
 
 @contextlib.contextmanager
 def program(function: Callable[..., Any] | None = None) -> Iterator[None]:
-    """Around what a program does.
+    """Run the body as a program: set up logging, streams and signals, and report errors.
 
-    `function` is one that fire will call: flags that it has no parameter for are refused at once.
+    `function` is the function that fire will call. Flags that are not its parameters are rejected
+    before the body runs.
     """
     level = logging.INFO if is_first() else logging.WARNING
     logging.basicConfig(format="%(message)s", level=level)
@@ -62,7 +63,7 @@ def program(function: Callable[..., Any] | None = None) -> Iterator[None]:
 
 
 def is_first() -> bool:
-    """Whether this is the first rank, or the only one. Works before there is a process group."""
+    """Whether this is the first or only rank. Works before the process group is created."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -73,11 +74,11 @@ def say(text: str | None) -> None:
 
 
 def fail(sentence: str, status: int) -> None:
-    """Exit with the sentence as the last thing printed, once for all ranks.
+    """Exit with the sentence as the last output, printed once for all ranks.
 
-    torchrun ends its report with what it finds in a rank's error file, and stops the other ranks
-    as soon as one has failed. A mistake that all ranks see is therefore left to the first one:
-    each waits for those before it.
+    torchrun ends its report with the content of a rank's error file, and stops the other ranks as
+    soon as one has failed. So that the first rank reports an error that occurs on all ranks, each
+    rank waits for the ranks before it.
     """
     report = os.environ.get(ERROR_FILE)
     if report is None:
@@ -90,10 +91,10 @@ def fail(sentence: str, status: int) -> None:
 
 
 def handle_signals() -> None:
-    """SIGTERM and Ctrl-C raise exceptions, so that what is half written is removed.
+    """Make SIGTERM and Ctrl-C raise exceptions, so that partly written files are removed.
 
-    torchrun's own handling of SIGTERM stays, and so does a SIGINT that a shell has ignored for a
-    job in the background.
+    torchrun's own handling of SIGTERM is kept. So is an ignored SIGINT, which shells set for
+    background jobs.
     """
     if ERROR_FILE not in os.environ:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
@@ -102,13 +103,13 @@ def handle_signals() -> None:
 
 
 def interrupt(*_: object) -> None:
-    """The first Ctrl-C ends what runs. The next one ends the process at once."""
+    """The first Ctrl-C raises KeyboardInterrupt. The next one ends the process immediately."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     raise KeyboardInterrupt
 
 
 def repair_streams() -> None:
-    """Replace closed streams (`<&-`) by empty ones; let no character raise an encoding error."""
+    """Replace closed streams (`<&-`) by os.devnull, and make encoding errors impossible."""
     for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
         stream = getattr(sys, name) or open(os.devnull, mode)  # noqa: SIM115
         if hasattr(stream, "reconfigure"):  # a test's or a notebook's own stream may lack it
@@ -117,7 +118,7 @@ def repair_streams() -> None:
 
 
 def flush_or_drop() -> None:
-    """Write what standard output still holds, or drop it: Python would complain at its end."""
+    """Flush standard output, or discard it if that fails: Python would report an error at exit."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -28,7 +28,7 @@ from .terminal import is_terminal, show
 def run(
     ckpt_dir: FolderOrFile,
     prompt: Annotated[
-        str | None, "the text; read from standard input if it is - or left out"
+        str | None, "the prompt; read from standard input if it is - or left out"
     ] = None,
     *,
     system: System = None,
@@ -36,7 +36,7 @@ def run(
     build: Annotated[BuildOptions, Hidden(["max_batch_size", "model_parallel_size"])] = ONE_PROMPT,
     sampling: Annotated[SamplingParams, Hidden(NO_FLAG)] = SAMPLING,
 ) -> None:
-    """Answer one prompt, or with --plain continue its text. Prints the speed to standard error."""
+    """Answer one prompt, or continue its text with --plain. Prints the speed to standard error."""
     if plain and system:
         raise ValueError("a system message is for answers: leave out --system or --plain")
     opening = system_message(system)
@@ -67,7 +67,7 @@ def read_stdin() -> str:
 
 
 def print_stream(ranks: Ranks, stream: Iterator[Piece]) -> None:
-    """Print the pieces of an answer and, on standard error, how fast they came."""
+    """Print the pieces of an answer and, on standard error, the generation speed."""
     start = time.perf_counter()
     first = None
     for piece in stream:

@@ -1,4 +1,4 @@
-"""python -m llama serve: how a server starts, on one rank or several."""
+"""python -m llama serve: start a server, on one rank or several."""
 
 from __future__ import annotations
 
@@ -23,20 +23,18 @@ KEY = "LLAMA_API_KEY"
 
 SERVED = BuildOptions(max_seq_len=2048, max_batch_size=8)
 
-Host = Annotated[str, "address to listen on; 0.0.0.0 for all of this machine's"]
-Port = Annotated[int, "0 takes a free one, and says which"]
+Host = Annotated[str, "address to listen on; 0.0.0.0 for all interfaces"]
+Port = Annotated[int, "port to listen on; 0 picks a free one and prints it"]
 Key = Annotated[
     str | None,
-    f"what clients have to send; better in {KEY}, an environment variable, which nobody else sees",
+    f"API key that clients must send; set {KEY} instead to hide it from other users",
 ]
 Origin = Annotated[
-    str | None, "another server whose pages may ask this one, as https://example.org; * for all"
+    str | None, "origin whose pages may call this server, such as https://example.org; * for all"
 ]
-Name = Annotated[str | None, "what clients call the model, in place of its folder's name"]
-Waiting = Annotated[
-    int, "requests that wait while others run; beyond them, clients are told to come again"
-]
-Drain = Annotated[float, "seconds that running answers have left when the server is told to end"]
+Name = Annotated[str | None, "name of the model for clients; by default the name of its folder"]
+Waiting = Annotated[int, "limit on waiting requests; further ones get status 503"]
+Drain = Annotated[float, "time limit in seconds for running answers when the server is stopped"]
 
 
 def serve(
@@ -51,11 +49,11 @@ def serve(
     drain: Drain = 20.0,
     build: Annotated[BuildOptions, Hidden(["model_parallel_size", "seed"])] = SERVED,
 ) -> None:
-    """Serve a model over HTTP, with OpenAI's API at /v1 and a page to chat at /.
+    """Serve a model over HTTP, with OpenAI's API at /v1 and a chat page at /.
 
     Under torchrun the model is split over all ranks. The server is ready when /health answers
-    200. Ctrl-C or SIGTERM lets running answers end, for as long as --drain says; a second one
-    ends at once.
+    200. Ctrl-C or SIGTERM stops it after running answers have finished, for at most --drain
+    seconds; a second signal stops it immediately.
     """
     try:
         from ..server.app import App, is_loopback
@@ -77,7 +75,7 @@ def serve(
     shown_host = f"[{host}]" if ":" in host else host
     url = f"http://{shown_host}:{bound_port}"
     if not key and not is_loopback(address):
-        logger.warning("%s is open to all who reach it: set --api_key or %s", url, KEY)
+        logger.warning("%s is open to anyone who can reach it: set --api_key or %s", url, KEY)
     app = App(service, name, key, allow_origin, host).asgi
     ready = f"{name} answers at {url}, OpenAI's API at {url}/v1"
     asyncio.run(Server(app, service, drain).answer(listener, ready))
@@ -86,11 +84,11 @@ def serve(
 
 
 def follow(ckpt_dir: str, options: BuildOptions) -> None:
-    """Run what the first rank runs, until it says that there is no more."""
+    """Run the same steps as the first rank, until it ends."""
 
     def build_and_stay() -> Llama:
         llm = build_llama(ckpt_dir, options)
-        for number in (signal.SIGINT, signal.SIGTERM):  # the first rank says when to end
+        for number in (signal.SIGINT, signal.SIGTERM):  # the first rank decides when to end
             signal.signal(number, signal.SIG_IGN)
         return llm
 

@@ -1,13 +1,15 @@
-"""One person's terminal, which the first rank has: lines in, keys while an answer is printed.
+"""The user's terminal, on the first rank: reads lines, and keys while an answer is printed.
 
-During a conversation the terminal is in cbreak mode (keys come one by one, without echo), except
-while a line is edited. That defends against
-- Ctrl-C, whose signal would also reach torchrun, which would end the job: here it is a key;
-- Ctrl-Z, which would stop torchrun and none of its ranks; without torchrun the shell gets its own
-  mode back while the program is stopped, and the program its mode when it continues;
-- what is typed while an answer is printed: it is kept, and becomes the next line;
-- what is pasted: several lines are one message;
-- bytes that are no text, and systems without termios (Windows), where lines come as they are.
+During a conversation the terminal is in cbreak mode (keys arrive one by one, without echo), except
+while a line is edited. This handles the following cases:
+- Ctrl-C. Its signal would also reach torchrun, which would end the job. Here it is read as a key.
+- Ctrl-Z. It would stop torchrun but none of its ranks, so under torchrun it is disabled. Without
+  torchrun the shell's mode is restored while the program is stopped, and the program's mode when
+  it continues.
+- Text typed while an answer is printed. It is kept and becomes the next line.
+- Pasted text. Several lines become one message.
+- Bytes that are not valid text are replaced. On systems without termios (Windows), lines are read
+  as they arrive.
 """
 
 from __future__ import annotations
@@ -27,19 +29,19 @@ try:
     import tty
 
     HAS_TERMIOS = True
-except ImportError:  # Windows: lines come as the system reads them, and Ctrl-C ends the program
+except ImportError:  # Windows: input() reads the lines, and Ctrl-C ends the program
     HAS_TERMIOS = False
 
-# What comes so soon after a line was pasted with it.
+# Input that arrives within this time after a line was pasted together with it.
 PASTE_SECONDS = 0.02
 
-# Keys that are no text: cursor keys and the like, control characters.
+# Keys that are not text: escape sequences, such as cursor keys, and control characters.
 KEYS = re.compile(r"\x1b\[[\d;]*[A-Za-z~]|[\x00-\x08\x0b-\x1f\x7f]")
 
 CTRL_C = b"\x03"
 CTRL_D = b"\x04"
 
-SPECIAL_CHARACTERS = 6  # their place in what tcgetattr returns
+SPECIAL_CHARACTERS = 6  # index of the control characters in the list that tcgetattr returns
 
 
 def show(text: str) -> None:
@@ -51,18 +53,18 @@ def is_terminal(stream: TextIO) -> bool:
 
 
 class Terminal:
-    """Standard input. Where it is no terminal, or on another rank, only `ask` does anything."""
+    """Standard input. If it is not a terminal, or on another rank, only `ask` has an effect."""
 
     def __init__(self) -> None:
-        self.prompt = ""  # what stands before the line that is edited, while one is
-        self.typed = b""  # keys that came while none was
+        self.prompt = ""  # the prompt of the line being edited, if there is one
+        self.typed = b""  # keys typed while no line was being edited
         self.tty: int | None = None
         if is_terminal(sys.stdin) and dist.get_rank() == 0:
             self.tty = sys.stdin.fileno()
             self._set_up(self.tty)
 
     def _set_up(self, file: int) -> None:
-        """Prepare two modes of the terminal: the shell's, and ours for editing."""
+        """Prepare the two modes of the terminal: the shell's, and ours for editing."""
         self.shell_mode = termios.tcgetattr(file)
         self.editing_mode = termios.tcgetattr(file)
         off = bytes([os.fpathconf(file, "PC_VDISABLE")])
@@ -78,7 +80,7 @@ class Terminal:
             termios.tcsetattr(self.tty, termios.TCSADRAIN, self.shell_mode)
 
     def ask(self) -> str | None:
-        """The next message, stripped; None at the end of input. What is pasted is one message."""
+        """The next message, stripped; None at the end of input. Pasted lines are one message."""
         typed_before = b"\n" in self.typed
         try:
             lines = [self._line("> ")]
@@ -90,7 +92,7 @@ class Terminal:
         return "\n".join(lines).strip()
 
     def listen(self, seconds: float = 0) -> bool:
-        """Keep what was typed and is typed within this time; returns whether it had a Ctrl-C."""
+        """Store keys typed so far or within `seconds`. Returns whether Ctrl-C was among them."""
         while self.tty is not None and select.select([self.tty], [], [], seconds)[0]:
             keys = os.read(self.tty, 1024)
             if not keys:
@@ -101,7 +103,10 @@ class Terminal:
         return interrupted
 
     def _line(self, prompt: str) -> str:
-        """A line of what was typed before; the beginning of one is left to be edited."""
+        """The next line of the stored keys, or a line that the user edits.
+
+        An incomplete stored line is the initial text of the edited line.
+        """
         if self.typed.startswith(CTRL_D):
             raise EOFError
         keys, newline, self.typed = self.typed.partition(b"\n")
@@ -124,7 +129,7 @@ class Terminal:
         return line
 
     def _stop(self, *_: object) -> None:
-        """Ctrl-Z: stop in the shell's mode of the terminal, and continue in the present one."""
+        """Handle Ctrl-Z: stop with the terminal in the shell's mode, and restore ours on return."""
         assert self.tty is not None
         now = termios.tcgetattr(self.tty)
         termios.tcsetattr(self.tty, termios.TCSANOW, self.shell_mode)

@@ -1,4 +1,4 @@
-"""Continuous batching: requests over the slots of a model's cache."""
+"""Continuous batching: runs requests in the slots of a model's KV cache."""
 
 from .engine import Engine
 from .request import FinishReason, Pooling, Prompt, Request, ScoredToken, make_prompts

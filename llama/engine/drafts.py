@@ -1,31 +1,31 @@
-"""Draft tokens by prompt-lookup decoding: what followed the last tokens where they occurred before.
+"""Draft tokens by prompt-lookup decoding.
 
-Speculative decoding without a second model: drafts are run in the pass of the next token, and kept
-as far as the model says the same.
+A draft repeats what followed the last tokens where they occurred before. This is speculative
+decoding without a second model: the pass that computes the next token also verifies the draft.
 """
 
 from __future__ import annotations
 
-# How many of the last tokens must have occurred together before. Two guess wrong too often, four
-# too seldom.
+# Length of the n-grams that are looked up. With two tokens, drafts are wrong too often; with four,
+# there are too few.
 NGRAM = 3
 
-# After each wrong draft in a row, twice as many passes go by without one, up to so many.
+# Each wrong draft in a row doubles the number of passes without a draft, up to this many.
 LONGEST_REST = 32
 
 
 class PromptLookup:
-    """The n-grams of one text as it grows; drafting is as cheap as a look into a dictionary."""
+    """The n-grams of one growing sequence. A draft costs one dictionary lookup."""
 
     def __init__(self) -> None:
-        # N-gram -> where what followed it last begins
+        # N-gram -> index of the token after its latest occurrence.
         self.follows: dict[tuple[int, ...], int] = {}
         self.seen = NGRAM
         self.rest = 0
         self.resting = 0
 
     def draft(self, ids: list[int], n: int) -> list[int]:
-        """At most `n` ids that may follow; none while drafting rests."""
+        """Up to `n` draft tokens to follow `ids`; none while drafting is paused."""
         if self.resting:
             self.resting -= 1
             return []
@@ -37,11 +37,11 @@ class PromptLookup:
             return []
         drafted = ids[begin : begin + n]
         period = len(ids) - begin
-        while len(drafted) < n:  # the text repeats itself: so may the draft
+        while len(drafted) < n:  # ids end here: repeat the period
             drafted.append(drafted[len(drafted) - period])
         return drafted
 
     def judge(self, accepted: int) -> None:
-        """Say how many ids of a draft the model agreed with."""
+        """Record how many tokens of the last draft were accepted."""
         self.rest = 0 if accepted else min(2 * self.rest + 1, LONGEST_REST)
         self.resting = self.rest

@@ -1,18 +1,30 @@
-"""The loop of steps. Requests come in at any time, share passes, and leave when they are over.
+"""The engine: runs requests step by step in the slots of the KV cache.
 
-A step, in order:
+Invariant: a slot holds the keys and values of exactly its `token_ids`, and a step computes the
+tokens that a request has beyond its slot. Chunked prefill, prefix reuse, rejected draft tokens,
+cancellation and recovery from an interrupt all follow from it.
 
-1. `Scheduler.schedule` lets go what is over, gives waiting requests slots, compares each slot's ids
-   with its request's, and returns what they lack as spans: of one token and maybe a draft (decode),
-   or a chunk of a prompt (prefill).
-2. The model's version is compared with that which filled the cache. For another the cache is
-   cleared, and the spans are scheduled again.
-3. `ModelRunner.decode` runs the decode spans through `Transformer.forward`, and `choose` draws a
-   token of each row from the logits. Drafts are kept as far as they agree.
-4. `ModelRunner.prefill` runs the chunk. Prompts that it completes get their first token.
-5. Each pass ends with a commit: the slot's ids, then the request's new Output, one assignment each.
-   An interrupt between the two costs a token's computation, which the next step repeats with the
-   same draw.
+Requests may be submitted at any time. One call of `Engine.step` does the following:
+
+1. Schedule. `Scheduler.schedule` releases finished requests and gives waiting requests free slots,
+   with a cached prefix of their ids if there is one. It truncates each slot to the prefix that it
+   shares with its request. The ids beyond that prefix become a `Span`: a single token, which draft
+   tokens may follow, is decoded; a longer span is prefilled, one chunk per step.
+2. Check the version. The model's `ModelVersion` is compared with that of the model that filled the
+   cache. If weights, modules or hooks have changed, the cache is cleared and step 1 is repeated.
+3. Decode. `ModelRunner.decode` runs the decode spans as one pass through `Transformer.forward` and
+   returns the logits after each of their tokens.
+4. Draw, and accept drafts. `draw` follows each span from its first token. `Engine.choose` draws
+   the next token from the logits, and `extended` adds it to a new `Output`. While the drawn token
+   equals the draft token at its position, the draft token is accepted and the logits after it give
+   another token. The rest of the draft is rejected.
+5. Prefill. `ModelRunner.prefill` runs one chunk, which may hold spans of several prompts. `keep`
+   stores a prompt's logprobs or hidden states if they are requested. `draw` draws the first output
+   token of each prompt that the chunk completes.
+6. Commit, at the end of each pass. `Engine._commit` appends the span's ids to the slot's
+   `token_ids`, then replaces `Request.output`. After an interrupt between the two, the next step
+   computes one token again and draws the same output. Rejected draft tokens leave the slot in the
+   next step 1. If logits are not finite, the request fails and its slot is emptied.
 """
 
 from __future__ import annotations
@@ -39,10 +51,10 @@ from .scheduler import CHUNK, GPU_CHUNK, Scheduler
 
 
 class Engine:
-    """Runs requests over the slots of a model's cache.
+    """Runs requests in the slots of a model's cache.
 
-    `submit` them, `step`, read their outputs, `cancel` some. Several threads may submit and
-    `progress` at once: whichever comes first steps for all.
+    `submit` prompts, `step`, read the requests' outputs, `cancel` requests. Several threads may
+    call `submit` and `progress` at once: each step of one thread serves the requests of all.
     """
 
     def __init__(
@@ -54,25 +66,25 @@ class Engine:
         chunk_tokens: int = 0,
         runner: ModelRunner | None = None,
     ):
-        """`draft_tokens` are drafted by prompt lookup where a text repeats itself.
+        """`draft_tokens` is the maximum length of a draft.
 
-        On a CPU `chunk_tokens` of prompts are run while others answer, or CHUNK if it is 0.
+        On a CPU, `chunk_tokens` replaces the scheduler's CHUNK unless it is 0.
         """
         self.runner = runner or ModelRunner(model)
         self.model = model
         self.tokenizer = tokenizer
-        self.version = ModelVersion(model)  # of what filled the cache
+        self.version = ModelVersion(model)  # of the model that filled the cache
         self.cache = self.runner.cache
         on_cpu = self.cache.device.type == "cpu"
         chunk = (chunk_tokens or CHUNK) if on_cpu else GPU_CHUNK
         self.scheduler = Scheduler(self.cache, draft_tokens=draft_tokens, chunk=chunk)
         alone = model.ranks.size == 1
-        # The first rank's values, on every rank.
+        # Broadcasts the first rank's values to all ranks.
         self.share: Callable[[Tensor], Tensor] = (lambda x: x) if alone else model.ranks.share
-        self.passes = 0  # how many passes were run, and over how many tokens, for those who measure
+        self.passes = 0  # passes and tokens run so far, for benchmarks
         self.tokens = 0
         self.turn = threading.Lock()  # held during a step
-        self.stepping: int | None = None  # the thread that stepped last
+        self.stepping: int | None = None  # the thread that ran the latest step
 
     @property
     def busy(self) -> bool:
@@ -85,13 +97,13 @@ class Engine:
         return request
 
     def cancel(self, request: Request) -> None:
-        """Let a request go at the next step, whether it waits, is half read or being answered."""
+        """Cancel a request, waiting or running. The next step releases its slot."""
         request.cancelled = request.cancelled or not request.over
         self.scheduler.some_left = True
 
     @contextlib.contextmanager
     def running(self, prompts: Iterable[Prompt]) -> Iterator[list[Request]]:
-        """Their requests, submitted; what is not over when the block is left is cancelled."""
+        """Submit `prompts`. On exit, cancel the requests that have not finished."""
         requests: list[Request] = []
         try:
             for prompt in prompts:
@@ -103,9 +115,9 @@ class Engine:
                     self.cancel(request)
 
     def progress(self, requests: Sequence[Request]) -> Iterator[None]:
-        """Step until `requests` are over, and yield after each step.
+        """Step until all `requests` have finished, yielding after each step.
 
-        Raises the error of the first that fails.
+        Raises the error of the first request that fails.
         """
         me = threading.get_ident()
         while True:
@@ -116,10 +128,10 @@ class Engine:
                 return
             if self.turn.locked() and self.stepping == me:
                 raise RuntimeError(
-                    "a hook on the model's pass asked the model itself: wait until the pass is done"
+                    "a hook called the engine during a forward pass: wait until the pass is done"
                 )
-            # Another thread's step is for our requests too. In one line, for an interrupt that came
-            # between two would leave the lock held.
+            # Another thread's step serves these requests too. This stays on one line: an interrupt
+            # between two lines would leave the lock held.
             with self.turn: self.step()  # fmt: skip  # noqa: E701
             yield
 
@@ -130,7 +142,8 @@ class Engine:
         decoding, prefilling = self.scheduler.schedule()
         version = ModelVersion(self.model)
         if not version.equals(self.version, self.model.ranks):
-            # Trained, loaded, written to or hooked. After the admission of whoever came since then.
+            # The model was trained, loaded, written to or hooked. The check follows admission, so
+            # that a request submitted after a change never uses what was computed before it.
             self.model.attach_cache()
             self.cache.clear()
             self.runner.reset()
@@ -145,8 +158,8 @@ class Engine:
                 run_pass(spans)
             except Exception as error:
                 if self.model.ranks.size > 1:
-                    raise  # several ranks can only all stop
-                for span in spans:  # these fail, and others go on
+                    raise  # several ranks can only stop together
+                for span in spans:  # only these requests fail
                     self.scheduler.running[span.slot].error = error
 
     def _decode(self, spans: list[Span]) -> None:
@@ -193,9 +206,9 @@ class Engine:
     def choose(
         self, requests: list[Request], numbers: list[int], logits: Tensor
     ) -> list[ScoredToken | None]:
-        """Token `numbers[i]` of the answer to request i; None where its logits are not finite.
+        """Draw output token `numbers[i]` of request i; None if its logits are not finite.
 
-        logits: (n, vocab_size). The first rank's choice counts on all: logits may differ in a bit.
+        logits: (n, vocab_size). All ranks use the first rank's choice: logits may differ in a bit.
         """
         logits = logits[:, : self.tokenizer.n_used]
         params = [request.prompt.params for request in requests]
@@ -203,7 +216,7 @@ class Engine:
             uniform(request.prompt.params.seed or 0, request.prompt.stream, number)
             for request, number in zip(requests, numbers, strict=True)
         ]
-        finite = logits.sum(dim=-1).isfinite()  # one pass: a sum keeps what is not finite
+        finite = logits.sum(dim=-1).isfinite()  # one pass: a sum propagates inf and NaN
         tokens = self.share(torch.where(finite, sample(logits, params, uniforms), -1))
         ids = tokens.tolist()
         if not any(own.logprobs for own in params):
@@ -212,9 +225,9 @@ class Engine:
         return [score if token >= 0 else None for score, token in zip(scores, ids, strict=True)]
 
     def _commit(self, span: Span, output: Output | None) -> None:
-        """Say that a span was run, and what came of it; None where its logits are not finite.
+        """Record that a span was run, and its request's output (None if logits are not finite).
 
-        The slot first: an interrupt between the two leaves a request that lacks a token once more.
+        The slot comes first: after an interrupt between the two, one token is computed again.
         """
         request = self.scheduler.running[span.slot]
         if output is None:
@@ -222,12 +235,12 @@ class Engine:
             self.cache.truncate(span.slot, 0)
             return
         ids = self.cache.token_ids[span.slot]
-        if len(ids) == span.start:  # else somebody cleared the cache meanwhile
+        if len(ids) == span.start:  # otherwise the cache was cleared during the pass
             ids.extend(span.ids)
         request.output = output
 
     def _wipe(self, spans: list[Span]) -> None:
-        """Leave nothing of what is not finite behind the tokens that slots hold."""
+        """Zero the cache beyond the tokens of each slot, to remove values that are not finite."""
         for span in spans:
             ids = self.scheduler.running[span.slot].output.ids
             known = self.cache.prefix_length(span.slot, ids)
@@ -236,9 +249,9 @@ class Engine:
 
 
 class Drawn(NamedTuple):
-    """What a pass gave a request, and how many tokens.
+    """A request's output after a pass, and how many tokens the pass drew for it.
 
-    The output is None where logits are not finite.
+    The output is None if logits are not finite.
     """
 
     output: Output | None
@@ -246,14 +259,14 @@ class Drawn(NamedTuple):
 
 
 class PrefillPlan(NamedTuple):
-    """A span of a prompt, and what is wanted of it."""
+    """A span of a prompt, and the logits that its request needs."""
 
     span: Span
-    end: int  # of the span
-    targets: list[int]  # the prompt's next ids, which its first positions score
-    draws: bool  # whether it completes a prompt that is to be continued
-    places: list[int]  # the places, in the row of all spans, whose logits are wanted
-    first_row: int  # of these logits
+    end: int  # the position after the span's last token
+    targets: list[int]  # the prompt's ids from start + 1 to end, which are scored
+    draws: bool  # whether it completes a prompt and an output token is to be drawn
+    places: list[int]  # the indices of the pass's tokens whose logits are needed
+    first_row: int  # the row of the first of these logits in the pass's result
 
 
 def plans_of(spans: Sequence[Span], requests: Sequence[Request]) -> list[PrefillPlan]:
@@ -278,9 +291,9 @@ def plans_of(spans: Sequence[Span], requests: Sequence[Request]) -> list[Prefill
 
 
 def draw(engine: Engine, spans: list[Span], logits: Tensor) -> list[Drawn]:
-    """The outputs after a pass: with the next token of each row, and its draft as far as it agrees.
+    """Draw each row's next tokens, up to the first that differs from its draft.
 
-    logits (n, seqlen, vocab_size) follow the ids of the spans. Nothing of the requests changes.
+    logits: (n, seqlen, vocab_size), after each id of the spans. The requests are not changed.
     """
     requests = [engine.scheduler.running[span.slot] for span in spans]
     drawn = [Drawn(request.output, 0) for request in requests]
@@ -307,9 +320,9 @@ def draw(engine: Engine, spans: list[Span], logits: Tensor) -> list[Drawn]:
 
 
 def keep(engine: Engine, plan: PrefillPlan, states: Tensor, logits: Tensor) -> None:
-    """Keep what a request wants of its prompt: hidden states, or the next tokens' logprobs.
+    """Store what a request needs of its prompt: hidden states, or its tokens' logprobs.
 
-    What an interrupted pass may have kept from the span's start on goes.
+    Replaces what an interrupted pass may have stored from the span's start on.
     """
     span = plan.span
     request = engine.scheduler.running[span.slot]
@@ -334,7 +347,7 @@ def keep(engine: Engine, plan: PrefillPlan, states: Tensor, logits: Tensor) -> N
 def score(
     engine: Engine, logits: Tensor, tokens: Tensor, requests: list[Request]
 ) -> list[ScoredToken]:
-    """Each row's token with its logprob, and as many of the likeliest as its request asks for."""
+    """Each row's token with its logprob, and the `top_logprobs` likeliest tokens."""
     most = max(request.prompt.params.top_logprobs for request in requests)
     ids, logprobs = token_logprobs(logits, tokens, most)
     ids_of = engine.share(ids).tolist()
@@ -357,18 +370,18 @@ def not_finite(request: Request, span: Span, dtype: torch.dtype) -> ValueError:
     )
 
 
-SETTINGS = (bool, int, float, str)  # attributes of a user's own modules that count
+SETTINGS = (bool, int, float, str)  # attributes of user-defined modules that are compared
 
 
 class ModelVersion:
-    """What a pass of a model reads, at one moment.
+    """A fingerprint of everything that a pass of a model reads.
 
-    That is every parameter and buffer (its address and how often PyTorch counted a write to it),
-    every module, its own and its class' `forward`, its hooks, the norms' eps, the rotary angles,
-    and how often the model was moved. What no pass reads, as `training`, is no part of it. Edits
-    that PyTorch does not count, through `.data` or NumPy, are not seen.
+    It covers every parameter and buffer (its address and PyTorch's count of writes to it), every
+    module, its own and its class's `forward`, its hooks, the norms' eps, the rotary angles, and how
+    often the model was moved. Attributes that no pass reads, such as `training`, do not count.
+    Edits that PyTorch does not count, through `.data` or NumPy, are not detected.
 
-    Taking it is a walk over all modules, in steps of C: 0.2 to 0.4 ms for 32 layers.
+    It is made by a walk over all modules, in C loops: 0.2 to 0.4 ms for 32 layers.
     """
 
     def __init__(self, model: Transformer):
@@ -376,14 +389,14 @@ class ModelVersion:
         for module in modules:
             if module.__dict__["_modules"]:
                 modules += [child for child in module._modules.values() if child is not None]
-        modules = list(dict.fromkeys(modules))  # fused layers share one
+        modules = list(dict.fromkeys(modules))  # fused layers share a module
         parts = list(map(vars, modules))
         tensors = [model.freqs_cis]
         for part in parts:
             for held in (part["_parameters"], part["_buffers"]):
                 if held:
                     tensors += [tensor for tensor in held.values() if tensor is not None]
-        # The numbers of hooks, which are never given twice.
+        # The ids of hooks, which are never reused.
         hooks = [*map(ops.FORWARD_HOOKS, parts), *map(ops.PRE_HOOKS, parts), *compat.GLOBAL_HOOKS]
         self.numbers: list[Any] = [
             (model.moves, model.params.rope_theta, model.params.rope_scaling_factor),
@@ -392,12 +405,12 @@ class ModelVersion:
             list(map(Tensor.data_ptr, tensors)),
             writes_to(tensors),
         ]
-        if set(map(type, modules)) - ops.TRANSPARENT.keys():  # modules of a user's own
+        if set(map(type, modules)) - ops.TRANSPARENT.keys():  # user-defined modules
             for part in parts:
                 own = {**part, "training": None}
                 self.numbers.append([own[n] for n in own if isinstance(own[n], SETTINGS)])
-        # Compared by identity; kept, so that no other object takes a former one's place. The weak
-        # reference to a tensor is the same object for as long as the tensor lives.
+        # Compared by identity. They are kept alive so that no new object gets the identity of an
+        # old one. The weak reference to a tensor is one object for as long as the tensor lives.
         self.things: list[Any] = [
             *modules,
             *map(operator.attrgetter("forward"), map(type, modules)),
@@ -406,14 +419,14 @@ class ModelVersion:
         ]
 
     def equals(self, other: ModelVersion, ranks: Ranks | None = None) -> bool:
-        """Whether nothing has changed: on any of the ranks, which have to run one schedule."""
+        """Whether nothing has changed, on any of the ranks, which must run the same schedule."""
         same = len(self.things) == len(other.things) and self.numbers == other.numbers
         same = same and all(map(operator.is_, self.things, other.things))
         return same if ranks is None or ranks.size == 1 else ranks.all(same)
 
 
 def writes_to(tensors: list[Tensor]) -> list[int]:
-    """How often PyTorch counted a write to each: never, for those made in inference mode."""
+    """PyTorch's count of writes to each tensor; 0 for tensors made in inference mode."""
     try:
         return [tensor._version for tensor in tensors]
     except RuntimeError:

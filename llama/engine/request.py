@@ -1,6 +1,6 @@
-"""A Prompt is what the engine is asked; a Request is a prompt and what has come of it.
+"""Prompt: token ids and how to continue them. Request: a prompt and its output so far.
 
-Knows no model.
+Nothing here depends on the model.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ Pooling = Literal["mean", "last"]
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids and how they are to be continued. Made, and checked, by `make_prompts`."""
+    """Token ids and how to continue them, made and checked by `make_prompts`."""
 
     token_ids: list[int]
     params: SamplingParams
-    max_tokens: int  # at most params.max_tokens, and what max_seq_len leaves room for
-    end_ids: frozenset[int]  # ids that end an answer and are no part of it
-    index: int = 0  # its number in the call
+    max_tokens: int  # params.max_tokens, or less if max_seq_len leaves less room
+    end_ids: frozenset[int]  # ids that end the output and are not part of it
+    index: int = 0  # its index in the call
     stream: int = 0  # which of its seed's random streams it draws from
-    starts_text: bool = True  # False: it goes on amid a text, and keeps its first word's space
-    pooling: Pooling | None = None  # asks for hidden states, not for tokens
-    refusal: str | None = None  # answered with this instead of being run
+    starts_text: bool = True  # False: it continues a text, so the first word keeps its space
+    pooling: Pooling | None = None  # if set, hidden states are requested, not tokens
+    refusal: str | None = None  # if set, this text is the output and nothing is run
 
 
 class ScoredToken(NamedTuple):
-    """A token, its log-probability, and the likeliest (id, logprob) in its place, best first."""
+    """A token, its log-probability, and the likeliest (id, logprob) at its position."""
 
     id: int
     logprob: float = 0.0
@@ -53,37 +53,36 @@ class ScoredToken(NamedTuple):
 
 @dataclass(frozen=True)
 class Output:
-    """What was generated so far.
+    """The output so far.
 
-    Frozen: each token makes a new Output, which replaces the old one in a single assignment. So an
-    interrupt, wherever it comes, leaves a request with all of a token or nothing of it.
+    Frozen: each token makes a new Output, which replaces the old one in a single assignment. An
+    interrupt at any point leaves a request with all of a token's data or none of it.
     """
 
     detokenizer: Detokenizer
-    ids: list[int]  # the prompt's and, after them, the answer's
-    tokens: tuple[ScoredToken, ...] = ()  # the answer's
+    ids: list[int]  # the prompt's, then the generated ones
+    tokens: tuple[ScoredToken, ...] = ()  # the generated ones
     pieces: tuple[str, ...] = ()  # the text of each token
-    text: str = ""  # of all pieces
-    end: ScoredToken | None = None  # the token that ended it, which is no part of it
+    text: str = ""  # all pieces joined
+    end: ScoredToken | None = None  # the token that ended the output and is not part of it
     finish_reason: FinishReason | None = None
 
 
 class Request:
-    """A prompt and what has come of it. Over with a `finish_reason` or an `error`, or cancelled."""
+    """A prompt and its output. It ends with a `finish_reason`, with an `error`, or cancelled."""
 
     def __init__(self, prompt: Prompt, tokenizer: Tokenizer):
         self.prompt = prompt
         self.error: Exception | None = None
         self.cancelled = False
-        self.admitted = 0  # the engine's step at which it was given a slot
-        self.lookup: PromptLookup | None = None  # made when a draft is first wanted
-        # Whether log-probabilities of the prompt's own tokens are asked for.
+        self.admitted = 0  # the step at which it was given a slot
+        self.lookup: PromptLookup | None = None  # made for the first draft
+        # Whether log-probabilities of the prompt's own tokens are requested.
         params = prompt.params
         self.scores_prompt = params.logprobs and params.echo and prompt.refusal is None
-        # Of the prompt, where it is scored: a score for each of its first tokens, as far as they
-        # are run.
+        # If the prompt is scored: the scores of its tokens so far.
         self.prompt_scores: tuple[ScoredToken, ...] = ()
-        # Of the prompt, where it is pooled: hidden states (n, dim) float32 of its first tokens.
+        # If the prompt is pooled: the hidden states of its tokens so far, (n, dim) float32.
         self.states: Tensor | None = None
         detokenizer = Detokenizer(tokenizer, prompt.starts_text)
         self._echoed: tuple[str, ...] = ()
@@ -92,8 +91,8 @@ class Request:
         self.output = Output(detokenizer, prompt.token_ids)
         if self.scores_prompt:
             self.prompt_scores = (ScoredToken(prompt.token_ids[0]),)
-        # How many of the prompt's tokens gave what is wanted of every one of them; None: nothing is
-        # wanted. Until all did, a prefix that another request computed is of no use.
+        # How many prompt tokens have their scores or hidden states stored; None if no more are
+        # needed. Until then, cached prefixes are not reused: these values are not in the cache.
         self.computed: int | None = 0 if needed_of(prompt) else None
         if prompt.refusal is not None:
             refuse(self, prompt.refusal)
@@ -102,7 +101,7 @@ class Request:
 
     @property
     def token_ids(self) -> list[int]:
-        """The prompt's and, after them, the answer's."""
+        """The prompt's ids, then the generated ones."""
         return self.output.ids
 
     @property
@@ -111,7 +110,7 @@ class Request:
 
     @property
     def prompt_pieces(self) -> tuple[str, ...]:
-        """The text of each of the prompt's tokens, where it is echoed."""
+        """The text of each prompt token if the prompt is echoed, else nothing."""
         output = self.output
         if not self._echoed or output.pieces or output.finish_reason is None:
             return self._echoed
@@ -119,7 +118,7 @@ class Request:
 
     @property
     def text(self) -> str:
-        """The answer's."""
+        """The generated text."""
         return self.output.text
 
     @property
@@ -132,16 +131,14 @@ class Request:
 
     @property
     def full_text(self) -> str:
-        """The answer's, after the prompt's where it is echoed."""
+        """The generated text, after the prompt's if it is echoed."""
         if not self._echoed:
             return self.output.text
         return "".join(self.prompt_pieces) + self.output.text
 
 
 def needed_of(prompt: Prompt) -> int:
-    """Of how many of a prompt's tokens, the first ones, hidden states or logits are wanted
-    themselves.
-    """
+    """How many of a prompt's tokens, from the first on, need hidden states or logits stored."""
     params = prompt.params
     if prompt.refusal is not None:
         return 0
@@ -163,9 +160,9 @@ def make_prompts(
     pooling: Pooling | None = None,
     refusals: Sequence[str | None] | None = None,
 ) -> list[Prompt]:
-    """One Prompt for each list of ids; those that are refused may be anything.
+    """One Prompt for each list of ids. The ids of refused prompts are ignored.
 
-    `end_ids` end an answer beside EOS. Raises PromptError or ArgumentError for what cannot be run.
+    `end_ids` end the output, as EOS does. Raises PromptError or ArgumentError if one cannot be run.
     """
     prompts = []
     for index, ids in enumerate(token_ids):
@@ -196,7 +193,7 @@ def make_prompts(
 def check_ids(tokenizer: Tokenizer, name: str, index: int, ids: Any, max_seq_len: int) -> list[int]:
     """A prompt's ids as a list.
 
-    Raises PromptError, with the prompt's number, for ids that cannot be run.
+    Raises PromptError, with the prompt's number, if they cannot be run.
     """
     if not isinstance(ids, list) and not is_list(ids):
         raise PromptTypeError(name, index, f"is {ids!r}: use a list of token ids")
@@ -250,7 +247,7 @@ def extended(output: Output, prompt: Prompt, token: ScoredToken) -> Output:
 
 
 def finished(output: Output, prompt: Prompt, reason: FinishReason) -> Output:
-    """The output, ended. Bytes that wait for the rest of a character go to its last piece."""
+    """The finished output. Bytes of an incomplete character are added to its last piece."""
     if not output.detokenizer.bytes or not output.pieces:
         return replace(output, finish_reason=reason)
     rest = output.detokenizer.flush()
@@ -261,11 +258,10 @@ def finished(output: Output, prompt: Prompt, reason: FinishReason) -> Output:
 
 
 def cut_at_stop(output: Output, stop: Sequence[str], new: int) -> Output | None:
-    """The output up to its first stop string; None if its `new` last characters complete none.
+    """The output up to its first stop string; None if its last `new` characters complete none.
 
-    Of two stop strings that overlap, the one that ends first counts, however the text was split
-    into tokens. Tokens whose text lies wholly behind the cut go; a token that holds wanted text
-    before it stays.
+    If two stop strings overlap, the one that ends first counts, however the text was split into
+    tokens. Tokens entirely after the cut are removed; a token with text before it is kept.
     """
     ends = []
     for string in stop:
@@ -294,17 +290,17 @@ def cut_at_stop(output: Output, stop: Sequence[str], new: int) -> Output | None:
 
 
 def refuse(request: Request, refusal: str) -> None:
-    """Answer with `refusal` in place of what the model said or would have said."""
+    """Make `refusal` the output, in place of any generated text."""
     detokenizer = request.output.detokenizer
     ids = request.prompt.token_ids
     request.output = Output(detokenizer, ids, text=refusal, finish_reason="stop")
 
 
 def delta(request: Request, sent: int) -> tuple[str, bool]:
-    """What is new of `full_text` after `sent` characters, and whether it is the last.
+    """The part of `full_text` after `sent` characters, and whether it is the last.
 
-    An end of the text that may be the beginning of a stop string is kept back. Another thread may
-    be extending the output.
+    An ending that may be the start of a stop string is held back. Another thread may be extending
+    the output.
     """
     output = request.output
     over = output.finish_reason is not None
@@ -315,7 +311,7 @@ def delta(request: Request, sent: int) -> tuple[str, bool]:
 
 
 def begun_stop(text: str, stop: Sequence[str]) -> int:
-    """How many of the last characters may be the beginning of a stop string."""
+    """The length of the longest ending of `text` that may be the start of a stop string."""
     longest = max((len(string) for string in stop), default=1) - 1
     for length in range(min(longest, len(text)), 0, -1):
         ending = text[-length:]
@@ -325,7 +321,7 @@ def begun_stop(text: str, stop: Sequence[str]) -> int:
 
 
 def pieces_of(ids: Sequence[int], detokenizer: Detokenizer) -> tuple[tuple[str, ...], Detokenizer]:
-    """The text of each id, and the detokenizer that goes on after them."""
+    """The text of each id, and the detokenizer for the ids after them."""
     pieces = []
     for token in ids:
         piece, detokenizer = detokenizer.push(token)

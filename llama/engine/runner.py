@@ -1,4 +1,4 @@
-"""Spans of tokens -> logits: the shapes of a pass, eager, compiled or captured as a CUDA graph."""
+"""Spans of tokens -> logits: passes that run eagerly, compiled or as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ logger = logging.getLogger(__name__)
 
 SHORTEST_WINDOW = 256
 
-# Multiplications of a matrix product from which on a second thread gains more than it costs to
-# wake.
+# Multiplications in a matrix product from which a second thread is worth the time to wake it.
 PARALLEL_WORK = 2**18
 
 # Tokens (n, seqlen) and positions (n, seqlen) -> logits (n, seqlen, vocab_size).
@@ -29,11 +28,11 @@ Program = Callable[[Tensor, Tensor], Tensor]
 
 
 class ModelRunner:
-    """Runs passes over a model's cache. What the slots then hold is for the caller to say.
+    """Runs passes over a model's cache. The caller updates `token_ids` afterwards.
 
-    Eagerly, a decode pass attends to exactly the positions in use. Compiled or captured, its rows
-    and the window that it attends to are rounded up to powers of two, so that few shapes occur;
-    each is made at its first use.
+    An eager decode pass attends to exactly the positions in use. In a compiled or captured pass,
+    the number of rows and the attended length are rounded up to powers of two, so that few shapes
+    occur. Each shape is compiled or captured at its first use.
     """
 
     def __init__(self, model: Transformer, *, compile: bool = False, cuda_graph: bool = False):
@@ -43,24 +42,25 @@ class ModelRunner:
         self.compile = compile
         self.cuda_graph = cuda_graph
         args = model.params
-        self.work = args.dim * args.hidden_dim // model.ranks.size  # of a token's largest product
+        self.work = args.dim * args.hidden_dim // model.ranks.size  # in a token's largest product
         self.graph_pool: Any = None
         self.stream: Any = None
         self.programs: dict[tuple[int, ...], Program] = {}
 
     def reset(self) -> None:
-        """The model is another than before: what was compiled or captured of it is of no use."""
+        """Discard what was compiled or captured, because the model has changed."""
         self.programs = {}
 
     def decode(self, spans: Sequence[Span]) -> Tensor:
-        """Logits (len(spans), seqlen, vocab_size) after each id of spans among the first slots.
+        """Logits (len(spans), seqlen, vocab_size) after each id of the spans.
 
-        A slot between them runs along, as one behind them does where rows are rounded up: something
-        is written beyond what it holds. The next call may write over the logits.
+        The pass runs all slots up to the last span's, or more if their number is rounded up. In
+        slots without a span, filler tokens are written beyond `token_ids`, which is shortened if
+        they do not fit. The next call may overwrite the logits.
         """
         cache = self.cache
         seqlen = max(len(span.ids) for span in spans)
-        filler = spans[0].ids[0]  # an id whose keys and values are written anyway
+        filler = spans[0].ids[0]  # any id; this one is computed anyway
         static = (self.compile or self.cuda_graph) and not ops.must_run_plain(self.model)
         count = spans[-1].slot + 1
         if static:
@@ -87,7 +87,7 @@ class ModelRunner:
         return logits if count == len(spans) else logits[[span.slot for span in spans]]
 
     def _static(self, ids: Tensor, positions: Tensor, length: int) -> Tensor:
-        """A pass of one of few shapes."""
+        """A compiled or captured pass, with the attended length rounded up."""
         window = max(SHORTEST_WINDOW, 1 << (length - 1).bit_length())
         length = min(window, self.cache.length)
         key = (*ids.shape, length, self.model.moves)
@@ -96,9 +96,9 @@ class ModelRunner:
         return self.programs[key](ids, positions)
 
     def prefill(self, spans: Sequence[Span], wanted: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """A pass over spans in a row: logits (len(wanted), vocab_size) and states (total, dim).
+        """One pass over all spans: logits (len(wanted), vocab_size) and states (total, dim).
 
-        `wanted` are places in the row of all spans' ids. States are the final norm's output.
+        `wanted` are indices into the concatenated ids. States are the final norm's output.
         """
         tokens = torch.tensor(
             [[token for span in spans for token in span.ids]], device=self.cache.device
@@ -112,8 +112,7 @@ class ModelRunner:
     def _program(self, tokens: Tensor, positions: Tensor, length: int) -> Program:
         run = decode
         if self.compile:
-            # dynamo counts the compilations of each code object, and stops at the eighth: every
-            # shape has its own.
+            # Dynamo compiles a code object at most eight times, so each shape gets its own.
             name = f"decode_{tokens.shape[0]}_{tokens.shape[1]}_{length}"
             own = decode.__code__.replace(co_name=name)
             run = torch.compile(
@@ -131,11 +130,10 @@ class ModelRunner:
 
     def _capture(self, program: Program, tokens: Tensor, positions: Tensor) -> Program:
         with torch.cuda.device(self.cache.device):
-            # Kernels choose their algorithms and allocate at first use, which a capture may not.
-            # These runs write what the replay is about to write at the same positions, so they
-            # leave no trace. One stream for all graphs, because cuBLAS keeps 32 MB for every stream
-            # that it ever ran on; one pool, because no two graphs run at once, and so they share
-            # the memory of one.
+            # At first use, kernels choose algorithms and allocate memory, which a capture does not
+            # allow: two runs come first. They write what the replay will write to the same
+            # positions. All graphs share a stream, because cuBLAS keeps 32 MB for each stream that
+            # it has run on, and a memory pool, because no two graphs run at once.
             side = self.stream = self.stream or torch.cuda.Stream()
             self.graph_pool = self.graph_pool or torch.cuda.graph_pool_handle()
             side.wait_stream(torch.cuda.current_stream())
@@ -157,9 +155,7 @@ class ModelRunner:
 
     @contextlib.contextmanager
     def _threads(self, tokens: int) -> Iterator[None]:
-        """One thread for passes so small that others would only be waited for: on busy cores, far
-        too long.
-        """
+        """Use one thread for small passes: on busy cores, waiting for others takes far too long."""
         threads = torch.get_num_threads()
         if threads == 1 or self.cache.device.type != "cpu" or tokens * self.work >= PARALLEL_WORK:
             yield

@@ -1,9 +1,7 @@
-"""Which request has which slot of the cache, and which tokens run next.
+"""Assigns slots of the cache to requests, and selects the tokens to run next.
 
-The cache says which token ids each slot holds; what a request's ids have beyond them is what it
-lacks. Chunked prefill, reuse of prefixes, rejected drafts, cancellation and recovery from an
-interrupt all follow from that one comparison. The scheduler reads no clock, so that every rank runs
-the same schedule.
+The tokens that a request lacks are its ids beyond those of its slot (see engine.py). The scheduler
+reads no clock, so that every rank runs the same schedule.
 """
 
 from __future__ import annotations
@@ -15,59 +13,57 @@ from ..cache import KVCache, Span
 from .drafts import PromptLookup
 from .request import Request
 
-# Tokens of prompts in a pass while others wait for their next token: as many as take three or four
-# times as long as a step of one row (benchmarks/README.md), on any CPU; a weight format may have
-# its own. A GPU reads the weights for about as long as it multiplies so many.
+# Prompt tokens in a pass while another request decodes. On any CPU, they take three or four times
+# as long as a decode step of one row (benchmarks/README.md); a weight format may set its own
+# number. On a GPU, multiplying them takes about as long as reading the weights.
 CHUNK = 24
 GPU_CHUNK = 256
 
-# And while nobody waits. More gained nothing, and would need more memory.
+# Prompt tokens in a pass while no request decodes. More were not faster, and need more memory.
 LONG_CHUNK = 512
 
-# Requests from which on chunks grow no further. With 16, of `1b` in bfloat16, 128 tokens answered
-# 16 clients at 52 tokens/s, 64 at 42; 192 gained 1 more, with longer gaps.
+# Chunks grow with the number of running requests, up to this many. For 16 clients of `1b` in
+# bfloat16, chunks of 64, 128 and 192 tokens gave 42, 52 and 53 tokens/s, the last with longer gaps.
 MOST_BUSY = 16
 
-# Positions of a prompt whose logits are held at once while it is scored: 256 × 32,000 float32 are
-# 33 MB.
+# Prompt tokens scored in a pass: 256 × 32,000 float32 logits take 33 MB.
 SCORE_CHUNK = 256
 
-# Drafts are for few rows: beyond, a pass is bound by arithmetic, and each of their tokens costs.
+# Drafts are made for at most this many rows. With more, a pass is limited by arithmetic.
 DRAFT_ROWS = 4
 
 
 class Scheduler:
-    """Requests in slots, and those that wait for one.
+    """Running requests, each in a slot, and the queue of waiting ones.
 
-    Running requests have the first slots, so that a pass works on a slice of the cache. The slots
-    behind keep what they held, for prompts that begin alike, until the room is needed: the one that
-    was used longest ago goes first.
+    Running requests have the first slots, so that a pass works on a slice of the cache. Free slots
+    keep their tokens as prefixes for later prompts. The least recently used one is reused first.
     """
 
     def __init__(self, cache: KVCache, *, draft_tokens: int = 0, chunk: int = CHUNK):
-        """At most `draft_tokens` are drafted for each of few rows; `chunk`: see CHUNK."""
+        """`draft_tokens` is the maximum length of a draft; for `chunk`, see CHUNK."""
         self.cache = cache
         self.draft_tokens = draft_tokens
         self.chunk = chunk
         self.long_chunk = LONG_CHUNK
         self.waiting: deque[Request] = deque()
-        # By slot. An interrupt must not leave a request in two slots, or in none: a change is one
-        # operation of the dict, or a new dict where two slots change places.
+        # By slot. An interrupt must not leave a request in two slots or in none: a change is one
+        # operation of the dict, or a new dict if two slots are swapped.
         self.running: dict[int, Request] = {}
-        self.used = [0] * cache.n_slots  # the step at which each slot was let go
+        self.used = [0] * cache.n_slots  # the step at which each slot was released
         self.steps = 0
         self.some_left = False  # whether a waiting request may have been cancelled
 
     @property
     def busy(self) -> bool:
-        """Whether a request waits or has a slot, if only until the next step lets it go."""
+        """Whether a request waits or has a slot, even one that the next step releases."""
         return bool(self.waiting or self.running)
 
     def schedule(self) -> tuple[list[Span], list[Span]]:
-        """Admit what waits; the spans of a decode pass, and of a prefill pass after it.
+        """Admit waiting requests. Return the spans to decode and the spans to prefill.
 
-        Requests that were admitted together begin to answer together; those that answer do not wait
-        for newer ones.
+        If all running requests were admitted together, none decodes until all are prefilled.
+        Otherwise decoding requests do not wait for newer ones.
         """
         self._admit()
         decoding, prefilling = self._lacking()
@@ -76,13 +72,13 @@ class Scheduler:
         admitted = {request.admitted for request in self.running.values()}
         if not decoding or len(admitted) == 1:
             return [], self._prefill_spans(prefilling, self.long_chunk)
-        # The more requests there are, the longer a step takes anyway, and the more of them wait.
+        # With more requests, a step takes longer anyway, and more of them wait for it.
         busy = min(len(decoding) + len(prefilling), MOST_BUSY)
         chunk = self._prefill_spans(prefilling, self.chunk * busy // 2)
         return self._decode_spans(decoding), chunk
 
     def _lacking(self) -> tuple[list[int], list[int]]:
-        """The slots that lack one token, whose logits decide the next; and those that lack more."""
+        """Truncate slots to their requests' prefixes. Return the slots to decode and to prefill."""
         decoding = []
         prefilling = []
         for slot in sorted(self.running):
@@ -100,14 +96,12 @@ class Scheduler:
         return decoding, prefilling
 
     def _decode_spans(self, slots: Sequence[int]) -> list[Span]:
-        """The token that each slot lacks and, where its text repeats itself, a draft of what
-        follows it.
-        """
+        """The token that each slot lacks, with a draft of the next tokens if its text repeats."""
         held = self.cache.token_ids
         spans = [Span(slot, len(held[slot]), self.running[slot].output.ids[-1:]) for slot in slots]
         if not self.draft_tokens or not 0 < len(slots) <= DRAFT_ROWS:
             return spans
-        # Every running slot takes part in the pass, and has to have room for it.
+        # Every running slot takes part in the pass and must have room for its tokens.
         longest = max(len(held[slot]) for slot in self.running)
         room = min(self.draft_tokens, self.cache.length - 1 - longest)
         if room < 1:
@@ -118,12 +112,12 @@ class Scheduler:
             request.lookup = request.lookup or PromptLookup()
             draft = request.lookup.draft(request.output.ids, room)
             drafted.append(span._replace(ids=span.ids + draft))
-        # Each draft lengthens the pass for all rows: it has to be worth it for half of them.
+        # A draft lengthens the pass for all rows: at least half of them must have one.
         count = sum(len(span.ids) > 1 for span in drafted)
         return drafted if 2 * count >= len(spans) else spans
 
     def _prefill_spans(self, slots: Sequence[int], size: int) -> list[Span]:
-        """The next `size` tokens that slots lack, of those that were admitted first."""
+        """Up to `size` of the tokens that slots lack, in order of admission."""
         spans = []
         scored = SCORE_CHUNK
         for slot in sorted(slots, key=lambda slot: self.running[slot].admitted):
@@ -142,7 +136,7 @@ class Scheduler:
         return spans
 
     def _admit(self) -> None:
-        """Let go what is over, give slots to what waits, and let the last running ones move up."""
+        """Release finished requests, admit waiting ones, and move the last ones into the gaps."""
         self.steps += 1
         for slot, request in list(self.running.items()):
             if request.over:
@@ -155,7 +149,7 @@ class Scheduler:
                     self.waiting.remove(request)
         cache = self.cache
         while self.waiting and len(self.running) < cache.n_slots:
-            request = self.waiting[0]  # leaves the queue last: an interrupt loses none
+            request = self.waiting[0]  # removed last: an interrupt loses none
             if not request.over and request not in self.running.values():
                 slot = self._place(request)
                 request.admitted = self.steps
@@ -166,7 +160,7 @@ class Scheduler:
                 self._swap(slot, max(self.running))
 
     def _place(self, request: Request) -> int:
-        """A free slot for a request, holding what some slot has of the beginning of its ids."""
+        """A free slot for a request, holding the longest prefix of its ids that any slot has."""
         cache = self.cache
         slots = range(cache.n_slots)
         free = [slot for slot in slots if slot not in self.running]
@@ -179,8 +173,8 @@ class Scheduler:
             common = [min(cache.prefix_length(other, ids), len(ids) - 1) for other in slots]
             source = max(slots, key=lambda other: (common[other], other in free, -self.used[other]))
             known = common[source]
-        # A conversation that goes on takes its slot over; of one that only begins alike, the
-        # beginning is copied.
+        # A request that continues a free slot's text takes that slot. If it shares only the
+        # beginning, the prefix is copied.
         goes_on = source in free and len(cache.token_ids[source]) - known <= known // 8
         if goes_on or source == oldest:
             if slot != source:
@@ -194,7 +188,7 @@ class Scheduler:
         return slot
 
     def _swap(self, a: int, b: int) -> None:
-        """Let two slots change places, with whatever runs in them."""
+        """Swap two slots, with the requests that run in them."""
         self.cache.swap(a, b)
         places = {a: b, b: a}
         self.running = {places.get(slot, slot): request for slot, request in self.running.items()}

@@ -1,5 +1,5 @@
-"""OpenAI's API as data, for the server and for batch files: fields -> Prompts, Requests -> objects.
+"""OpenAI's API as data, for the server and batch files: fields -> Prompts, Requests -> objects.
 
-Knows no HTTP. What cannot be done is refused by the name of its field. Null and neutral values
-pass, and unknown fields are ignored, as other servers do.
+Contains no HTTP. Unsupported fields are rejected with an error that names the field. Null and
+neutral values are accepted and unknown fields are ignored, as in other servers.
 """

@@ -1,4 +1,4 @@
-"""Chat and text completions: a call's fields -> Prompts; Requests -> whole answers or chunks."""
+"""Chat and text completions: a call's fields -> Prompts; Requests -> a response or its chunks."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ from ..sampling import SamplingParams
 from .fields import CONTEXT_LENGTH, BadRequest, Fields, refused, sampling_fields, shown
 
 MAX_TOP_LOGPROBS = 20
-MAX_REQUESTS = 2048  # of one call: prompts × n
-COMPLETION_TOKENS = 16  # of a text completion that does not say how many
+MAX_REQUESTS = 2048  # per call: prompts × n
+COMPLETION_TOKENS = 16  # default max_tokens of a text completion
 
 
 class News(NamedTuple):
-    """What a reader has not seen yet of a request."""
+    """The part of a request's output that its reader has not received yet."""
 
     text: str
-    tokens: slice  # of its pieces, those that end with this text
+    tokens: slice  # the tokens, as a range of the request's pieces, that end within this text
     is_last: bool
 
 
 class StreamCursor:
-    """How much of a request its reader has."""
+    """How much of a request its reader has received."""
 
     def __init__(self) -> None:
         self.characters = 0
-        self.tokens = 0  # whose text the reader has
-        self.offset = 0  # of these tokens' text
+        self.tokens = 0  # tokens whose whole text was received
+        self.offset = 0  # the number of characters of these tokens
         self.finished = False
 
     def advance(self, request: Request) -> News | None:
-        """What is new, which the reader then has; None where there is nothing.
+        """Return the new part of the output and move past it; None if there is nothing new.
 
         The engine's thread may be extending the request.
         """
         text, over = delta(request, self.characters)
         if self.finished:
             return None
-        # An echo comes with its scores, once all are there.
+        # An echoed prompt is sent together with its scores, once all of them are computed.
         if not over and (not text or request.computed is not None):
             return None
         first = self.tokens
@@ -58,7 +58,7 @@ class StreamCursor:
         return News(text, slice(first, self.tokens), over)
 
     def _advance_tokens(self, request: Request) -> None:
-        """Pass the tokens whose text the reader now has; at the end, all that are left."""
+        """Move past the tokens whose text was received; at the end, past all remaining tokens."""
         pieces = [*request.prompt_pieces, *request.output.pieces]
         while self.tokens < len(pieces):
             end = self.offset + len(pieces[self.tokens])
@@ -69,21 +69,20 @@ class StreamCursor:
 
 
 class CompletionCall:
-    """A call for generated text: its Prompts, and the objects that are made of their Requests."""
+    """A call for generated text: its Prompts, and the objects built from their Requests."""
 
-    object_name: str  # of a whole answer
-    chunk_name: str  # of a part of one
+    object_name: str  # the "object" field of a whole response
+    chunk_name: str  # the "object" field of a chunk
     id_prefix: str
-    prompt_field: str  # the field that prompts come in
+    prompt_field: str  # the field that holds the prompts
 
     def __init__(self, body: Any, llm: Llama, model: str):
         self.fields = Fields(body, model)
         self.llm = llm
         self.tokenizer = llm.tokenizer
         self.model = model
-        self.spelling: dict[
-            str, str
-        ] = {}  # the call's names of options that have another name here
+        # The call's names for options that have a different name in SamplingParams.
+        self.spelling: dict[str, str] = {}
         self.stream = self.fields.flag("stream")
         stream_options = Fields(self.fields.object("stream_options"), model)
         self.include_usage = self.stream and stream_options.flag("include_usage")
@@ -97,15 +96,18 @@ class CompletionCall:
         raise NotImplementedError
 
     def choice(self, request: Request, news: News, whole: bool) -> dict[str, Any]:
-        """What OpenAI's shape has of some text and tokens; of a whole answer, or of a part."""
+        """New text and tokens in OpenAI's format: a choice of a whole response, or of a chunk."""
         raise NotImplementedError
 
     def options(self) -> dict[str, Any]:
-        """The call's options, by the names of SamplingParams' fields."""
+        """The call's options, keyed by field names of SamplingParams."""
         raise NotImplementedError
 
     def make(self, ids: Sequence[Any], name: str, **how: Any) -> list[Prompt]:
-        """`n` prompts for each list of ids; `how` goes to make_prompts. Errors call one `name`."""
+        """`n` prompts for each list of ids. Error messages call a prompt `name`.
+
+        `how` is passed on to make_prompts.
+        """
         options = self.options()
         options.setdefault("seed", secrets.randbits(63))
         repeated = [own for own in ids for _ in range(self.n)]
@@ -140,11 +142,11 @@ class CompletionCall:
         return self._object(self.object_name, choices, usage=self.usage_of(requests))
 
     def first_chunks(self) -> list[dict[str, Any]]:
-        """What a stream begins with, before anything was computed."""
+        """The chunks that a stream begins with, before anything is computed."""
         return []
 
     def chunk(self, index: int, request: Request) -> dict[str, Any] | None:
-        """What is new of a request, for a stream."""
+        """The new part of a request's output as a chunk of a stream; None if nothing is new."""
         choice = self._next_choice(index, request, whole=False)
         return choice and self._object(self.chunk_name, [choice])
 
@@ -193,13 +195,16 @@ class ChatCompletion(CompletionCall):
         return self.make([ids], "dialog", end_ids=chat_end_ids(self.tokenizer))
 
     def options(self) -> dict[str, Any]:
-        """`max_completion_tokens` is the newer name of `max_tokens`; there is no echo."""
+        """The call's options. `max_completion_tokens` is the newer name of `max_tokens`.
+
+        Chat completions have no echo.
+        """
         options = sampling_fields(self.fields, other=("echo",))
         newer = self.fields.integer("max_completion_tokens")
         if newer is not None:
             options["max_tokens"] = newer
             self.spelling = {"max_tokens": "max_completion_tokens"}
-        self.fields.integer("top_logprobs", 0, 0, MAX_TOP_LOGPROBS)  # refuses more
+        self.fields.integer("top_logprobs", 0, 0, MAX_TOP_LOGPROBS)  # rejects a larger value
         return options
 
     def first_chunks(self) -> list[dict[str, Any]]:
@@ -235,7 +240,10 @@ class ChatCompletion(CompletionCall):
 
 
 def message_of(number: int, message: Any) -> Any:
-    """A message whose content is one text. Clients may send it in parts; all have to be text."""
+    """The message with its content as one string.
+
+    Clients may send the content as a list of parts. Raises BadRequest if one is not text.
+    """
     if not isinstance(message, dict) or not isinstance(message.get("content"), list):
         return message
     texts = []
@@ -274,7 +282,7 @@ class TextCompletion(CompletionCall):
         """Prompts for the text between each prompt and the suffix."""
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         if len(texts) < len(prompts):
-            raise BadRequest("suffix goes with a prompt of text: send no ids", "suffix")
+            raise BadRequest("suffix needs a text prompt: send no token ids", "suffix")
         try:
             check_infilling(self.tokenizer, texts, [suffix] * len(texts))
         except ValueError as error:
@@ -283,7 +291,7 @@ class TextCompletion(CompletionCall):
         return self.make(ids, "prompt", starts_text=False, end_ids=[self.tokenizer.eot_id])
 
     def options(self) -> dict[str, Any]:
-        """`logprobs` is how many of the likeliest are told, which is `top_logprobs` elsewhere."""
+        """The call's options. Its `logprobs` is a number: `top_logprobs` in SamplingParams."""
         options = sampling_fields(self.fields, other=("logprobs", "top_logprobs"))
         options.setdefault("max_tokens", COMPLETION_TOKENS)
         likeliest = self.fields.integer("logprobs", None, 0, MAX_TOP_LOGPROBS)
@@ -299,9 +307,10 @@ class TextCompletion(CompletionCall):
         return {"text": news.text, "logprobs": self._logprobs(request, news)}
 
     def _logprobs(self, request: Request, news: News) -> dict[str, Any]:
-        """Of some of the prompt's and the answer's tokens; nothing comes before the prompt's first.
+        """The log-probabilities of the new tokens, those of an echoed prompt included.
 
-        At last comes the token that ended it: who scores a text asks whether it would have ended.
+        The first token of a prompt has none. A token that ended the output, such as EOS, is
+        appended: evaluation tools that score a text need its log-probability.
         """
         output = request.output
         piece_of = self.tokenizer.piece
@@ -329,7 +338,7 @@ class TextCompletion(CompletionCall):
         }
 
     def _likeliest(self, scored: ScoredToken) -> dict[str, float]:
-        """By their texts; of ids with the same text, the likeliest one's."""
+        """Log-probabilities by token text. If several ids have one text, the likeliest one's."""
         piece_of = self.tokenizer.piece
         likeliest = {piece_of(scored.id): scored.logprob}
         for token, logprob in reversed(scored.top):
@@ -338,7 +347,7 @@ class TextCompletion(CompletionCall):
 
 
 def prompts_of(prompt: Any, most: int) -> list[str] | list[list[int]]:
-    """A text, a list of texts, ids, or a list of lists of ids, as a list of prompts."""
+    """The prompts of a call, given as a text, a list of texts, ids, or a list of lists of ids."""
     if isinstance(prompt, str):
         return [prompt]
     if isinstance(prompt, list) and prompt:

@@ -1,4 +1,4 @@
-"""Embeddings: the mean of each text's final hidden states, of length 1 as OpenAI's are."""
+"""Embeddings: the mean of each text's final hidden states, normalized to length 1 as OpenAI's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .fields import BadRequest, Fields, refused, shown
 
 
 class Embeddings:
-    """A call for embeddings: its Prompts, and the object that is made of their Requests."""
+    """A call for embeddings: its Prompts, and the object built from their Requests."""
 
     stream = False
 
@@ -67,13 +67,13 @@ class Embeddings:
         if not self.base64:
             floats: list[float] = vector.tolist()
             return floats
-        # Little-endian float32, as OpenAI's clients read it.
+        # OpenAI's clients expect little-endian float32.
         packed = vector.numpy().astype("<f4").tobytes()
         return base64.b64encode(packed).decode()
 
 
 def texts_of(fields: Fields) -> list[str]:
-    """The call's texts. Token ids are refused: they may be those of another model."""
+    """The call's texts. Token ids are rejected: clients may send those of another tokenizer."""
     texts = fields.body.get("input")
     if isinstance(texts, str):
         texts = [texts]
@@ -81,7 +81,7 @@ def texts_of(fields: Fields) -> list[str]:
         reason = f"{shown(texts)}: use a string or a list of strings"
         if isinstance(texts, list) and texts and isinstance(texts[0], (int, list)):
             advice = "use text (langchain: check_embedding_ctx_length=False)"
-            reason = f"token ids, of another model, perhaps: {advice}"
+            reason = f"token ids, perhaps of another model: {advice}"
         raise BadRequest(f"input is {reason}", "input")
     if len(texts) > MAX_REQUESTS:
         message = f"input has {len(texts)} texts: send at most {MAX_REQUESTS} in a call"

@@ -1,4 +1,4 @@
-"""The fields that clients send, each of its type, and the refusal of what cannot be done."""
+"""The fields of a client's call: reading them with a type check, and rejecting unsupported ones."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ..errors import ArgumentError, PromptError, PromptTooLong
 from ..options import kinds_of
 from ..sampling import SamplingParams
 
-MAX_STOP = 4096  # characters of a call's stop strings, all of which are looked for after each token
+MAX_STOP = 4096  # characters in all stop strings of a call; each token is checked against all
 
-# What is refused, and the values that ask for nothing.
+# Unsupported fields, each with the values that have no effect and are accepted.
 NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -28,12 +28,9 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "dimensions": (),
 }
 
-CONTEXT_LENGTH = (
-    "context_length_exceeded"  # the code by which clients know that a dialog is too long
-)
+CONTEXT_LENGTH = "context_length_exceeded"  # the code by which clients detect an overlong dialog
 
-# For a field of SamplingParams with a value of the first type: what JSON may hold, and its name
-# in errors.
+# For the first type of a SamplingParams field: the accepted JSON types, and their name in errors.
 JSON_TYPES: dict[type, tuple[tuple[type, ...], str]] = {
     bool: ((bool,), "true or false"),
     float: ((int, float), "a number"),
@@ -45,7 +42,7 @@ JSON_TYPES: dict[type, tuple[tuple[type, ...], str]] = {
 
 
 class BadRequest(ValueError):
-    """What a client asked for cannot be done: why, the field, an HTTP status, OpenAI's code."""
+    """An invalid or unsupported call: the reason, the field, an HTTP status and OpenAI's code."""
 
     def __init__(
         self, message: str, param: str | None = None, status: int = 400, code: str | None = None
@@ -57,18 +54,18 @@ class BadRequest(ValueError):
 
 
 class Fields:
-    """A call's fields. Reading one raises BadRequest where its value is of a wrong type."""
+    """A call's fields. Reading one raises BadRequest if its value has the wrong type."""
 
     def __init__(self, body: Any, model: str):
         if not isinstance(body, dict):
-            raise BadRequest('the body is no JSON object: send one, as {"model": …}')
+            raise BadRequest('the body is not a JSON object: send one, such as {"model": …}')
         self.body = body
         for name, neutral in NOT_SUPPORTED.items():
             if body.get(name) is not None and body[name] not in neutral:
                 raise BadRequest(f"{name} is not supported: leave it out", name)
         asked = self.text("model", model)
         if asked != model:
-            message = f"no model {shown(asked)} is here: use {model!r}"
+            message = f"model {shown(asked)} is not available: use {model!r}"
             raise BadRequest(message, "model", 404, "model_not_found")
 
     def read(self, name: str, default: Any, kinds: tuple[type, ...], what: str) -> Any:
@@ -118,10 +115,9 @@ def shown(value: Any) -> str:
 
 
 def sampling_fields(fields: Fields, other: Iterable[str] = ()) -> dict[str, Any]:
-    """What a call says of the fields of SamplingParams, each of its type.
+    """The fields of SamplingParams that a call sets, with their types checked.
 
-    Left out are those that the call does not have, and those in `other`: OpenAI spells them in
-    another way, so that the caller reads them.
+    Fields in `other` are left out: OpenAI spells them differently, and the caller reads them.
     """
     options: dict[str, Any] = {}
     for name, kinds in kinds_of(SamplingParams).items():
@@ -145,10 +141,10 @@ def check_stop(stop: str | list[Any]) -> None:
 def refused(
     error: ArgumentError, prompts: str, n: int = 1, spelling: Mapping[str, str] | None = None
 ) -> BadRequest:
-    """The library's refusal, in the names and numbers of the client.
+    """Convert an error of the library to the client's field names and prompt numbers.
 
-    `prompts` is the field that prompts come in; each of them stands for `n` of the library's.
-    `spelling` has OpenAI's names of options that have others.
+    `prompts` is the field that holds the prompts; the library sees each of them `n` times.
+    `spelling` maps option names to OpenAI's names if these differ.
     """
     if isinstance(error, PromptError):
         if error.index is not None:

@@ -12,7 +12,7 @@ from .fields import BadRequest, Fields, shown
 def error_of(
     message: str, status: int, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
-    """An error in OpenAI's shape."""
+    """An error object in OpenAI's format."""
     kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
     other = "invalid_request_error" if status < 500 else "server_error"
     kind = kinds.get(status, other)
@@ -31,7 +31,7 @@ def models(llm: Llama, model: str, created: int) -> dict[str, Any]:
 
 
 def tokenize(body: Any, llm: Llama, model: str) -> dict[str, Any]:
-    """vLLM's: the ids of a `prompt`, or of `messages`."""
+    """vLLM's /tokenize: the token ids of a `prompt`, or of `messages`."""
     fields = Fields(body, model)
     if fields.body.get("messages") is not None:
         call = ChatCompletion(body | {"stream": False}, llm, model)

@@ -1,7 +1,7 @@
-"""A layer's operations: each in plain PyTorch and, where there is a faster form, in C or Triton.
+"""The operations of a layer: each in plain PyTorch, some also in C or Triton.
 
-The only place that knows what a device does fast. The model calls an operation; whether its tensors
-suit our kernels is decided here. The plain form of an operation is also its tests' judge.
+Only this package decides which form runs on a device. The model calls an operation, and the
+operation checks whether its tensors suit a kernel. Tests compare the kernels with the plain forms.
 """
 
 from __future__ import annotations
@@ -38,23 +38,22 @@ __all__ = [
 
 M = TypeVar("M", bound=type[nn.Module])
 
-# The `forward` of each class of which a fused form may skip a call, as it was defined.
+# The classes whose calls fused forms may skip, each with the `forward` that it was defined with.
 TRANSPARENT: dict[type[nn.Module], Any] = {nn.ModuleList: nn.ModuleList.forward}
 
 
 def transparent(module: M) -> M:
-    """Class decorator: a fused form may skip calls of modules of this class that nobody watches."""
+    """Class decorator: fused forms may skip calls of this class's modules that have no hooks."""
     TRANSPARENT[module] = module.forward
     return module
 
 
 def must_run_plain(model: nn.Module) -> bool:
-    """Whether a pass has to call every module. Fused forms and CUDA graphs ask nothing else.
+    """Whether a pass must call every module. Fused forms and CUDA graphs depend on this alone.
 
-    Yes where somebody's Python is in the model (a hook, a `forward` replaced on an instance or on a
-    class, a module of another class) and where PyTorch looks on (gradients, tracing, compilation).
-    Asked once for every pass. A profiler does not count: our kernels appear in a profile by their
-    names.
+    True if the model contains user code (a hook, a `forward` replaced on an instance or on a class,
+    a module of another class) and while gradients, tracing or compilation are active. Evaluated
+    once for every pass. A profiler makes no difference: it shows the kernels by their names.
     """
     if torch.compiler.is_compiling() or compat.is_tracing() or any(compat.GLOBAL_HOOKS):
         return True
@@ -69,7 +68,7 @@ def must_run_plain(model: nn.Module) -> bool:
         if TRANSPARENT.get(kind) is not kind.forward:
             return True
     parts = list(map(vars, modules))
-    # Maps over all modules: a loop in Python would take three times as long.
+    # A Python loop over all modules would take three times as long as map().
     hooked = any(map(FORWARD_HOOKS, parts)) or any(map(PRE_HOOKS, parts))
     return hooked or any("forward" in part for part in parts)
 
@@ -79,7 +78,7 @@ PRE_HOOKS = itemgetter("_forward_pre_hooks")
 
 
 class Path(threading.local):
-    """Whether this thread's pass may take fused forms. Outside of a pass it may not."""
+    """Whether this thread's pass may use fused forms; False outside a pass."""
 
     fused = False
 
@@ -88,10 +87,10 @@ path = Path()
 
 
 def expand_tokens() -> int:
-    """How many tokens of a row make expanding quantised weights faster than the few-row kernels.
+    """Tokens per row from which expanding quantized weights is faster than the few-row kernels.
 
-    Rows do not count: the next token of a row is rounded in one way, however many are decoded
-    beside it.
+    The number of rows does not matter, so that a row's next token is rounded in the same way
+    however many rows are decoded together.
     """
     return 32 if compat.has_bfloat16_products() else 64
 
@@ -99,7 +98,7 @@ def expand_tokens() -> int:
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x Wᵀ in x's type, for x (..., in_features) and W (out_features, in_features) of any type.
 
-    Where the weight has 16 bits and x has 32, x is rounded to the weight's type; sums are float32.
+    If the weight has 16 bits and x has 32, x is rounded to the weight's type; sums are float32.
     """
     if weight.dtype == x.dtype:
         return F.linear(x, weight)
@@ -120,16 +119,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate neighbouring pairs of each head's channels.
+    """Rotate adjacent pairs of each head's channels (Su et al. 2021, RoFormer, section 3.2.2).
 
-    Queries and keys: (bsz, seqlen, n_heads, head_dim).
-
-    freqs_cis: (seqlen, head_dim / 2), or (bsz, seqlen, head_dim / 2) where rows are at positions of
-    their own, complex64 (Su et al. 2021, RoFormer, section 3.2.2).
+    xq and xk: (bsz, seqlen, n_heads, head_dim). freqs_cis: complex64, (seqlen, head_dim / 2), or
+    (bsz, seqlen, head_dim / 2) if rows have different positions.
     """
     bsz, seqlen, _, dim = xq.shape
     fits = kernels.fits(xq, xk)
-    if fits:  # and the angles are the original's
+    if fits:  # the angles must fit, too
         known = freqs_cis.shape in ((seqlen, dim // 2), (bsz, seqlen, dim // 2))
         fits = known and freqs_cis.dtype is torch.complex64 and not freqs_cis.is_conj()
         fits = fits and freqs_cis.is_cpu
@@ -154,7 +151,7 @@ def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor,
 
 
 def as_tokens(x: Tensor, width: int) -> tuple[Tensor, int]:
-    """x as tokens (n, width), and how far apart they are."""
+    """x as tokens (n, width), and the stride from one token to the next."""
     flat = x.reshape(-1, width)
     if flat.stride(1) != 1:
         flat = flat.contiguous()
@@ -177,7 +174,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def write_cache(x: Tensor, positions: Tensor, cached: Tensor) -> None:
-    """Put x (bsz, seqlen, n_kv_heads, head_dim) to positions (bsz, seqlen) of the slots.
+    """Write x (bsz, seqlen, n_kv_heads, head_dim) to positions (bsz, seqlen) of the slots.
 
     cached: (bsz, n_kv_heads, length, head_dim).
     """
@@ -192,9 +189,9 @@ def write_cache(x: Tensor, positions: Tensor, cached: Tensor) -> None:
 
 @dataclass
 class CausalMask:
-    """Tokens at `positions` (bsz, seqlen) see their slot's first `length` up to their own.
+    """Tokens at `positions` (bsz, seqlen) attend to the keys of their slot up to their own.
 
-    `n_rep` query heads share a key head.
+    All positions are below `length`. `n_rep` query heads share a key head.
     """
 
     positions: Tensor
@@ -203,9 +200,9 @@ class CausalMask:
     made: Tensor | None = None
 
     def additive(self, dtype: torch.dtype) -> Tensor:
-        """-inf where a token sees nothing, else 0: (bsz, 1, n_rep × seqlen, length).
+        """The mask to add to scores: 0, or -inf for hidden keys; (bsz, 1, n_rep × seqlen, length).
 
-        Made when it is first asked for: kernels that go by positions need none.
+        Built at first use, because kernels that take positions do not need it.
         """
         if self.made is None or self.made.dtype != dtype:
             columns = torch.arange(self.length, device=self.positions.device)
@@ -219,7 +216,7 @@ def attention(xq: Tensor, keys: Tensor, values: Tensor, mask: CausalMask | Tenso
     """softmax(q kᵀ / √head_dim + mask) v: (bsz, seqlen, n_heads × head_dim).
 
     xq: (bsz, seqlen, n_heads, head_dim); keys and values: (bsz, n_kv_heads, length, head_dim). A
-    tensor `mask` is added to the scores; without a mask every query sees all keys.
+    tensor `mask` is added to the scores; without a mask, every query attends to all keys.
     """
     bsz, seqlen, heads, dim = xq.shape
     kv_heads = keys.shape[1]
@@ -238,7 +235,7 @@ def attention(xq: Tensor, keys: Tensor, values: Tensor, mask: CausalMask | Tenso
         return y.flatten(2)
     queries = xq.transpose(1, 2)
     if isinstance(mask, CausalMask) and seqlen < mask.length:
-        # The query heads that share a key head become more rows of it, so that no key is repeated.
+        # Query heads that share a key head become further queries of it: no key is repeated.
         groups = queries.reshape(bsz, kv_heads, -1, dim)
         y = F.scaled_dot_product_attention(groups, keys, values, attn_mask=mask.additive(xq.dtype))
         return y.reshape(queries.shape).transpose(1, 2).flatten(2)

@@ -1,10 +1,11 @@
-/* Products of few rows of activations with bfloat16 weights where they lie, as files have them: y (m, out) = x (m, in)
-   times w (out, in). For processors that multiply bfloat16 (AVX512-BF16): x is rounded to it, sums are float32, and y is
-   rounded to bfloat16 again, as PyTorch's product of many rows is: so a prompt's length turns a last bit, and no more.
+/* Products of few rows of activations with bfloat16 weights, in the layout of files: y (m, out) =
+   x (m, in) times w (out, in). For processors that multiply bfloat16 (AVX512-BF16). x is rounded to
+   bfloat16, sums are float32, and y is rounded to bfloat16, as in PyTorch's product of many rows:
+   results for short and long prompts differ at most in the last bit.
 
-   A row of weights is read from its first input to its last, so that memory is read as it likes best; of one row of
-   activations this is all that counts. Several share what is read: 4 rows of weights times 4 of x stay in registers,
-   while the next 4 are asked for. */
+   A row of weights is read from its first input to its last, because sequential reads are fastest.
+   For one row of activations, nothing else matters. Several rows share each read: the sums of 4 rows
+   of weights times 4 rows of x stay in registers, while the next 4 rows of weights are prefetched. */
 
 #if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)
 #include <immintrin.h>
@@ -13,9 +14,10 @@
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
 #define BLOCK 32   /* inputs in a vector */
 #define TILE 4     /* rows of each side */
-#define UNROLLED _Pragma("GCC unroll 4") /* or sums would not stay in registers */
+#define UNROLLED _Pragma("GCC unroll 4") /* otherwise sums would not stay in registers */
 
-/* rows of w × m of x, which lie block by block: (in / BLOCK, m, BLOCK) with zeros at the end */
+/* `rows` rows of w times m rows of x. x is stored in blocks, (in / BLOCK, m, BLOCK), and padded with
+   zeros. */
 TARGET static inline __attribute__((always_inline)) void tile(
     const int rows, const int m, const uint16_t *w, int64_t stride, const uint16_t *x, int64_t in, float *y, int64_t out) {
     __m512 sums[TILE][TILE];
@@ -50,11 +52,11 @@ UNROLLED
 TARGET static void tiles(int64_t rows, int64_t m, const uint16_t *w, int64_t stride, const uint16_t *x, int64_t in,
                          float *y, int64_t out) {
     if (m > 1 && rows == TILE) switch (m) { CASE(TILE, 2) CASE(TILE, 3) CASE(TILE, 4) }
-    else /* a single row of x is soonest done with one row of weights after another */
+    else /* for a single row of x, one row of weights at a time is fastest */
         for (; rows > 0; rows--, w += stride, y++) switch (m) { CASE(1, 1) CASE(1, 2) CASE(1, 3) CASE(1, 4) }
 }
 
-/* Rows of w are `stride` apart. */
+/* Rows of w are `stride` apart. `near` is room for x in bfloat16. */
 TARGET void multiply_bfloat16(const uint16_t *w, int64_t stride, const float *x, uint16_t *near, float *y, int64_t m,
                               int64_t in, int64_t out, int threads) {
     const int64_t blocks = (in + BLOCK - 1) / BLOCK;

@@ -1,8 +1,10 @@
-/* What a pass does between its products, each in one reading: norm, rotary embedding, cache, attention and gate.
+/* The operations between matrix multiplications, each in one pass over its data: norm, rotary
+   embedding, cache, attention and gate.
 
-   In a step of one token each of them is a few microseconds of work, and as PyTorch's single operations a third of the
-   step. All is float32. The loops are plain, for compilers to make vectors of: a version for each kind of processor,
-   of which the one that fits is taken when the library is loaded. Threads are PyTorch's, as in quantized.c. */
+   In a step of one token, each of them takes a few microseconds; as separate PyTorch operations they
+   take a third of the step. All data is float32. The loops are plain, so that compilers can vectorize
+   them. There is a version for each kind of processor, and the right one is chosen when the library
+   is loaded. Threads are PyTorch's, as in quantized.c. */
 
 #include <math.h>
 #include <stdint.h>
@@ -16,20 +18,21 @@
 
 typedef float lanes __attribute__((vector_size(64)));
 #define LANES 16
-#define MOST 16     /* vectors in a head's channels */
-#define KEYS 64     /* that a query meets between two corrections of its softmax */
-#define WORK 32768  /* numbers from which on a second thread gains more than it costs to wake */
+#define MOST 16     /* vectors in the largest head */
+#define KEYS 64     /* keys between two corrections of a softmax */
+#define WORK 32768  /* values beyond which a second thread is worth the time to wake it */
 
-/* e^x = 2^n e^r with n whole and |r| <= ln 2 / 2, and e^r as its Taylor polynomial: within 2 units in the last place.
-   What float32 cannot hold is infinite, or counts as the least that it holds. */
+/* e^x = 2^n e^r with an integer n and |r| <= ln 2 / 2, and e^r by its Taylor polynomial: within 2
+   units in the last place. Overflow gives infinity. x below -87 counts as -87, whose exponential is
+   close to the smallest normal float32. */
 static inline __attribute__((always_inline)) float exponential(float x) {
     x = x < -87 ? -87 : x;
-    x = x > 88.8f ? 88.8f : x; /* 2^128, which is infinite */
-    float n = x * 1.44269504f + 12582912.0f; /* 1.5 × 2^23: what is added to it is rounded to a whole number */
+    x = x > 88.8f ? 88.8f : x; /* n is then 128, and 2^128 is infinite */
+    float n = x * 1.44269504f + 12582912.0f; /* adding 1.5 × 2^23 rounds to an integer */
     int32_t power;
     memcpy(&power, &n, 4);
     n -= 12582912.0f;
-    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f; /* ln 2 in two parts, the first exact times n */
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f; /* ln 2 in two parts: n times the first is exact */
     const float e = 1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r / 720)))));
     power = (int32_t)((uint32_t)(power - 0x4b400000 + 127) << 23);
     float scale;
@@ -55,7 +58,7 @@ EACH_KIND static void gate_token(const float *gate, const float *up, int64_t wid
     for (int64_t i = 0; i < width; i++) y[i] = gate[i] / (1 + exponential(-gate[i])) * up[i];
 }
 
-/* y (tokens, width) = silu(gate) × up, whose tokens are `stride` apart */
+/* y (tokens, width) = silu(gate) × up. Tokens of gate and up are `stride` apart. */
 void gate(const float *gate, const float *up, int64_t stride, int64_t tokens, int64_t width, float *y, int threads) {
 #pragma omp parallel for num_threads(threads) if (tokens * width > WORK)
     for (int64_t t = 0; t < tokens; t++) gate_token(gate + t * stride, up + t * stride, width, y + t * width);
@@ -69,8 +72,8 @@ EACH_KIND static void rotate_token(const float *x, const float *cis, int64_t hea
         }
 }
 
-/* y (tokens, heads, dim) = x, whose tokens are `stride` apart, with neighbouring channels as complex numbers times
-   cis (positions, dim / 2): token t stands at t modulo `positions` */
+/* y (tokens, heads, dim) = x times cis (positions, dim / 2), with adjacent channels of x as complex
+   numbers. Tokens of x are `stride` apart. Token t uses row t modulo `positions` of cis. */
 void rotate(const float *x, int64_t stride, const float *cis, int64_t positions, int64_t tokens, int64_t heads,
             int64_t dim, float *y, int threads) {
 #pragma omp parallel for num_threads(threads) if (tokens * heads * dim > WORK)
@@ -78,7 +81,8 @@ void rotate(const float *x, int64_t stride, const float *cis, int64_t positions,
         rotate_token(x + t * stride, cis + t % positions * dim, heads, dim, y + t * heads * dim);
 }
 
-/* Put x (n, seqlen, heads, dim), whose tokens are `stride` apart, to their positions (n, seqlen) of cached rows. */
+/* Write x (n, seqlen, heads, dim) to `positions` (n, seqlen) of `cached`. Tokens of x are `stride`
+   apart, rows of `cached` `row`, and its heads `head`. */
 void write_cache(const float *x, int64_t stride, const int64_t *positions, int64_t n, int64_t seqlen, int64_t heads,
                  int64_t dim, float *cached, int64_t row, int64_t head) {
     for (int64_t t = 0; t < n * seqlen; t++)
@@ -96,9 +100,10 @@ static inline __attribute__((always_inline)) float total_of(const lanes *sums) {
     return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
-/* `group` queries that share a key head, each softmax(q kᵀ × scale) v over the first `length` keys, which are met some
-   at a time: what was summed is corrected whenever a larger score comes (Milakov and Gimelshein 2018). Of a head's
-   `parts` vectors query and sum stay in registers, where the compiler knows how many they are. */
+/* For each of `group` queries that share a key head, softmax(q kᵀ × scale) v over the first `length`
+   keys. Keys are processed KEYS at a time, and the sums are corrected whenever a larger score occurs
+   (Milakov and Gimelshein 2018). The `parts` vectors of a head's query and sum stay in registers if
+   `parts` is known at compile time. */
 static inline __attribute__((always_inline)) void attend_parts(
     const int parts, const float *q, const float *keys, const float *values, int64_t length, int64_t group, float scale,
     float *y) {
@@ -143,8 +148,9 @@ EACH_KIND static void attend_head(const float *q, const float *keys, const float
     else attend_parts(dim / LANES, q, keys, values, length, group, scale, y);
 }
 
-/* y (n, seqlen, heads, dim): queries of the same shape, each over its row's keys and values (n, kv_heads, length, dim)
-   up to its own position; dim is a multiple of 16, at most 256. Rows of the cache are `row` apart, and heads `head`. */
+/* y (n, seqlen, heads, dim): attention of the queries q, of the same shape, over their row's keys and
+   values (n, kv_heads, length, dim), each up to its own position. dim is a multiple of 16, at most
+   256. Rows of the cache are `row` apart, and heads `head`. */
 void attend(const float *q, const float *keys, const float *values, int64_t row, int64_t head,
             const int64_t *positions, int64_t n, int64_t seqlen, int64_t heads, int64_t kv_heads, int64_t dim,
             float scale, float *y, int threads) {

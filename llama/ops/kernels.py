@@ -1,8 +1,7 @@
-"""quantized.c, bf16.c and fused.c for PyTorch's tensors, on PyTorch's threads; or nothing, where
-they were not built.
+"""Calls the functions of quantized.c, bf16.c and fused.c with PyTorch's tensors and threads.
 
-pip builds them where there is a C compiler with OpenMP. They are plain C without Python's headers:
-one library serves every Python.
+pip builds them if it finds a C compiler with OpenMP; otherwise `available()` is False. They are
+plain C without Python's headers, so one library serves every Python version.
 """
 
 from __future__ import annotations
@@ -19,18 +18,19 @@ from .. import compat
 
 logger = logging.getLogger(__name__)
 
-# as in quantized.c
+# As in quantized.c.
 GROUP = 32
 PANEL = 16
-# as in fused.c
+# As in fused.c.
 LANES = 16
 LARGEST_HEAD = 256
 
-# Queries of a key head up to which our own attention is the faster one where each key has one head
-# of queries (2 to 3 times for a token, 0.8 at eight), and equal where it has eight.
+# The most queries of a key head for which our attention is used. Relative to PyTorch's, with one
+# query head per key head it is 2 to 3 times as fast for one token and 0.8 times for eight tokens.
+# With eight query heads per key head both are equally fast.
 FEW_QUERIES = 8
 
-# The arguments of each function: pointers, sizes of 64 bits, ints and floats.
+# Types of arguments: pointers, 64-bit sizes, ints and floats.
 KINDS = {"p": ctypes.c_void_p, "s": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
 SIGNATURES = {
     "multiply": "iippppppsssi",
@@ -43,16 +43,17 @@ SIGNATURES = {
     "attend": "pppsspsssssfpi",
 }
 
-# not subclasses, whose memory may be another or none
+# Not subclasses, which may keep their data elsewhere or have none.
 PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
-BEST = 2  # the best kind of processor that there are kernels for: plain C, AVX2, AVX512
+BEST = 2  # the highest level of kernels to use: 0 plain C, 1 AVX2, 2 AVX512
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The built kernels, chosen for this processor; None, and one line in the log, where there are
-    none.
+    """The library of kernels, set up for this processor.
+
+    Returns None and logs a warning if it was not built or belongs to another version.
     """
     try:
         spec = importlib.util.find_spec("llama._kernels")
@@ -88,11 +89,12 @@ threads = torch.get_num_threads
 
 
 def call(name: str, *args: Tensor | float | None) -> None:
-    """Call a function of the library with tensors as bare addresses: types and strides are the
-    caller's to check.
+    """Call a function of the library. Tensors are passed as bare addresses.
+
+    The caller checks their types and strides.
     """
     found = library()
-    assert found is not None, "ask whether they are available()"
+    assert found is not None, "check available() first"
     plain = [a.data_ptr() if isinstance(a, Tensor) else a for a in args]
     if compat.profiler._is_profiler_enabled:
         with torch.profiler.record_function(f"llama::{name}"):
@@ -125,12 +127,12 @@ def _multiply(x: Tensor, q: Tensor, scales: Tensor, mins: Tensor | None, rows: i
 
 def _form(q: Tensor, scales: Tensor) -> tuple[int, int]:
     """Bits of a weight, and whether its scales are float32."""
-    # a group has a line for each of 16 pairs of inputs, or for two
+    # A group has 16 lines of one pair of inputs in 8 bits, 8 lines of two pairs in 4 bits.
     bits = 8 if q.shape[2] == GROUP // 2 else 4
     return bits, int(scales.dtype == torch.float32)
 
 
-# The compiler cannot see into a call of C; an operation it calls as it is.
+# The compiler cannot trace a call of C, but it calls a custom operation as it is.
 _multiply_op = torch.library.custom_op("llama::multiply", _multiply, mutates_args=())
 
 
@@ -140,8 +142,9 @@ def _(x: Tensor, q: Tensor, scales: Tensor, mins: Tensor | None, rows: int) -> T
 
 
 def multiply(x: Tensor, q: Tensor, scales: Tensor, mins: Tensor | None, rows: int) -> Tensor:
-    """(..., rows) float32, for x (..., in_features) and a weight of 8 or 4 bits in panels (see
-    `Grouped`).
+    """x Wᵀ, (..., rows) float32, for x (..., in_features) and W in panels of 8 or 4 bits.
+
+    quantized.c describes the panels.
     """
     run = _multiply_op if torch.compiler.is_compiling() else _multiply
     y: Tensor = run(x, q, scales, mins, rows)
@@ -149,10 +152,9 @@ def multiply(x: Tensor, q: Tensor, scales: Tensor, mins: Tensor | None, rows: in
 
 
 def multiply_bfloat16(x: Tensor, weight: Tensor) -> Tensor:
-    """(..., rows) float32, for x (..., columns) and a bfloat16 weight (rows, columns), whose rows
-    may be apart.
+    """x Wᵀ, (..., rows) float32, for x (..., columns) and W (rows, columns) in bfloat16.
 
-    Only for processors with AVX512-BF16.
+    W's rows need not be adjacent. Only for processors with AVX512-BF16.
     """
     x = x.float().contiguous()
     rows, columns = weight.shape
@@ -164,7 +166,7 @@ def multiply_bfloat16(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def expand(q: Tensor, scales: Tensor, mins: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The rows of panels: (16 × panels, 32 × groups) in bfloat16 or float32."""
+    """The dequantized rows of panels, (16 × panels, 32 × groups) in bfloat16 or float32."""
     weight = torch.empty(len(q) * PANEL, q.shape[1] * GROUP, dtype=dtype)
     rows, columns = weight.shape
     call(
@@ -183,9 +185,9 @@ def expand(q: Tensor, scales: Tensor, mins: Tensor | None, dtype: torch.dtype) -
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether there is a product with bfloat16 weights here.
+    """Whether `multiply_bfloat16` is available.
 
-    bf16.c is for x86 processors with AVX512-BF16, and for compilers that know its instructions.
+    bf16.c needs an x86 processor with AVX512-BF16 and a compiler that supports its instructions.
     """
     if not compat.has_bfloat16_products() or not available():
         return False
@@ -193,10 +195,10 @@ def multiplies_bfloat16() -> bool:
 
 
 def fits(*tensors: Tensor) -> bool:
-    """Whether kernels take these: float32 on a CPU, in inference mode, not traced or compiled.
+    """Whether kernels accept these: float32 on a CPU, in inference mode, not traced or compiled.
 
-    Elsewhere PyTorch's own operations compute, which gradients, transforms, tracers and compilers
-    know.
+    Otherwise PyTorch's own operations run, which support gradients, transforms, tracing and
+    compilation.
     """
     if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled() or library() is None:
         return False
@@ -207,7 +209,7 @@ def fits(*tensors: Tensor) -> bool:
 
 
 def fits_bfloat16(x: Tensor, weight: Tensor) -> bool:
-    """Whether `multiply_bfloat16` takes these."""
+    """Whether `multiply_bfloat16` accepts these."""
     if weight.dtype is not torch.bfloat16 or not weight.is_cpu or not fits(x):
         return False
     return multiplies_bfloat16() and weight.stride(1) == 1 and type(weight) in PLAIN

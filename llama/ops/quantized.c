@@ -1,14 +1,23 @@
-/* Products of few rows of activations with weights in 4 or 8 bits: y (m, out) = x (m, in) times w (out, in).
+/* Products of few rows of activations with 4-bit or 8-bit weights: y (m, out) = x (m, in) times
+   w (out, in).
 
-   A decoding step reads every weight once and does little with it, so a kernel's whole art is to keep up with memory.
-   Weights lie in panels of 16 rows, and a panel in groups of 32 inputs, each with a scale and a minimum for every row:
-   w = q scale + min; without mins, they are 0 in 8 bits and -8 scale in 4. A group is made of lines of 32 bytes: a pair of
-   neighbouring inputs of row 0, of row 1, and so on; in 4 bits the pair 16 inputs on lies in the higher halves of the
-   same bytes. So a vector's lanes are rows, integers of a group add up where they are, and only once in a group become
-   floats and meet their scales. Activations are rounded to 16-bit integers with a scale for every 32 of them: no
-   outlier costs its neighbours their precision, and one instruction multiplies and adds pairs of integers. The file
-   includes itself once for every kind of processor; the best that this one has is chosen when it is loaded. Work is
-   divided over PyTorch's own threads: its OpenMP library is the one that is loaded already. */
+   A decode step reads every weight once and computes little with it, so a kernel has to run at the
+   speed of memory.
+
+   Layout. Weights are stored in panels of 16 rows, and a panel in groups of 32 inputs, with a scale
+   and a minimum for every row: w = q × scale + min. Without mins, min is 0 in 8 bits and -8 × scale
+   in 4 bits. A group consists of lines of 32 bytes: a pair of adjacent inputs of row 0, of row 1, and
+   so on. In 4 bits, the high halves of the same bytes hold the pair 16 inputs further on.
+
+   The lanes of a vector are therefore rows. The integer products of a group are summed in their
+   lanes, and converted to float and scaled once per group.
+
+   Activations are rounded to 16-bit integers with a scale for every 32 of them. An outlier costs
+   precision only within its 32, and one instruction multiplies and adds pairs of integers.
+
+   The file includes itself once for every kind of processor. The best kind that this processor
+   supports is chosen when the library is loaded. Work is divided over PyTorch's own threads, because
+   PyTorch's OpenMP library is already loaded. */
 
 #ifndef KIND
 #include <stdint.h>
@@ -16,10 +25,10 @@
 
 #define GROUP 32 /* inputs that share a scale */
 #define PAIRS (GROUP / 2)
-#define PANEL 16 /* rows whose weights lie together */
-#define LINE 32  /* bytes that hold a pair of inputs, or in 4 bits two pairs, of a panel's rows */
-#define SWEEP 8  /* rows of activations that one reading of the weights serves */
-#define AHEAD 2048 /* bytes: weights are asked for so long before they are used */
+#define PANEL 16 /* rows whose weights are stored together */
+#define LINE 32  /* bytes: one pair of inputs of each row of a panel, or two pairs in 4 bits */
+#define SWEEP 8  /* rows of activations for which the weights are read once */
+#define AHEAD 2048 /* bytes: how far ahead of their use weights are prefetched */
 #define INLINE static inline __attribute__((always_inline)) TARGET
 #define JOIN_(a, b) a##_##b
 #define JOIN(a, b) JOIN_(a, b)
@@ -27,15 +36,15 @@
 
 typedef struct {
     int bits, wide;            /* 4 or 8; whether scales and mins are float32 */
-    const uint8_t *w;          /* (panels, groups, lines, LINE), 16 lines or in 4 bits 8 */
+    const uint8_t *w;          /* (panels, groups, lines, LINE): 16 lines in 8 bits, 8 in 4 bits */
     const void *scales, *mins; /* (panels, groups, PANEL), float16 or float32 */
     int64_t in, out, groups;
 } weights;
 
-/* Rows of one sweep stand beside each other: those that are a power of two apart would share a cache set. */
+/* Each group holds all rows of a sweep, because rows a power of two apart would share a cache set. */
 typedef struct {
-    const int32_t *q;           /* (groups, m, PAIRS), x / scale: two of 16 bits each */
-    const float *scales, *sums; /* (groups, m): of a group of x, its scale and the sum of q × scale */
+    const int32_t *q;           /* (groups, m, PAIRS): x / scale, two 16-bit integers in each */
+    const float *scales, *sums; /* (groups, m): the scale of each group of x, and its sum of q × scale */
 } rounded;
 
 static inline float float_of(uint32_t bits) { float f; memcpy(&f, &bits, 4); return f; }
@@ -49,8 +58,8 @@ static inline float factor(const weights *h, const void *p, int64_t at) {
     return h->wide ? ((const float *)p)[at] : from_half(((const uint16_t *)p)[at]);
 }
 
-/* Vectors of GCC and Clang: plain operators, for whatever instructions the kind of processor has. Only a product of
-   pairs of integers, and float16, are better said in the processor's own words. */
+/* Vectors of GCC and Clang. Plain operators compile to the instructions of each kind of processor.
+   Only products of pairs of integers and float16 conversions use intrinsics. */
 #define VECTOR(bytes) __attribute__((vector_size(bytes)))
 #define VECTORS(kind, lanes) \
     typedef int8_t kind##_int8 VECTOR(2 * lanes); typedef uint8_t kind##_bytes VECTOR(2 * lanes); \
@@ -62,7 +71,7 @@ static inline float factor(const weights *h, const void *p, int64_t at) {
 #define LANES 4
 VECTORS(plain, 4);
 INLINE plain_sums plain_dot(plain_sums sums, plain_ints a, int32_t x) {
-    const plain_sums pairs = (plain_sums)a; /* in memory's order the first of a pair is the lower half */
+    const plain_sums pairs = (plain_sums)a; /* little-endian: the first of a pair is the lower half */
     return sums + (pairs << 16 >> 16) * (x << 16 >> 16) + (pairs >> 16) * (x >> 16);
 }
 INLINE plain_floats plain_halves(const uint16_t *p) {
@@ -95,7 +104,7 @@ static void (*panels)(const weights *, rounded, float *, int64_t, int64_t) = pla
 static void (*round_group)(const float *, int64_t, int32_t *, float *, float *) = plain_round;
 static void (*expand_panel)(const weights *, int64_t, int, void *) = plain_expand;
 #define CHOOSE(kind) panels = kind##_panels, round_group = kind##_round, expand_panel = kind##_expand
-int choose(int level) { /* 0: plain, 1: AVX2, 2: AVX512 with VNNI; or what the processor has. Returns it. */
+int choose(int level) { /* At most this level: 0 plain, 1 AVX2, 2 AVX512 with VNNI. Returns the level chosen. */
     CHOOSE(plain);
 #if defined(__x86_64__)
 #define HAS(what) __builtin_cpu_supports(what)
@@ -113,7 +122,7 @@ void multiply(int bits, int wide, const void *w, const void *scales, const void 
               float *y, int64_t m, int64_t in, int64_t out, int threads) {
     const weights h = {bits, wide, w, scales, mins, in, out, (in + GROUP - 1) / GROUP};
     const int64_t all = m * h.groups;
-    float *xs = scratch; /* scales, sums, and PAIRS integers of each group */
+    float *xs = scratch; /* all scales, all sums, then PAIRS integers per group */
     int32_t *q = (int32_t *)(xs + 2 * all);
     for (int64_t i = 0; i < m; i++)
         for (int64_t g = 0; g < h.groups; g++) {
@@ -126,7 +135,8 @@ void multiply(int bits, int wide, const void *w, const void *scales, const void 
         panels(&h, (rounded){q, xs, xs + all}, y, m, panel);
 }
 
-/* the rows of all panels, as bfloat16 if `half`, else as float32: (out, in), multiples of PANEL and GROUP */
+/* The dequantized rows of all panels, (out, in), multiples of PANEL and GROUP. They are bfloat16 if
+   `half`, else float32. */
 void expand(int bits, int wide, const void *w, const void *scales, const void *mins, int64_t in, int64_t out, int half,
             void *to, int threads) {
     const weights h = {bits, wide, w, scales, mins, in, out, in / GROUP};
@@ -137,18 +147,19 @@ void expand(int bits, int wide, const void *w, const void *scales, const void *m
 
 #else /* for each kind of processor */
 
-/* Each 32 activations -> integers up to 32767 and their scale; NaN and what is infinite make the scale NaN. */
+/* Rounds a group of activations to integers up to 32767 and their scale. NaN and infinity make the
+   scale NaN. */
 TARGET static void OWN(round)(const float *x, int64_t n, int32_t *pairs, float *scale, float *sum_of) {
     float part[GROUP] = {0};
     int16_t q[GROUP];
-    if (n >= GROUP) memcpy(part, x, sizeof part); /* of a length that is known, it is no call */
+    if (n >= GROUP) memcpy(part, x, sizeof part); /* a constant length, so no call */
     else memcpy(part, x, n * sizeof(float));
-    uint32_t largest = 0, bits; /* of bits: floats without their signs are ordered as integers are */
+    uint32_t largest = 0, bits; /* as bits: floats without signs are ordered like integers */
     for (int i = 0; i < GROUP; i++) largest = (bits = bits_of(part[i]) & 0x7fffffff) > largest ? bits : largest;
     const float top = float_of(largest), one = top > 1e-30f ? 32767 / top : 0;
     int32_t sum = 0;
     for (int i = 0; i < GROUP; i++) {
-        /* 1.5 × 2^23: what is added to it loses its fraction, rounded to the nearest even integer */
+        /* Adding 1.5 × 2^23 rounds to the nearest integer, ties to even. */
         q[i] = (int16_t)(int32_t)(bits_of(part[i] * one + 12582912.0f) - 0x4b400000);
         sum += q[i];
     }
@@ -163,7 +174,7 @@ INLINE OWN(floats) OWN(factors)(const weights *h, const void *p, int64_t at) {
     return h->wide ? wide : OWN(halves)((const uint16_t *)p + at);
 }
 
-/* m rows of activations times one panel. The weights' integers stay in registers for all of them. */
+/* m rows of activations times one panel. The weights stay in registers for all of them. */
 INLINE void OWN(sweep)(const int bits, const weights *h, rounded r, float *y, int64_t panel, const int m) {
     const int lines = 2 * bits, parts = PANEL / LANES;
     const uint8_t *w = h->w + panel * h->groups * lines * LINE;
@@ -218,7 +229,7 @@ TARGET static void OWN(panels)(const weights *h, rounded r, float *y, int64_t m,
     }
 }
 
-/* A panel's rows as they were before they were laid into lines. */
+/* A panel's dequantized rows, in their original order. */
 INLINE void OWN(rows)(const int bits, const weights *h, int64_t panel, int half, void *to) {
     const int64_t lines = 2 * bits, in = h->groups * GROUP;
     for (int64_t g = 0; g < h->groups; g++) {

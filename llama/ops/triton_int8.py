@@ -1,5 +1,6 @@
-"""int8 weights times few rows on a GPU, in Triton: each weight is read once for 16 rows, as it
-lies.
+"""Products of few rows with int8 weights on a GPU, in Triton.
+
+Each weight is read once for 16 rows, without being rearranged.
 """
 
 from __future__ import annotations
@@ -9,15 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# What one program multiplies: 16 is the least that matrix units take, and bytes enough are on their
-# way at once.
+# The block that one program multiplies. 16 is the smallest size that matrix units take, and 256
+# inputs keep enough bytes in flight.
 ROWS = 16
 OUTPUTS = 16
 INPUTS = 256
 
 
 @triton.jit
-def _multiply(  # type: ignore[no-untyped-def]  # Triton would look for what annotations name
+def _multiply(  # type: ignore[no-untyped-def]  # Triton would try to resolve annotations
     x,
     q,
     scales,
@@ -49,11 +50,10 @@ def _multiply(  # type: ignore[no-untyped-def]  # Triton would look for what ann
 
 
 def multiply(x: Tensor, q: Tensor, scales: Tensor) -> Tensor:
-    """x (n, in_features) times (q × scales)ᵀ, for q (out_features, in_features) and scales
-    (out_features,).
+    """x (q × scales)ᵀ, (n, out_features), in x's type.
 
-    The result has x's type. Sums are float32, scaled at the end, and a row's do not depend on how
-    many rows there are.
+    x: (n, in_features); q: (out_features, in_features); scales: (out_features,). Sums are float32
+    and scaled at the end. A row's sums do not depend on the number of rows.
     """
     y = x.new_empty(len(x), len(q))
     grid = (triton.cdiv(len(q), OUTPUTS), triton.cdiv(len(x), ROWS))

@@ -1,8 +1,8 @@
 """Formats of a linear layer's weight: a parameter, or packed in 16, 8 or 4 bits.
 
-Each class is a packed weight: made from one rank's (out_features, in_features), it multiplies (...,
-in_features) activations and gives back, dequantised, the weight that it multiplies by. Activations
-keep 16 bits: 8 are too few for Llama's outlier channels.
+A PackedWeight is made from one rank's weight, (out_features, in_features). It multiplies
+activations (..., in_features), and `dequantize` returns the weight that it multiplies by.
+Activations keep 16 bits: 8 are too few for Llama's outlier channels.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from .groups import QUANTISED_ROWS, Groups, quantize
 
 logger = logging.getLogger(__name__)
 
-# The types that a model computes in, by the names that options give them.
+# The types that a model can compute in, by their names in options.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Rows of quantised weights that are expanded at a time: temporaries stay in the processor's cache.
+# Rows of quantized weights expanded at a time, so that temporaries fit into the processor's cache.
 BLOCK_ROWS = 512
 
-# Tokens that a decode step in 16 bits computes in addition at little cost: it is bound by reading
-# the weights.
+# Additional tokens that a 16-bit decode step computes at little cost, because it is limited by
+# reading the weights.
 SPARE_TOKENS = 3
 
 
@@ -42,7 +42,7 @@ def expand_dtype() -> torch.dtype:
 
 
 class PackedWeight(nn.Module):
-    """A packed weight. It moves between devices with its model, and keeps its own types."""
+    """A packed weight. It moves between devices with its model, but keeps its own types."""
 
     def dequantize(self) -> Tensor:
         """The weight, (out_features, in_features)."""
@@ -74,7 +74,7 @@ class Rows(nn.Module):
 
 
 class Opaque(PackedWeight):
-    """A weight in a form that PyTorch neither copies nor pickles: a copy packs it again."""
+    """A weight in a form that PyTorch cannot copy or pickle: copying packs it again."""
 
     packed: Any
 
@@ -86,7 +86,7 @@ class Opaque(PackedWeight):
 class PackedBFloat16(Opaque):
     """bfloat16 in oneDNN's blocks.
 
-    x is rounded to bfloat16 and so is the product; sums are float32.
+    x and the product are rounded to bfloat16; sums are float32.
     """
 
     def __init__(self, weight: Tensor):
@@ -103,9 +103,9 @@ class PackedBFloat16(Opaque):
 
 @transparent
 class PackedFloat16(Opaque):
-    """float16 in FBGEMM's panels, float32 in and out.
+    """float16 in FBGEMM's panels, with float32 inputs and outputs.
 
-    Its speed is limited by memory for one row, by arithmetic for many.
+    Its speed is limited by memory for one row, and by arithmetic for many.
     """
 
     def __init__(self, weight: Tensor):
@@ -129,20 +129,20 @@ class Grouped(PackedWeight):
     """
 
     def __init__(self, groups: Groups, columns: int | None = None, order: Tensor | None = None):
-        """`columns` is the number of inputs, where the last group was filled up.
+        """`columns` is the number of inputs, if the last group was padded.
 
-        `order`: input order[i] is the groups' i-th.
+        Input `order[i]` of the layer is input i of the groups.
         """
         super().__init__()
         self.order = None if order is None else nn.Buffer(order, persistent=False)
         self.bits = groups.bits
         self.rows = len(groups.q)
         self.columns = columns or groups.q.shape[1] * GROUP
-        # Neighbouring inputs make a pair, and the pairs of a panel's rows a line: (panels, groups,
+        # Adjacent inputs form a pair, and the pairs of a panel's rows form a line: (panels, groups,
         # lines, 16 pairs).
         pairs = in_panels(groups.q.view(torch.int16)).permute(0, 2, 3, 1).contiguous()
         self.q = nn.Buffer(pairs.view(groups.q.dtype), persistent=False)
-        # scales and minimums are (panels, groups, 16)
+        # Scales and minimums are (panels, groups, 16).
         self.scales = nn.Buffer(in_panels(groups.scales).mT.contiguous(), persistent=False)
         mins = groups.mins
         if mins is not None:
@@ -161,7 +161,7 @@ class Grouped(PackedWeight):
         return y[..., : self.rows].to(x.dtype)
 
     def _expand(self, first: int, dtype: torch.dtype) -> Tensor:
-        """(BLOCK_ROWS, in_features) of the weight, from panel `first` on."""
+        """Dequantized rows (BLOCK_ROWS, in_features) of the weight, from panel `first` on."""
         last = first + BLOCK_ROWS // PANEL
         q = self.q[first:last]
         scales = self.scales[first:last]
@@ -188,7 +188,7 @@ class Grouped(PackedWeight):
 
 
 def in_panels(rows: Tensor) -> Tensor:
-    """(panels, 16, ...) for (rows, ...), the last panel filled up with zeros."""
+    """Reshape (rows, ...) to (panels, 16, ...), with the last panel padded with zeros."""
     missing = -len(rows) % PANEL
     if missing:
         rows = torch.cat((rows, rows.new_zeros(missing, *rows.shape[1:])))
@@ -197,17 +197,17 @@ def in_panels(rows: Tensor) -> Tensor:
 
 @functools.cache
 def few_rows_on_gpu(dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    """This library's kernel of int8 weights on a GPU, for inputs of this type.
+    """This library's GPU kernel for int8 weights and inputs of this type.
 
-    None where it does not run; a warning says why. PyTorch's own operation is not used: on an H200
-    it made a step of one row 5.6 times as long as in 16 bits, and one of 16 rows 18 times.
+    Returns None and logs a warning if it does not run. PyTorch's own operation is not used: on an
+    H200, a step of one row took 5.6 times as long as in 16 bits, and one of 16 rows 18 times.
     """
     try:
         from ..ops.triton_int8 import multiply
 
         one = torch.ones(1, 32, device="cuda")
         multiply(one.to(dtype), one.to(torch.int8), one[0, :1].bfloat16())
-    # No Triton, as on Windows; no compiler for the code that starts its kernels; a GPU too small.
+    # No Triton, as on Windows; no compiler for the code that launches kernels; too small a GPU.
     except Exception as error:
         logger.warning("int8 expands its weights at every step: %s", error)
         return None
@@ -218,7 +218,7 @@ def few_rows_on_gpu(dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Te
 class Int8(PackedWeight):
     """8 bits without this library's CPU kernels: weight ≈ q × scale, one scale per output row.
 
-    q is in [-127, 127], |error| <= scale / 2, scale = max |row| / 127. Scales are rounded to
+    q is in [-127, 127], |error| <= scale / 2, scale = max |row| / 126.5. Scales are rounded to
     bfloat16, the kernel's type, before q is computed, so that this rounding adds no error.
     """
 
@@ -231,8 +231,8 @@ class Int8(PackedWeight):
         blocks = (t.split(QUANTISED_ROWS) for t in (weight, self.q, self.scales))
         for rows, q, scales in zip(*blocks, strict=True):
             rows = rows.float()
-            # 126.5: bfloat16 may round a scale down by a 512th, and the largest value must still
-            # not exceed 127.
+            # Not 127: rounding to bfloat16 can reduce a scale by 1/512, and q must still not exceed
+            # 127.
             scales.copy_(rows.abs().amax(dim=1).clamp(min=1e-30) / 126.5)
             q.copy_((rows / scales.float()[:, None]).round_().clamp_(-127, 127))
 
@@ -242,7 +242,7 @@ class Int8(PackedWeight):
             if one and (multiply := few_rows_on_gpu(x.dtype)):
                 return multiply(x.flatten(0, -2), self.q, self.scales).unflatten(0, x.shape[:-1])
             return self.expanded(x)
-        if x.shape[-2] < expand_tokens() and x.shape[-1] % 16 == 0:  # else it reads beyond a row
+        if x.shape[-2] < expand_tokens() and x.shape[-1] % 16 == 0:  # else it reads past a row
             y = compat.multiply_int8(x.flatten(0, -2).bfloat16(), self.q, self.scales)
             return y.to(x.dtype).unflatten(0, x.shape[:-1])
         near = x.to(expand_dtype())
@@ -250,7 +250,7 @@ class Int8(PackedWeight):
         return y.to(x.dtype) * self.scales.to(x.dtype)
 
     def expanded(self, x: Tensor) -> Tensor:
-        """The product with the scaled weight: sums of unscaled integers may overflow float16."""
+        """The product with the scaled weight: sums of unscaled integers can overflow float16."""
         return F.linear(x, self.q.to(x.dtype) * self.scales.to(x.dtype)[:, None])
 
     def dequantize(self) -> Tensor:
@@ -269,9 +269,9 @@ def check_groups(weight: Tensor) -> None:
 class Int4(PackedWeight):
     """4 bits without this library's CPU kernels: weight ≈ (q - 8) × scale + zero, q in [0, 15].
 
-    A scale and a zero for every `group_size` inputs of a row; |error| <= scale / 2. The kernel
-    takes both in bfloat16, which is coarse for a group of weights that are nearly the same: the
-    scale is as large as the rounded zero needs.
+    Every `group_size` inputs of a row share a scale and a zero; |error| <= scale / 2. The kernel
+    takes both in bfloat16, which is coarse for a group of nearly equal weights. The scale is
+    therefore computed from the rounded zero, and is large enough to cover the group.
     """
 
     def __init__(self, weight: Tensor, group_size: int = GROUP):
@@ -279,27 +279,27 @@ class Int4(PackedWeight):
         check_groups(weight)
         self.group_size = group_size
         self.rows, self.in_features = weight.shape
-        padded = F.pad(weight, (0, 0, 0, -self.rows % 16))  # the kernels' tiles
+        padded = F.pad(weight, (0, 0, 0, -self.rows % 16))  # to the kernels' tiles
         blocks = map(self._quantise, padded.split(QUANTISED_ROWS))
         packed, scales_and_zeros = zip(*blocks, strict=True)
         self.q = nn.Buffer(torch.cat(packed), persistent=False)
         self.scales_and_zeros = nn.Buffer(torch.cat(scales_and_zeros, dim=1), persistent=False)
 
     def _quantise(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows in the kernel's layout: q in tiles, then scales and zeros.
+        """Rows in the kernel's layout: q in tiles, and scales and zeros.
 
-        The latter are (in_features / group_size, rows, 2).
+        Scales and zeros are one tensor, (in_features / group_size, rows, 2).
         """
-        # (rows, in_features / group_size, group_size)
+        # Shape: (rows, in_features / group_size, group_size).
         groups = weight.float().unflatten(1, (-1, self.group_size))
         low, high = groups.aminmax(dim=2)
         zeros = (low + 8 * (high - low) / 15).bfloat16()
         scales = torch.maximum((zeros.float() - low) / 8, (high - zeros.float()) / 7)
         scales = scales.clamp(min=1e-30)
-        scales = (scales * (1 + 2**-8)).bfloat16()  # rounded, it is not smaller
+        scales = (scales * (1 + 2**-8)).bfloat16()  # rounding does not reduce it
         q = (groups - zeros.float()[..., None]) / scales.float()[..., None]
         q = q.round_().add_(8).clamp_(0, 15)
-        # tiles of 16 inputs that are packed together
+        # How many tiles of 16 inputs are packed together.
         tiles = next((n for n in (8, 4, 2) if self.in_features % (16 * n) == 0), 1)
         packed = compat.pack_int4(q.flatten(1).to(torch.int32), tiles)
         return packed, torch.stack((scales, zeros), dim=-1).transpose(0, 1)
@@ -310,7 +310,7 @@ class Int4(PackedWeight):
         return y[:, : self.rows].to(x.dtype).unflatten(0, x.shape[:-1])
 
     def dequantize(self) -> Tensor:
-        # Each kernel has its own layout of q: the kernel itself expands it, some columns at a time.
+        # Each kernel has its own layout of q, so the kernel itself expands it, by columns.
         eye = torch.eye(self.in_features, device=self.q.device)
         return torch.cat([self(columns) for columns in eye.split(QUANTISED_ROWS)]).T.contiguous()
 
@@ -318,29 +318,29 @@ class Int4(PackedWeight):
 class WeightFormat(NamedTuple):
     """A format of linear weights.
 
-    `pack` makes a PackedWeight; None, or a `pack` that returns None, leaves the weight a parameter.
+    `pack` makes a PackedWeight. If it is None or returns None, the weight stays a parameter.
     """
 
     bytes_per_weight: float
     pack: Callable[[Tensor], nn.Module | None] | None = None
-    dtype: torch.dtype | None = None  # of the parameter; None: the model's
-    # so many tokens beside a row's next one take little longer than that alone
+    dtype: torch.dtype | None = None  # of the parameter; None for the model's
+    # Computing this many more tokens with a row's next one takes little longer.
     draft_tokens: int = 0
-    # so many tokens of a prompt take some three times as long as one; 0: not measured
+    # This many prompt tokens take about three times as long as one token. 0: not measured.
     chunk_tokens: int = 0
 
 
 class Formats(NamedTuple):
     """The format of each linear weight of a model."""
 
-    wide: WeightFormat  # of weights that the file has in 16 bits or more
-    coarse: WeightFormat  # of weights that it has in fewer bits and that no format keeps exactly
+    wide: WeightFormat  # of weights stored in 16 bits or more
+    coarse: WeightFormat  # of weights stored in fewer bits that no format keeps exactly
     kept_bits: tuple[int, ...] = ()  # bits of weights that keep the file's own groups
 
     def of(self, stored: Any, adapted: bool) -> WeightFormat | None:
-        """The format of one weight, as a file has it; None: in the file's own groups.
+        """The format for a stored weight; None if it keeps the file's own groups.
 
-        `adapted`: whether an adapter is merged into the weights.
+        `adapted` is True if an adapter is merged into the weights.
         """
         if adapted or not hasattr(stored, "kind"):
             return self.wide
@@ -350,7 +350,7 @@ class Formats(NamedTuple):
 
     @property
     def in_place(self) -> torch.dtype | None:
-        """The type of weights that stay where the file's pages are mapped."""
+        """The type of weights that are used in place, in the file's mapped pages."""
         return self.wide.dtype
 
 
@@ -368,7 +368,7 @@ def pack_int4(weight: Tensor) -> nn.Module:
 
 
 def pack_float16(weight: Tensor) -> nn.Module | None:
-    """Packed float16; None for a weight with values beyond float16's range, which is kept."""
+    """Packed float16; None if values exceed its range and the weight must stay a parameter."""
     low, high = torch.aminmax(weight)
     if max(-low, high) <= torch.finfo(torch.float16).max:
         return PackedFloat16(weight)
@@ -385,10 +385,10 @@ def select_dtype(
 ) -> torch.dtype:
     """The type to compute in; `stored` is the checkpoint's.
 
-    "auto" is the checkpoint's own 16-bit type on a GPU, and float32 on a CPU: there 16-bit products
-    of many rows are several times slower, unless it has instructions for them.
+    "auto" is the checkpoint's own 16-bit type on a GPU (bfloat16 if it has none) and float32 on a
+    CPU, where 16-bit products of many rows are several times slower without special instructions.
 
-    Raises ValueError for any but float32, bfloat16 and float16, by name or as PyTorch's.
+    Raises ValueError unless `dtype` is float32, bfloat16 or float16, by name or as a torch.dtype.
     """
     if isinstance(dtype, str) and dtype == "auto":
         if device.type == "cpu":
@@ -409,11 +409,13 @@ def select_formats(
     compile: bool = False,
     stored_bits: int | None = None,
 ) -> Formats | None:
-    """The formats of linear weights; None: parameters of the model's type.
+    """The formats of linear weights; None for parameters of the model's type.
 
-    `stored_bits` are those of a file with fewer than 16. By default its weights keep the file's own
-    bits; those that no format keeps exactly become 8 bits. With `compile`, weights of 16 bits are
-    not packed: the compiler cannot optimise the operations of packed ones.
+    `stored_bits` is the bit width of a quantized file, else None. By default, weights keep the bits
+    of such a file; weights that no format keeps exactly become 8 bits. With `compile`, 16-bit
+    weights are not packed, because the compiler cannot optimize operations on packed weights.
+
+    Raises ValueError unless `quantize` is None, "int8" or "int4".
     """
     if quantize is not None:
         if quantize not in QUANTIZED:
@@ -434,13 +436,15 @@ def select_formats(
 
 
 def fastest_16_bits() -> WeightFormat | None:
-    """The format that was measured to be the fastest on such a CPU (benchmarks/README.md), or None.
+    """The fastest 16-bit format for this CPU, as measured (benchmarks/README.md), or None.
 
-    With bfloat16 instructions, bfloat16 parameters where the file has them: one row takes 0.7 times
-    as long as with packed bfloat16, 4 rows 0.8, 16 rows 0.9 and a prompt 1.05 times, and nothing is
-    copied. Where this library's kernel was not built, packed bfloat16: PyTorch's own product in
-    place reads at 0.6 times the speed. Without such instructions, packed float16: it is several
-    times faster than bfloat16, which is converted value by value.
+    With bfloat16 instructions: bfloat16 parameters, used in place if the file has that type.
+    Compared with packed bfloat16, one row takes 0.7 times as long, 4 rows 0.8, 16 rows 0.9 and a
+    prompt 1.05 times, and nothing is copied. If this library's kernel was not built: packed
+    bfloat16, because PyTorch's own product in place reads at 0.6 times the speed.
+
+    Without bfloat16 instructions: packed float16. It is several times faster than bfloat16, which
+    is then converted value by value.
     """
     if compat.has_bfloat16_products() and torch.backends.mkldnn.is_available():
         if kernels.multiplies_bfloat16():

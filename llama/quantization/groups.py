@@ -1,6 +1,7 @@
-"""Weights of 8 or 4 bits with a scale, and maybe a minimum, for every 32 inputs of a row.
+"""Quantization groups: 32 inputs of a row, in 8 or 4 bits, with a scale and an optional minimum.
 
-They are rounded here, or read from files by the checkpoints package. formats.py packs them.
+Weights are quantized here, or read from quantized files by the checkpoints package. formats.py
+packs them.
 """
 
 from __future__ import annotations
@@ -14,35 +15,38 @@ from torch import Tensor
 
 from ..ops import GROUP
 
-# Weights are quantised so many rows at a time: temporaries are small beside a matrix.
+# Rows of a weight that are quantized at a time, so that temporaries are small.
 QUANTISED_ROWS = 128
 
 
 class Groups(NamedTuple):
     """weight = q × scale + minimum.
 
-    Without `mins`, minimums are 0 in 8 bits and -8 × scale in 4 bits, where q is in [0, 15].
+    Without `mins`, minimums are 0 in 8 bits and -8 × scale in 4 bits. In 4 bits, q is in [0, 15].
     """
 
-    # (rows, groups, 32) int8; in 4 bits (rows, groups, 16) uint8: inputs j and, in the higher half,
-    # 16 + j
+    # In 8 bits (rows, groups, 32) int8. In 4 bits (rows, groups, 16) uint8: byte j holds input j
+    # and, in its high half, input 16 + j.
     q: Tensor
     scales: Tensor  # (rows, groups), float16 or float32
-    mins: Tensor | None  # the same
+    mins: Tensor | None  # of the same shape and type as `scales`
 
     @property
     def bits(self) -> int:
         return 8 if self.q.dtype == torch.int8 else 4
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Groups:
-        """Groups of what the function makes of each tensor."""
+        """Groups with the function applied to each tensor."""
         mins = self.mins
         if mins is not None:
             mins = function(mins)
         return Groups(function(self.q), function(self.scales), mins)
 
     def dequantize(self) -> Tensor:
-        """(rows, inputs) float32, each value rounded once at most: q × scale is exact."""
+        """The weight, (rows, inputs) float32.
+
+        With float16 scales, q × scale is exact, so that each value is rounded at most once.
+        """
         q = self.q
         mins = self.mins
         if self.bits == 4:
@@ -56,7 +60,7 @@ class Groups(NamedTuple):
 
 
 def concatenate(parts: Sequence[Groups]) -> Groups:
-    """The rows of all parts, which are of one kind."""
+    """The rows of all parts, which must have the same bits, and all or none of them minimums."""
     if len(parts) == 1:
         return parts[0]
     q = torch.cat([part.q for part in parts])
@@ -66,10 +70,10 @@ def concatenate(parts: Sequence[Groups]) -> Groups:
 
 
 def quantize(weight: Tensor, bits: int) -> Groups:
-    """The groups nearest to a weight (rows, inputs); the last of a row is filled up with zeros.
+    """The groups nearest to a weight (rows, inputs). The last group of a row is padded with zeros.
 
-    Off by at most half a scale: scales and, in 4 bits, minimums are rounded to float16 before q is
-    computed.
+    Errors are at most half a scale, because scales and, in 4 bits, minimums are rounded to float16
+    before q is computed.
     """
     return concatenate([_quantize(rows, bits) for rows in weight.split(QUANTISED_ROWS)])
 
@@ -89,7 +93,7 @@ def _quantize(weight: Tensor, bits: int) -> Groups:
 
 
 def float16_towards(x: Tensor, bound: float) -> Tensor:
-    """x in float16's values, rounded towards `bound`, which is infinity or its negative."""
+    """x rounded to float16 values towards `bound`, inf or -inf, and returned as float32."""
     near = x.half()
     short = near < x if bound > 0 else near > x
     return torch.where(short, near.nextafter(torch.full_like(near, bound)), near).float()

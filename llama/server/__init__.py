@@ -1,1 +1,1 @@
-"""HTTP: OpenAI's API and a chat page. Its modules import the packages of the extra `serve`."""
+"""HTTP: OpenAI's API and a chat page. Its modules need the packages of the extra `serve`."""

@@ -36,14 +36,14 @@ logger = logging.getLogger(__name__)
 
 HOST = re.compile(r"(\[[^]]*\]|[^:]*)(:\d*)?")  # a Host header's name and port
 
-MAX_BODY = 8 * 2**20  # bytes; the text of a hundred thousand tokens is half a megabyte
-BODY_SECONDS = 30  # for the body of a request
-SILENT_SECONDS = 10  # after which a stream sends a comment, so that no proxy closes it
+MAX_BODY = 8 * 2**20  # bytes; 100,000 tokens of text are about half a megabyte
+BODY_SECONDS = 30  # time limit for receiving the body of a request
+SILENT_SECONDS = 10  # a stream silent for this long sends a comment, so that no proxy closes it
 
 NO_STORE = {"Cache-Control": "no-store"}
 NO_SNIFF = {"X-Content-Type-Options": "nosniff"}
 
-# The page may load its own style and script, ask its own server, and nothing else.
+# The page may load its own style and script and call its own server, and nothing else.
 POLICY = (
     "default-src 'none'; connect-src 'self'; img-src 'self' data:; style-src 'nonce-{nonce}'; "
     "script-src 'nonce-{nonce}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -51,7 +51,7 @@ POLICY = (
 
 
 class App:
-    """The endpoints, and what has to hold for a request to come to one."""
+    """The endpoints and their access control."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class App:
         allow_origin: str | None,
         host: str = "",
     ):
-        """`host`: the name that the server was told to listen on."""
+        """`host` is the name that the server was asked to listen on."""
         self.service = service
         self.model = model
         self.created = int(time.time())
@@ -94,7 +94,7 @@ class App:
         ]
 
     def _middleware(self) -> list[Middleware]:
-        """Lets the pages of another server ask, where one is allowed."""
+        """CORS headers for the pages of another origin, if one is allowed."""
         if not self.allow_origin:
             return []
         origins = [self.allow_origin]
@@ -106,13 +106,13 @@ class App:
         ]
 
     def admit(self, request: Request) -> None:
-        """Raise HTTPException for who lacks the key, and for pages of other servers.
+        """Raise HTTPException for a missing or wrong key, or a page of another origin.
 
-        A browser lets any page ask. A site may also make its own name stand for this machine's
-        loopback address, so that its pages ask there: without a key, only known names are
-        answered.
+        A browser lets any page send requests to any server. A site may also point its own host
+        name at this machine's loopback address (DNS rebinding). So without a key, requests to
+        that address are accepted only under known host names.
         """
-        given = request.headers.get("authorization", "").encode("latin-1")  # the bytes that came
+        given = request.headers.get("authorization", "").encode("latin-1")  # the received bytes
         if self.key and not hmac.compare_digest(given, self.key):
             raise HTTPException(401, "no valid API key: send the header Authorization: Bearer KEY")
         origin = request.headers.get("origin")
@@ -120,16 +120,16 @@ class App:
         own = origin is None or origin.partition("://")[2] == host
         if not own and self.allow_origin not in (origin, "*"):
             advice = "start it with --allow_origin"
-            raise HTTPException(403, f"pages of {origin} may not ask this server: {advice}")
+            raise HTTPException(403, f"pages of {origin} may not call this server: {advice}")
         here, _ = request.scope["server"]
         if self.key or host is None or self.goes_by(host):  # browsers always send a Host
             return
         if is_loopback(here):
-            advice = f"ask {here}, or start it with --allow_origin http://{host}"
-            raise HTTPException(403, f"this server does not know the name {host}: {advice}")
+            advice = f"use {here}, or start it with --allow_origin http://{host}"
+            raise HTTPException(403, f"this server does not accept the host name {host}: {advice}")
 
     def goes_by(self, host: str) -> bool:
-        """Whether this server has the name in a Host header."""
+        """Whether the server accepts this Host header."""
         if self.allow_origin == "*":
             return True
         match = HOST.fullmatch(host.lower())
@@ -140,7 +140,7 @@ class App:
         return known or address_of(name.strip("[]")) is not None
 
     async def complete(self, kind: Callable[..., Any], request: Request) -> Response:
-        """Answer a call, whole or as a stream, unless its client leaves before."""
+        """Answer a call, whole or as a stream. It is cancelled if its client disconnects."""
         self.admit(request)
         llm = self.service.check()
         body = await body_of(request)
@@ -150,9 +150,9 @@ class App:
             return EventStream(self.service, asked, call)
         try:
             await until_over(call, request)
-            # Writing a long answer takes a while: others are answered meanwhile.
+            # Serializing a long answer takes a while. A thread keeps the event loop free.
             return await asyncio.to_thread(lambda: answer_of(asked.response(call.requests)))
-        except ValueError as error:  # the request's own: its logits are not finite
+        except ValueError as error:  # an error of this request alone: its logits are not finite
             return answer_of(error_of(str(error), 500), 500)
         finally:
             self.service.cancel(call)
@@ -169,7 +169,7 @@ class App:
         name = request.path_params.get("name")
         if name is None:
             return answer_of(listed)
-        Fields({"model": name}, self.model)  # which refuses another
+        Fields({"model": name}, self.model)  # raises BadRequest for another name
         return answer_of(listed["data"][0])
 
     async def health(self, request: Request) -> Response:
@@ -195,7 +195,7 @@ class App:
 
 
 class EventStream(StreamingResponse):
-    """A call's answers as server-sent events. Its slots are free once the client leaves."""
+    """A call's answers as server-sent events. Its slots are released if the client disconnects."""
 
     def __init__(self, service: Service, asked: CompletionCall, call: Call):
         headers = NO_STORE | NO_SNIFF | {"X-Accel-Buffering": "no"}
@@ -211,7 +211,7 @@ class EventStream(StreamingResponse):
 
 
 async def events(asked: CompletionCall, call: Call) -> AsyncIterator[bytes]:
-    """A comment at once, then what is new after each step, at last [DONE] or an error."""
+    """Yield a comment immediately, new output after each step, and finally [DONE] or an error."""
     opening = b"".join(event(chunk) for chunk in asked.first_chunks())
     yield b": the model reads the prompt\n\n" + opening
     while True:
@@ -241,7 +241,10 @@ def event(value: dict[str, Any]) -> bytes:
 
 
 async def until_over(call: Call, request: Request) -> None:
-    """Wait for a call's end. Raises what ended it early, ClientDisconnect where its client left."""
+    """Wait until a call ends.
+
+    Raises the call's error if it failed, and ClientDisconnect if its client disconnected.
+    """
     gone = asyncio.ensure_future(disconnected(request))
     gone.add_done_callback(lambda _: call.changed.set())
     try:
@@ -261,11 +264,11 @@ async def disconnected(request: Request) -> None:
 
 
 async def body_of(request: Request) -> Any:
-    """The JSON of a request's body. Raises BadRequest for what is none, too long, or too slow."""
+    """The parsed JSON body of a request. Raises BadRequest if it is invalid, too long or late."""
     try:
         data = await asyncio.wait_for(read_body(request), BODY_SECONDS)
     except asyncio.TimeoutError:
-        message = f"the body did not come within {BODY_SECONDS} s: send it faster"
+        message = f"the body did not arrive within {BODY_SECONDS} s: send it faster"
         raise BadRequest(message, status=408) from None
     try:
         return json.loads(data)
@@ -278,13 +281,13 @@ async def read_body(request: Request) -> bytearray:
     async for chunk in request.stream():
         data.extend(chunk)
         if len(data) > MAX_BODY:
-            message = f"the body has more than {MAX_BODY} bytes: send less at once"
+            message = f"the body has more than {MAX_BODY} bytes: send a shorter one"
             raise BadRequest(message, status=413)
     return data
 
 
 def checked(function: Callable[..., Any], body: Any, llm: Llama, model: str) -> Any:
-    """What `function` makes of a body; what the library refuses is the client's mistake."""
+    """Call `function` with a body. Errors of the library are raised as BadRequest."""
     try:
         return function(body, llm, model)
     except BadRequest:
@@ -294,14 +297,14 @@ def checked(function: Callable[..., Any], body: Any, llm: Llama, model: str) -> 
 
 
 def answer_of(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """JSON in ASCII: a text may hold halves of characters, which UTF-8 cannot."""
+    """A JSON response, in ASCII: texts may hold lone surrogates, which UTF-8 cannot encode."""
     return Response(json.dumps(value), status, (headers or {}) | NO_SNIFF, "application/json")
 
 
 async def failed(request: Request, error: Exception) -> Response:
-    """An error in OpenAI's shape."""
+    """The response for an exception, in OpenAI's format."""
     if isinstance(error, BadRequest):
-        # A body that was not read to its end may still be coming.
+        # The rest of a body that was not read to its end may still be arriving.
         close = {"Connection": "close"} if error.status in (408, 413) else {}
         body = error_of(str(error), error.status, error.param, error.code)
         return answer_of(body, error.status, close)
@@ -311,7 +314,7 @@ async def failed(request: Request, error: Exception) -> Response:
         body = error_of(error.detail, error.status_code)
         return answer_of(body, error.status_code, dict(error.headers or {}))
     if isinstance(error, ClientDisconnect):
-        return Response(status_code=499)  # which nobody hears
+        return Response(status_code=499)  # nobody receives it
     path = request.url.path
     logger.error("%s %s failed: %s", request.method, path, error, exc_info=error)
     return answer_of(error_of(str(error), 500), 500)

@@ -1,4 +1,4 @@
-"""Counters, gauges and histograms under the names that vLLM has given them, for Prometheus."""
+"""Counters, gauges and histograms for Prometheus, with vLLM's names."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BUCKETS = (
 
 
 class Histogram:
-    """How often which durations were seen."""
+    """A histogram of durations."""
 
     def __init__(self) -> None:
         self.counts = [0] * (len(BUCKETS) + 1)
@@ -50,7 +50,7 @@ class Histogram:
 
 
 class Metrics:
-    """Counters and histograms of one server; its gauges are read when they are asked for."""
+    """Counters and histograms of one server. The gauges are passed in when text is requested."""
 
     def __init__(self) -> None:
         self.prompt_tokens = 0
@@ -60,7 +60,7 @@ class Metrics:
         self.between_tokens = Histogram()
 
     def text(self, model: str, running: int, waiting: int) -> str:
-        """Prometheus' text format, version 0.0.4."""
+        """The metrics in Prometheus' text format, version 0.0.4."""
         escaped = model.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
         label = f'model_name="{escaped}"'
         lines = [
@@ -83,7 +83,7 @@ class Metrics:
 
 
 def values(name: str, kind: str, by_labels: dict[str, int]) -> list[str]:
-    """The lines of a gauge or counter."""
+    """The lines for a gauge or counter."""
     lines = [f"# TYPE vllm:{name} {kind}"]
     for labels, value in by_labels.items():
         lines.append(f"vllm:{name}{{{labels}}} {value}")

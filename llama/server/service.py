@@ -1,10 +1,10 @@
-"""An engine that runs by itself, in a thread, for calls from an event loop. Knows no HTTP.
+"""Runs the engine in a thread of its own for calls from an event loop. Contains no HTTP.
 
-1. `submit` puts a call into the inbox, and `cancel` its number.
-2. Before each step the engine's thread takes the inbox. On several ranks the first one broadcasts
-   it, so that all of them submit the same prompts and run the same schedule; the others do
-   nothing but `run`.
-3. After the step the event loop looks at what came of the calls, and wakes those who wait for them.
+1. In the event loop, `submit` puts a call into the inbox, and `cancel` puts its number there.
+2. Before each step the engine's thread empties the inbox. On several ranks the first one
+   broadcasts the contents, so that all ranks submit the same prompts and run the same schedule.
+   The other ranks only execute `run`.
+3. After the step the event loop checks each call for new output and wakes its waiter.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from ..engine import Prompt, Request
 from ..generation import Llama
 from .metrics import Metrics
 
-# A step that takes longer is not coming back: the largest chunk of a 7B takes some 45 s on two
-# slow cores.
+# A step that takes longer is considered stuck. The largest prefill chunk of a 7B model takes about
+# 45 s on two slow cores.
 STALLED_SECONDS = 120
 
 
 class Busy(Exception):
-    """There is no room for a call, or no engine that could take it: try again later."""
+    """The server cannot take a call now: it is full, loading, stuck or stopping. Retry later."""
 
 
 class Call:
-    """Prompts that came together, and their requests once the engine has them.
+    """The prompts of one call, and their requests once the engine has accepted them.
 
     Belongs to the event loop.
     """
@@ -41,12 +41,12 @@ class Call:
         self.prompts = prompts
         self.requests: list[Request] = []
         self.error: Exception | None = None
-        self.changed = asyncio.Event()  # a step was run, or the call has failed
-        # For the metrics, of each prompt:
+        self.changed = asyncio.Event()  # there is new output, or the call has ended
+        # For the metrics, one entry for each prompt:
         now = time.monotonic()
-        self.read = [False] * len(prompts)  # whether it was counted
-        self.counted = [0] * len(prompts)  # how many tokens of its answer were
-        self.seen = [now] * len(prompts)  # when the last of them came, or the call
+        self.read = [False] * len(prompts)  # whether its prompt tokens were counted
+        self.counted = [0] * len(prompts)  # how many of its generated tokens were counted
+        self.seen = [now] * len(prompts)  # when the last counted token, or the call, arrived
 
     @property
     def over(self) -> bool:
@@ -55,41 +55,41 @@ class Call:
         return bool(self.requests) and all(request.over for request in self.requests)
 
     def check(self) -> None:
-        """Raise what ended it before its time."""
+        """Raise the error that ended the call or one of its requests, if there was one."""
         for error in (self.error, *(request.error for request in self.requests)):
             if error is not None:
                 raise error
 
 
 class Inbox(NamedTuple):
-    """What is new on the first rank."""
+    """New and cancelled calls that the engine has not seen yet."""
 
-    calls: list[tuple[int, Sequence[Prompt]]]  # by their numbers
-    cancelled: list[int]
+    calls: list[tuple[int, Sequence[Prompt]]]  # (number, prompts) of each call
+    cancelled: list[int]  # numbers of calls
 
 
 class Service:
-    """Answers calls with a model that its own thread builds and runs."""
+    """Answers calls with a model that is built and run in a separate thread."""
 
     def __init__(self, build: Callable[[], Llama], max_waiting: int):
         self.build = build
         self.max_waiting = max_waiting
-        self.llm: Llama | None = None  # once it is built
-        self.error: BaseException | None = None  # what ended the thread
+        self.llm: Llama | None = None  # None until it is built
+        self.error: BaseException | None = None  # the error that ended the thread
         self.metrics = Metrics()
-        self.calls: dict[int, Call] = {}  # those that are not over
+        self.calls: dict[int, Call] = {}  # unfinished calls
         self.numbers = itertools.count()
         self.inbox = Inbox([], [])
         self.stopping = False
         self.wake = threading.Condition()  # guards `inbox` and `stopping`
         self.step_began: float | None = None
-        self.reported = False  # the event loop was told of a step, and has not looked yet
-        self.loop: asyncio.AbstractEventLoop | None = None  # there is none on the other ranks
-        # Called in the event loop when the model is built, and when the thread has ended.
+        self.reported = False  # a call of `_look` is scheduled and has not run yet
+        self.loop: asyncio.AbstractEventLoop | None = None  # stays None on the other ranks
+        # Called in the event loop once the model is built, and after the thread has ended.
         self.on_ready: Callable[[], None] = lambda: None
         self.on_end: Callable[[], None] = lambda: None
 
-    # In the event loop of the first rank.
+    # The following methods run in the event loop of the first rank.
 
     def start(self) -> threading.Thread:
         self.loop = asyncio.get_running_loop()
@@ -98,7 +98,7 @@ class Service:
         return thread
 
     def check(self) -> Llama:
-        """The model, if it is there and steps whenever it has to. Raises Busy."""
+        """The model. Raises Busy if it is loading, stopping, or stuck in a step."""
         if self.error is not None or self.stopping:
             raise Busy("the server is shutting down")
         if self.llm is None:
@@ -109,17 +109,18 @@ class Service:
         return self.llm
 
     def load(self, more: int = 0) -> tuple[int, int]:
-        """How many requests are running and how many wait for a slot, with `more` counted too."""
+        """How many requests are running and how many wait for a slot, including `more` new ones."""
         pending = more + sum(len(call.prompts) for call in self.calls.values())
         slots = self.llm.model.params.max_batch_size if self.llm else 0
         return min(pending, slots), max(0, pending - slots)
 
     def submit(self, prompts: Sequence[Prompt]) -> Call:
-        """Hand prompts to the engine; the call's `changed` says when to look. Raises Busy."""
+        """Hand prompts to the engine; the call's `changed` event reports progress. Raises Busy."""
         self.check()
         if self.calls and self.load(len(prompts))[1] > self.max_waiting:
             _, waiting = self.load()
-            raise Busy(f"{waiting} requests wait already, and no more than {self.max_waiting} may")
+            most = self.max_waiting
+            raise Busy(f"the queue is full ({waiting} waiting, at most {most}): try again later")
         call = Call(next(self.numbers), prompts)
         self.calls[call.number] = call
         with self.wake:
@@ -128,31 +129,32 @@ class Service:
         return call
 
     def cancel(self, call: Call) -> None:
-        """Nobody waits for it any more: its slots are free at the next step."""
+        """Cancel a call that nobody waits for. Its slots are released at the next step."""
         if self.calls.pop(call.number, None):
             with self.wake:
                 self.inbox.cancelled.append(call.number)
                 self.wake.notify()
 
     def fail(self, error: Exception) -> None:
-        """End all calls."""
+        """End all calls with an error."""
         for call in list(self.calls.values()):
             call.error = error
             call.changed.set()
             self.cancel(call)
 
     def stop(self) -> None:
-        """End the thread, on all ranks, after the step that it is in."""
+        """End the thread, on all ranks, after its current step."""
         with self.wake:
             self.stopping = True
             self.wake.notify()
 
     def _look(self) -> None:
-        """Steps were run: count what they brought, and wake those who wait for it."""
+        """Count the tokens of the latest steps, and wake the waiters of calls that changed."""
         self.reported = False
         now = time.monotonic()
         for call in list(self.calls.values()):
-            over = call.over  # asked before counting: what comes after it is counted the next time
+            # Read before counting: otherwise the last tokens of a finished call could be missed.
+            over = call.over
             is_longer = count_tokens(call, self.metrics, now)
             if over:
                 reasons = [request.finish_reason or "error" for request in call.requests]
@@ -168,10 +170,10 @@ class Service:
         self.fail(RuntimeError(reason))
         self.on_end()
 
-    # In the engine's thread, which on the other ranks is the main one.
+    # The following methods run in the engine's thread. On the other ranks that is the main thread.
 
     def run(self) -> None:
-        """Build the model, then run passes while there is work, until `stop`."""
+        """Build the model, then run steps while there is work, until `stop`."""
         try:
             self.llm = self.build()
             self._tell(self.on_ready)
@@ -188,7 +190,7 @@ class Service:
                 return
             for number, prompts in inbox.calls:
                 running[number] = [llm.engine.submit(prompt) for prompt in prompts]
-                call = self.calls.get(number)  # the event loop may let go of it at any moment
+                call = self.calls.get(number)  # the event loop may remove it at any moment
                 if call is not None:
                     call.requests = running[number]
             for number in inbox.cancelled:
@@ -198,12 +200,12 @@ class Service:
             for number, requests in list(running.items()):
                 if all(request.over for request in requests):
                     del running[number]
-            if not self.reported:  # else a busy event loop would fall behind, step by step
+            if not self.reported:  # otherwise callbacks would pile up in a busy event loop
                 self.reported = True
                 self._tell(self._look)
 
     def _wait(self, llm: Llama) -> Inbox | None:
-        """What came since the last step, once there is work; None when the thread is to end."""
+        """Wait for work, then return and empty the inbox. None means that the thread must end."""
         with self.wake:
             while not (self.stopping or any(self.inbox) or llm.engine.busy):
                 self.step_began = None
@@ -219,9 +221,9 @@ class Service:
 
 
 def count_tokens(call: Call, metrics: Metrics, now: float) -> bool:
-    """Count what is new of a call's requests; returns whether one is longer.
+    """Count the new tokens of a call's requests. Returns whether there are any.
 
-    The engine's thread may be changing them; a stop string takes tokens back.
+    The engine's thread may be changing the requests. A stop string may remove tokens.
     """
     is_longer = False
     for index, request in enumerate(call.requests):
@@ -238,7 +240,7 @@ def count_tokens(call: Call, metrics: Metrics, now: float) -> bool:
             metrics.between_tokens.observe((now - call.seen[index]) / new, new)
         else:
             metrics.first_token.observe(now - call.seen[index])
-            metrics.between_tokens.observe(0.0, new - 1)  # those that were seen with it
+            metrics.between_tokens.observe(0.0, new - 1)  # tokens that arrived with the first
         metrics.generation_tokens += new
         call.counted[index] = count
         call.seen[index] = now

@@ -1,11 +1,13 @@
-"""The one module that reaches into uvicorn. Seen with uvicorn 0.30 to 0.54.
+"""The only module that uses uvicorn's internals. Checked with uvicorn 0.30 to 0.54.
 
-It defends against what uvicorn by itself does not:
-- a client that opens a connection and never sends the head of a request: `Protocol` closes it in
-  time;
-- an end that cuts answers: on the first signal `Server` lets running answers end, as long as
-  `drain` says, with new calls told to come again; on the second it ends at once;
-- an engine's thread that is loading or in a long step when the server ends: it is not waited for.
+It handles three cases that uvicorn by itself does not:
+- A client opens a connection and never sends the head of a request. `Protocol` closes the
+  connection after a time limit.
+- A signal arrives while answers are running. On the first signal `Server` accepts no new
+  connections and gives running answers up to `drain` seconds to finish. On the second signal it
+  ends immediately.
+- The engine's thread is loading or in a long step when the server ends. The server does not wait
+  for it.
 """
 
 from __future__ import annotations
@@ -25,13 +27,13 @@ from .service import Busy, Service
 
 logger = logging.getLogger(__name__)
 
-READ_SECONDS = 30  # for the head of a request
-IDLE_SECONDS = 60  # that a connection is kept for another request
-STOP_SECONDS = 5  # for the engine's thread to end after its step
+READ_SECONDS = 30  # time limit for the head of a request
+IDLE_SECONDS = 60  # how long an idle connection is kept open for another request
+STOP_SECONDS = 5  # time limit for the engine's thread to finish its step and end
 
 
 class Protocol(H11Protocol):
-    """Closes a connection on which the head of a request has not come in time."""
+    """Closes a connection on which the head of a request does not arrive in time."""
 
     patience: asyncio.TimerHandle
 
@@ -45,10 +47,10 @@ class Protocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self.patience.cancel()  # its timer holds all that is known of the last request
+        self.patience.cancel()  # the timer holds a reference to the last request's data
 
     def _expect(self) -> None:
-        """Wait for a request's head, the first or the next."""
+        """Start the timer for the head of the first or the next request."""
         seconds = READ_SECONDS
         if self.cycle:
             self.patience.cancel()
@@ -61,10 +63,10 @@ class Protocol(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """Serves a Service's endpoints until a signal comes or the engine's thread ends."""
+    """Serves a Service's endpoints until a signal arrives or the engine's thread ends."""
 
     def __init__(self, app: ASGIApp, service: Service, drain: float):
-        """After the first signal answers have `drain` seconds left."""
+        """After the first signal, running answers may continue for `drain` seconds."""
         config = uvicorn.Config(
             app,
             http=Protocol,
@@ -101,7 +103,7 @@ class Server(uvicorn.Server):
         end = time.monotonic() + (STOP_SECONDS if self.service.llm else 0.2)
         while self.thread.is_alive() and time.monotonic() < end:
             await asyncio.sleep(0.02)
-        if self.thread.is_alive():  # loading, or in a long step: nothing that it does is wanted
+        if self.thread.is_alive():  # loading, or in a long step: its result is not needed
             os._exit(0)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
@@ -111,7 +113,7 @@ class Server(uvicorn.Server):
     def _end(self, at_once: bool) -> None:
         error = Busy("the server is shutting down")
         if not at_once and (self.service.calls or self._is_writing()):
-            logger.info("ending what is being answered first; another signal ends at once")
+            logger.info("finishing running answers first; another signal ends at once")
             self.loop.call_later(self.drain, self.service.fail, error)
             return
         self.service.fail(error)
@@ -125,10 +127,10 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket at this address. Raises OSError that says what else to try."""
+    """A listening socket at this address. Raises OSError if that fails, with advice."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
-        advice = "use another --port, or 0 for one that is free"
+        advice = "use another --port, or 0 for any free one"
         raise OSError(f"cannot listen on {host} port {port} ({error}): {advice}") from None

@@ -1,4 +1,4 @@
-"""Completions without end, until a signal comes."""
+"""Generate completions until a signal arrives."""
 
 from conftest import build_golden
 

@@ -1,6 +1,4 @@
-"""Run under torchrun: every golden folder on these ranks; rank 0 writes what it computed to the
-path given.
-"""
+"""Run every golden folder on the ranks of a job; rank 0 writes the results to the given path."""
 
 import json
 import sys

@@ -1,6 +1,6 @@
-"""A stack of a user's own over the library's blocks, as scripts written for the original have it.
+"""A user's own stack of the library's blocks, as in scripts written for the original.
 
-fairscale's layers are around the blocks, the cache is the blocks' own, and `start_pos` is an
+The layers around the blocks are fairscale's, the blocks keep their own cache, and `start_pos` is an
 integer.
 """
 
@@ -43,7 +43,7 @@ class Stack(nn.Module):
 
 
 def compare(folder: str) -> None:
-    """Prompt, continuation by one token and by several: the stack's logits are the library's."""
+    """Check the stack's logits against the library's: a prompt, then one token, then several."""
     llm = build_golden(folder)
     stack = Stack(llm.model.params)
     stack.load_state_dict(llm.model.state_dict())

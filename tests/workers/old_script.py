@@ -1,7 +1,6 @@
-"""What users of the original wrote around it: a loop of their own, with its model, its tokenizer
-and its sampler.
+"""A script for the original: its own loop around the model, the tokenizer and the sampler.
 
-As a program it prints what it generates; run it plainly or under torchrun.
+It prints what it generates. It runs on its own or under torchrun.
 """
 
 import torch
@@ -15,7 +14,7 @@ from llama.generation import sample_top_p
 def continue_prompts(
     llm: Llama, prompts: list[list[int]], max_gen_len: int, temperature: float = 0.6
 ) -> list[list[int]]:
-    """Ids of all prompts together, one position at a time; rows whose prompt goes on there keep it."""
+    """Generate for all prompts, one position at a time; a row keeps its prompt's own tokens."""
     model, tokenizer = llm.model, llm.tokenizer
     lengths = [len(prompt) for prompt in prompts]
     total = min(model.params.max_seq_len, max(lengths) + max_gen_len)

@@ -1,5 +1,6 @@
-"""python -m llama with answers slow enough to interrupt, and collectives that a person's thinking
-would outlast.
+"""python -m llama with answers slow enough to interrupt, and a short timeout for collectives.
+
+The timeout is shorter than the time that a person takes to think between messages.
 """
 
 import os
@@ -16,7 +17,7 @@ from llama.__main__ import main
 if "WORLD_SIZE" in os.environ:
     store, rank, size = next(dist.rendezvous("env://"))
     store.set(f"{rank} is here", "")
-    # imports take long on busy cores
+    # Imports take long on busy cores.
     store.wait([f"{other} is here" for other in range(size)], timedelta(seconds=60))
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=5)

@@ -1,4 +1,7 @@
-"""2,000 requests of random shape through one Llama: memory stays within 2% from the 200th on."""
+"""Run 2,000 requests of random shape through one Llama; check that memory does not grow.
+
+After the first 200 requests, memory may grow by 2%.
+"""
 
 import random
 from pathlib import Path
