@@ -68,7 +68,7 @@ class KVCache:
         cached = self.token_ids[slot]
         if ids[: len(cached)] == cached:
             return len(cached)
-        # Bisection, so that lists are compared in C.
+        # Bisection compares whole lists, which is done in C.
         lengths = range(min(len(cached), len(ids)) + 1)
         return bisect_left(lengths, True, key=lambda n: cached[:n] != ids[:n]) - 1
 
@@ -83,7 +83,8 @@ class KVCache:
     def swap(self, a: int, b: int) -> None:
         """Exchange the contents of two slots.
 
-        Both are empty until the exchange is complete, so an interrupt costs only time.
+        Both count as empty until the exchange is complete, so an interrupt only means that their
+        tokens are computed again.
         """
         if a == b:
             return
@@ -129,7 +130,7 @@ class KVCache:
 class KeyValues(NamedTuple):
     """The keys and values that some of a pass's tokens attend to."""
 
-    tokens: slice  # these tokens, along the sequence dimension
+    tokens: slice  # which tokens, along the sequence dimension
     keys: Tensor  # (bsz, n_local_kv_heads, length, head_dim)
     values: Tensor
     mask: CausalMask | Tensor | None  # for ops.attention
@@ -139,9 +140,9 @@ class View:
     """The slots and positions of a pass's tokens; replaces the original's integer `start_pos`.
 
     The engine passes a View to every layer. `positions` has the shape of the pass's tokens and
-    gives the position of each token in its slot. An Attention.forward of your own passes its new
-    keys and values to `update`, which caches them and returns what the queries attend to. A View is
-    not a number: arithmetic and comparisons raise a TypeError that says what to use instead.
+    gives the position of each token in its slot. A replaced Attention.forward passes its new keys
+    and values to `update`, which caches them and returns what the queries attend to. A View is not
+    a number: arithmetic and comparisons raise a TypeError that says what to use instead.
     """
 
     positions: Tensor
@@ -191,14 +192,14 @@ class Sequences(View):
             cache.truncate(slot, start)  # later tokens are overwritten
         keys = cache.k[layer][:bsz, :, :end]
         values = cache.v[layer][:bsz, :, :end]
-        # Detached: otherwise every pass that ever wrote to the cache would be kept alive.
+        # Detached: otherwise the cache would keep every earlier pass's autograd graph alive.
         keys[:, :, start:] = xk.detach().transpose(1, 2)
         values[:, :, start:] = xv.detach().transpose(1, 2)
         if torch.is_grad_enabled() and xk.requires_grad:  # gradients flow through the new tokens
             keys = torch.cat((keys[:, :, :start], xk.transpose(1, 2)), dim=2)
             values = torch.cat((values[:, :, :start], xv.transpose(1, 2)), dim=2)
         mask: CausalMask | Tensor | None = self.mask
-        # A single token attends to all positions. Kernels that take positions are faster.
+        # A single token needs no mask, but kernels that take positions are faster.
         if mask is None and seqlen == 1:
             positions = torch.full((bsz, 1), start, device=xk.device)
             mask = CausalMask(positions, end, 1)
@@ -255,9 +256,9 @@ class Span(NamedTuple):
 class PrefillBatch(View):
     """The view for prefill: spans of several slots, concatenated to (1, total) without padding.
 
-    `wanted` are the indices of the tokens whose logits are needed. `output` gets each as a row of
-    one token, as in a decode pass. The pass stores the final norm's output for all tokens, (total,
-    dim), in `states`.
+    `wanted` are the indices of the tokens whose logits are needed. The model's output layer gets
+    each as a row of one token, as in a decode pass. The pass stores the final norm's output for all
+    tokens, (total, dim), in `states`.
     """
 
     def __init__(self, cache: KVCache, spans: Sequence[Span], n_rep: int, wanted: Sequence[int]):

@@ -47,7 +47,7 @@ def chat_end_ids(tokenizer: Tokenizer) -> frozenset[int]:
 
 
 def check_dialogs(dialogs: Any) -> list[list[Message]]:
-    """Return `dialogs` as lists of messages, without other keys.
+    """Return `dialogs` as lists of messages, each with only a role and a content.
 
     Raises the errors of check_dialog, which give the number of the dialog.
     """
@@ -62,7 +62,7 @@ def check_dialogs(dialogs: Any) -> list[list[Message]]:
 
 
 def check_dialog(dialog: Any, name: str = "dialog", of: str = "") -> list[Message]:
-    """Return `dialog` as a list of messages, without other keys.
+    """Return `dialog` as a list of messages, each with only a role and a content.
 
     Errors call the dialog `name`, and its first message "{of}message 0".
 

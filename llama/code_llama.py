@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from .tokenizer import Tokenizer
 
-# Encoded before a text and then cut off, together with the space that SentencePiece adds before the
-# first word.
+# A character that is encoded in front of a suffix. Its ids are then removed, together with the
+# space that SentencePiece adds before the first word.
 MARK = "☺"
 
 STEP = "<step>"

@@ -16,7 +16,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def constant(function: F) -> F:
-    """torch.compiler.assume_constant_result without importing the compiler (most of a second)."""
+    """Like torch.compiler.assume_constant_result, whose import takes most of a second."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
@@ -51,7 +51,7 @@ def multiply_packed_bfloat16(x: Tensor, packed: Any) -> Tensor:
 
 
 def pack_int4(q: Tensor, tiles: int) -> Tensor:
-    """Pack q, (rows, inputs) int32 in [0, 15], for PyTorch's int4 kernel on its device."""
+    """Pack q, (rows, inputs) int32 in [0, 15], for PyTorch's int4 kernel on q's device."""
     if q.is_cuda:
         pairs = (q[:, ::2] << 4 | q[:, 1::2]).to(torch.uint8)
         return torch._convert_weight_to_int4pack(pairs, tiles)

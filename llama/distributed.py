@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-# Not used. If it were imported later, its default arguments would keep the process group alive.
+# Not used, but imported before there is a process group: otherwise the default arguments of its
+# functions would keep the group alive.
 import torch.distributed.nn
 from fairscale.nn.model_parallel import initialize as fs_init
 from torch import Tensor
@@ -54,20 +55,20 @@ class Ranks:
         return n // self.size
 
     def sum(self, x: Tensor) -> Tensor:
-        """Sum x over all ranks, in place. Only for several ranks."""
+        """Sum x over all ranks, in place. Requires several ranks."""
         self.check_gradients(x)
         dist.all_reduce(x, group=self.group)
         return x
 
     def gather(self, x: Tensor) -> Tensor:
-        """Concatenate all ranks' x, (..., n / size), to (..., n). Only for several ranks."""
+        """Concatenate all ranks' x, (..., n / size), to (..., n). Requires several ranks."""
         self.check_gradients(x)
         parts = [torch.empty_like(x) for _ in range(self.size)]
         dist.all_gather(parts, x.contiguous(), group=self.group)
         return torch.cat(parts, dim=-1)
 
     def all(self, value: bool) -> bool:
-        """Whether `value` is true on every rank. Only for several ranks."""
+        """Whether `value` is true on every rank. Requires several ranks."""
         flag = torch.tensor(int(value))
         dist.all_reduce(flag, dist.ReduceOp.MIN, group=self.group)
         return bool(flag)
@@ -97,7 +98,7 @@ class Ranks:
             self.asking = True
             try:
                 told[0] = question()
-            except BaseException as error:  # of any kind: the other ranks are waiting
+            except BaseException as error:  # any kind, because the other ranks are waiting
                 caught = error
                 told[1] = (
                     error if can_pickle(error) else RuntimeError(f"{type(error).__name__}: {error}")
@@ -137,7 +138,7 @@ class Ranks:
         """Raise RuntimeError if the other ranks would not take part in a collective."""
         if self.asking:
             raise RuntimeError(
-                f"a check called the model, and of {self.size} ranks only the first runs checks: "
+                f"a check called the model, but only the first of {self.size} ranks runs checks: "
                 "call the model after the check"
             )
         with self.lock:
@@ -149,7 +150,7 @@ class Ranks:
             self.thread = me
 
 
-# One for each process group of several ranks that a model was built on.
+# One for each process group of several ranks on which a model was built.
 _joined: list[Ranks] = []
 
 
@@ -187,7 +188,7 @@ def init_model_parallel(
     """Join the process group, split it by `model_parallel_size`, and return this rank's device.
 
     Under torchrun, the group is torchrun's. Otherwise it contains only this process and needs no
-    port and no environment variable. Raises ValueError if there are too few devices for the ranks,
+    port or environment variable. Raises ValueError if there are too few devices for the ranks,
     or if the ranks cannot be split into groups of `model_parallel_size`.
     """
     device = select_device(device)
@@ -239,8 +240,8 @@ def leave_process_group() -> None:
         and "nccl" in str(dist.get_backend_config())
     ):
         return  # destroying NCCL's group would wait for a rank that has failed
-    # Before PyTorch 2.8, a process group holds the GIL while it joins its threads: a deadlock. Its
-    # backends do not, so this reference keeps them alive until the end.
+    # Before PyTorch 2.8, a process group holds the GIL while it joins its threads, which deadlocks.
+    # Its backends do not, so this reference keeps them alive until the end.
     backends = compat.group_backends()  # noqa: F841
     let_groups_go()
     fs_init.destroy_model_parallel()

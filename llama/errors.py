@@ -13,11 +13,11 @@ from typing import Any
 
 
 class Refusal(ValueError, AssertionError):
-    """A mistake that the original asserts, so that scripts may catch AssertionError."""
+    """A mistake that the original reports with `assert`: scripts may catch AssertionError."""
 
 
 class ArgumentError(ValueError):
-    """An argument that cannot be used.
+    """An argument with an invalid value.
 
     `name` is the parameter, `index` the number of the prompt that has the value (None if all do),
     and `reason` the rest of the message. A caller whose clients use other names and numbers, such
@@ -77,7 +77,7 @@ def is_list(value: Any) -> bool:
 
 
 def as_integer(name: str, value: Any, index: int | None = None) -> int:
-    """Convert any integer type, including NumPy's and PyTorch's. Raises ArgumentTypeError."""
+    """Convert any integer type, also NumPy's or PyTorch's. Raises ArgumentTypeError for others."""
     try:
         return int(operator.index(value))
     except TypeError:

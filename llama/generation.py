@@ -93,7 +93,7 @@ class InfillingPrediction(Prediction, total=False):
 class Piece(Prediction, total=False):
     """The next text of prompt `index`.
 
-    Its last piece also has `finish_reason` and, if requested, the logprobs.
+    A prompt's last piece also has `finish_reason` and, if requested, the logprobs.
     """
 
     index: int
@@ -105,7 +105,7 @@ class BuildOptions:
     """How a model is built: arguments of `Llama.build`, and flags of commands that load a model.
 
     `max_seq_len` limits prompt plus output, in tokens. `max_batch_size` is the number of prompts
-    that run at once. Together they set the size of the KV cache. `seed` is the default of each
+    that run at once. Together they set the size of the KV cache. `seed` is the default seed of each
     call. `device` "auto" takes cuda, mps or cpu, the first one available. `dtype` "auto" is the
     checkpoint's 16-bit type on a GPU; on a CPU it is float32, with linear weights in 16 bits if
     that is faster. `quantize` stores linear weights in 8 or 4 bits. `prompt_lookup_num_tokens` is
@@ -138,14 +138,14 @@ class BuildOptions:
         valid=lambda value: value in ("int8", "int4"),
         use="'int8', 'int4' or None",
     )
-    compile: bool = option(False, "compile the decode step; takes minutes once")
+    compile: bool = option(False, "compile the decode step, which takes minutes at first use")
     cuda_graph: bool = option(True, "capture the decode step as a CUDA graph")
     adapter_dir: Any = option(None, "folder of a LoRA adapter (PEFT) to merge into the weights")
     prompt_lookup_num_tokens: int | None = option(
         None,
         "draft tokens for prompt-lookup decoding; 0: none, None: as many as are nearly free",
         valid=lambda value: value >= 0,
-        use="0 for none, or more",
+        use="0 for no drafts, or a positive number",
     )
 
     def __post_init__(self) -> None:
@@ -357,7 +357,7 @@ class Llama:
         return embedded(self, prompts, pooling)
 
     def clear_cache(self) -> None:
-        """Empty the KV cache, after weight edits that PyTorch does not count (`.data`, NumPy)."""
+        """Empty the KV cache, after weight edits that PyTorch cannot detect (`.data`, NumPy)."""
         self.engine.cache.clear()
 
 
@@ -397,7 +397,7 @@ def build(ckpt_dir: PathLike, options: BuildOptions) -> Llama:
     return Llama(model, tokenizer, seed=options.seed, engine=engine)
 
 
-# The methods' parameters from the original, in order, by the names of SamplingParams' fields.
+# The original's sampling parameters, in the methods' order, under their names in SamplingParams.
 PARAMETERS = ("temperature", "top_p", "max_tokens", "logprobs", "echo")
 
 
@@ -408,7 +408,7 @@ def prompts_of(
     options: SamplingOptions,
     **how: Any,
 ) -> list[Prompt]:
-    """Make prompts from the ids of `encode`: the same on every rank, or an error on every rank.
+    """Make prompts from the ids that `encode` returns. Every rank gets the same result or an error.
 
     `parameters` are the values of PARAMETERS. `how` is passed to make_prompts. Errors call
     max_tokens by the name of the parameter, max_gen_len.
@@ -475,7 +475,7 @@ def dialog_prompts(
 
 
 def run(llm: Llama, prompts: Sequence[Prompt]) -> list[Request]:
-    """Run prompts to their ends and return their requests."""
+    """Run prompts to completion and return their requests."""
     with llm.engine.running(prompts) as requests:
         for _ in llm.engine.progress(requests):
             pass

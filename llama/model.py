@@ -1,7 +1,7 @@
 """The Llama 2 transformer (Touvron et al. 2023, arXiv:2307.09288).
 
-This module does not depend on text, requests or checkpoint files. `Transformer.forward` is the code
-that runs, both for the engine and for a script that calls it with the original's arguments.
+This module does not depend on text, requests or checkpoint files. The engine and scripts that pass
+the original's arguments run the same code, `Transformer.forward`.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class Attention(nn.Module):
     def cache_k(self) -> Tensor:
         """This layer's keys, (max_batch_size, max_seq_len, n_local_kv_heads, head_dim).
 
-        This is a view of the cache. A tensor that is assigned is copied into the cache.
+        This is a view of the cache. Assigning a tensor copies it into the cache.
         """
         return self._cached().k[self.layer_id].transpose(1, 2)
 
@@ -270,8 +270,8 @@ class Transformer(nn.Module):
         self.cache: KVCache | None = None
         self.moves = 0  # how often the weights were moved or converted
         self.n_rep = params.n_heads // params.kv_heads  # query heads per key head
-        # Not a buffer, because .bfloat16() would round the angles. A model on the meta device waits
-        # for a checkpoint: allocate_cache computes the angles, after memory has been checked.
+        # Not a buffer, because .bfloat16() would round the angles. If the model is on the meta
+        # device, allocate_cache computes them after the memory check.
         self.freqs_cis = torch.empty(0, dtype=torch.complex64, device="cpu")
         self.rotary = (params.rope_theta, params.rope_scaling_factor)  # the inputs to freqs_cis
         if not self.tok_embeddings.weight.is_meta:
@@ -281,10 +281,10 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor, start_pos: int | View = 0) -> Tensor:
         """Return logits, (bsz, seqlen, vocab_size) float32, for tokens (bsz, seqlen).
 
-        With an integer, row i is cached in slot i from position `start_pos` on, and also attends to
-        the `start_pos` tokens cached there before. The engine passes a View instead, which
-        determines the position of each token, what it attends to and which logits are computed. In
-        training mode, `start_pos` must be 0. Raises ValueError if the tokens exceed
+        With an integer `start_pos`, row i is cached in slot i from that position on. It also
+        attends to the `start_pos` tokens cached there before. The engine passes a View instead,
+        which determines the position of each token, what it attends to and which logits are
+        computed. In training mode, `start_pos` must be 0. Raises ValueError if the tokens exceed
         `max_batch_size` rows or `max_seq_len` positions.
         """
         rotary = (self.params.rope_theta, self.params.rope_scaling_factor)
@@ -306,7 +306,7 @@ class Transformer(nn.Module):
                 ops.path.fused = fused
 
     def _run_slots(self, tokens: Tensor, start_pos: int) -> Tensor:
-        """Run a script's pass: slots 0 to bsz - 1, positions `start_pos` on."""
+        """Run a pass with an integer `start_pos`: slots 0 to bsz - 1, from that position on."""
         start = self._check(tokens, start_pos)
         cache = self.cache or self.allocate_cache()
         end = start + tokens.shape[1]
@@ -332,14 +332,17 @@ class Transformer(nn.Module):
     def _train(self, tokens: Tensor, start_pos: int | View) -> Tensor:
         """Run a differentiable pass over whole sequences, without a cache."""
         if isinstance(start_pos, View):
-            raise ValueError("the model is in training, which keeps no cache: call eval() first")
+            raise ValueError(
+                "the model is in training mode, which keeps no cache: call eval() first"
+            )
         if start_pos != 0:
             raise ValueError(
-                f"start_pos is {start_pos!r} in training, which keeps no cache: call eval() first"
+                f"start_pos is {start_pos!r} in training mode, which keeps no cache: "
+                "call eval() first"
             )
         if tokens.dim() != 2 or tokens.numel() == 0 or tokens.shape[1] > self.params.max_seq_len:
-            limit = f"(bsz, seqlen), seqlen at most max_seq_len, {self.params.max_seq_len}"
-            raise ValueError(f"tokens are {tuple(tokens.shape)}: pass {limit}")
+            limit = f"(bsz, seqlen) with seqlen at most max_seq_len, {self.params.max_seq_len}"
+            raise ValueError(f"tokens have shape {tuple(tokens.shape)}: pass {limit}")
         freqs_cis = self.freqs_cis[: tokens.shape[1]]
         return self._run(tokens, Uncached(tokens), freqs_cis.to(tokens.device), None)
 
@@ -349,8 +352,8 @@ class Transformer(nn.Module):
         args = self.params
         if tokens.dim() != 2 or tokens.numel() == 0 or start < 0:
             raise ValueError(
-                f"tokens are {tuple(tokens.shape)} at position {start}: "
-                "pass (bsz, seqlen) at 0 or more"
+                f"tokens have shape {tuple(tokens.shape)} and begin at position {start}: "
+                "pass (bsz, seqlen), not empty, at position 0 or later"
             )
         bsz, seqlen = tokens.shape
         if start + seqlen > args.max_seq_len:
@@ -392,7 +395,7 @@ class Transformer(nn.Module):
         return self.cache
 
     def attach_cache(self) -> None:
-        """Assign a layer of the cache to each Attention, including those added later."""
+        """Assign a layer of the cache to each Attention, and add cache layers for new Attentions."""
         attentions = attentions_of(self)
         for number, attention in enumerate(attentions):
             attention.cache = self.cache
@@ -420,7 +423,7 @@ def attentions_of(model: nn.Module) -> list[Attention]:
 
 
 def causal_mask(seqlen: int, start_pos: int, like: Tensor) -> Tensor | None:
-    """The mask of the original's layers: -inf for keys later than the query, else 0.
+    """The mask that the original passes to its layers: -inf for keys after the query, else 0.
 
     (seqlen, start_pos + seqlen), with the dtype and device of `like`. None for a single token.
     """

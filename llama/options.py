@@ -72,7 +72,7 @@ def check_fields(options: Any) -> None:
 
 
 def converted(name: str, kinds: tuple[type, ...], value: Any) -> Any:
-    """Convert a value to one of its field's types. Raises ArgumentTypeError if it cannot be."""
+    """Convert a value to one of its field's types. Raises ArgumentTypeError if that fails."""
     value = plain(value)
     if bool in kinds:
         if value is None:

@@ -27,7 +27,7 @@ def reshape_for_broadcast(freqs_cis: Tensor, x: Tensor) -> Tensor:
 
 
 def sample_top_p(probs: Tensor, p: float) -> Tensor:
-    """Sample ids (..., 1) from the nucleus of probs (..., vocab_size), by PyTorch's generator.
+    """Sample ids (..., 1) from the nucleus of probs (..., vocab_size), with PyTorch's generator.
 
     In order of decreasing probability, an id is in the nucleus if the total probability of the ids
     before it does not exceed `p`. Llama itself uses `llama.sampling`, with one random stream per

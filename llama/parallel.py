@@ -24,7 +24,7 @@ InitMethod = Callable[[Tensor], Any]
 
 
 class ShardedLinear(nn.Module):
-    """Base of the two linear layers: holds this rank's weight, a parameter or packed.
+    """Base of the two linear layers: holds this rank's weight, as a parameter or packed.
 
     A packed layer has no parameter. Its `weight` is a dequantized copy, an inference tensor, which
     PyTorch does not let you write to outside inference mode. Assigning a Parameter to `weight`
@@ -208,7 +208,7 @@ class ParallelEmbedding(fs_layers.ParallelEmbedding):
         return self.ranks.gather(h) if self.ranks.size > 1 else h
 
 
-# fairscale's arguments that would change a layer's result, and the only value that is supported.
+# Arguments of fairscale that would change a layer's result, each with its only supported value.
 TAKEN: dict[str, Any] = {
     "bias": False,
     "stride": 1,

@@ -19,7 +19,7 @@ from torch import Tensor
 from .errors import ArgumentError, ArgumentTypeError, is_list
 from .options import check_fields, check_names, option, plain
 
-Streams = Sequence[int]  # for each prompt, the number of its random stream among its seed's
+Streams = Sequence[int]  # for each prompt, which of its seed's random streams it uses
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def sample_top_p(probs: Tensor, top_p: Tensor, uniforms: Tensor) -> Tensor:
 
     In order of decreasing probability, a token is in the nucleus if the total probability of the
     tokens before it does not exceed `top_p`. Each row takes the first token of its nucleus, in
-    order of ids, at which the cumulative probability exceeds `uniforms` times that of the nucleus.
+    order of ids, at which the cumulative probability exceeds `uniforms` times the nucleus's total.
     Sorted order is not used here: a rounding error could swap two tokens of nearly equal
     probability.
     """
@@ -196,7 +196,7 @@ def sample_top_p(probs: Tensor, top_p: Tensor, uniforms: Tensor) -> Tensor:
     outside = torch.zeros_like(probs, dtype=torch.bool).scatter_(-1, tokens, before > top_p)
     cumulative = probs.masked_fill(outside, 0.0).cumsum(dim=-1)
     mass = cumulative[:, -1:].contiguous()
-    # The last token of the nucleus, in case rounding leads beyond it.
+    # The last token of the nucleus: rounding could lead beyond it.
     last = torch.searchsorted(cumulative, mass)
     choice = torch.searchsorted(cumulative, uniforms * mass, right=True)
     return choice.minimum(last)[:, 0]

@@ -45,7 +45,7 @@ class Tokenizer:
             self.sp_model = SentencePieceProcessor(model_proto=proto)
         except RuntimeError as error:
             raise ValueError(
-                f"{name} is not a SentencePiece model: download tokenizer.model again"
+                f"{name} is not a SentencePiece model: pass an undamaged tokenizer.model"
             ) from error
         self.chat_template: str | None = None
         self.n_words: int = self.sp_model.vocab_size()
@@ -99,7 +99,7 @@ class Tokenizer:
     def piece_bytes(self, token: int) -> bytes:
         """The bytes of an id, independent of context: a piece with its space, or a single byte.
 
-        A special id gives its name.
+        For a special id, these are the bytes of its name.
         """
         if self.sp_model.is_byte(token):
             return bytes([int(self.sp_model.id_to_piece(token)[1:-1], 16)])
@@ -110,7 +110,7 @@ class Tokenizer:
         return self.piece_bytes(token).decode(errors="replace")
 
     def decode_pieces(self, t: Sequence[int]) -> list[str]:
-        """One string per id, which join to `decode(t)`; see Detokenizer."""
+        """Return one string per id. Together they equal `decode(t)`; see Detokenizer."""
         detokenizer = Detokenizer(self)
         pieces = []
         for token in t:
@@ -127,8 +127,8 @@ class Detokenizer:
 
     The results of `push` and `flush` join to the text of `decode`. A character of several byte
     pieces is returned with the last of them. Bytes that are not valid UTF-8 are returned as U+FFFD
-    as soon as the next piece or `flush` shows it. The object is frozen, and `push` returns the next
-    detokenizer, so that an interrupted step changes nothing.
+    as soon as the next piece or `flush` shows that they are invalid. The object is frozen, and
+    `push` returns the next detokenizer, so that an interrupted step changes nothing.
     """
 
     tokenizer: Tokenizer

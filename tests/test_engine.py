@@ -269,7 +269,7 @@ def test_a_request_whose_logits_are_not_finite_ends_alone(monkeypatch: pytest.Mo
     while not all(answer.over for answer in answers):
         llm.engine.step()
     assert [answers[0].answer_ids, answers[2].answer_ids] == [want[0], want[2]]
-    assert str(answers[1].error).startswith("logits are not finite (row 1, position 2, float32)")
+    assert str(answers[1].error).startswith("logits are not finite (prompt 1, position 2, float32)")
     monkeypatch.undo()
     assert all(cached.isfinite().all() for cached in (*llm.engine.cache.k, *llm.engine.cache.v))
     assert llm.generate(prompts, 12, 0)[0] == want

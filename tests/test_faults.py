@@ -133,7 +133,7 @@ def test_values_that_are_not_finite_are_warned_of_and_found_in_the_logits(
     ]
     with pytest.raises(
         ValueError,
-        match=r"logits are not finite \(row 0, position 1, float32\): the checkpoint's wei",
+        match=r"logits are not finite \(prompt 0, position 1, float32\): check the weights with",
     ):
         llm.generate([[1, 5]], 3)
 

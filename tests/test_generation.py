@@ -427,7 +427,7 @@ def test_logits_that_are_not_finite_are_reported_and_leave_a_clean_cache(
     position = len(prompts[0]) - 1
     with pytest.raises(
         ValueError,
-        match=rf"logits are not finite \(row 0, position {position}, {dtype}\): .*{advice}",
+        match=rf"logits are not finite \(prompt 0, position {position}, {dtype}\): .*{advice}",
     ):
         llm.generate(prompts, 10, temperature=0)
     weight[0, 0] = kept

@@ -109,15 +109,15 @@ def test_forward_refuses_what_does_not_fit(args: ModelArgs, llm: Llama) -> None:
         (torch.ones(1, 0).long(), 0),
         (torch.ones(1, 3).long(), -1),
     ):
-        with pytest.raises(ValueError, match="tokens are .* at .*: pass"):
+        with pytest.raises(ValueError, match="tokens have shape .* at .*: pass"):
             llm.model(tokens, start)
     with pytest.raises(
-        ValueError, match="start_pos is 3 in training, which keeps no cache: call eval"
+        ValueError, match="start_pos is 3 in training mode, which keeps no cache: call eval"
     ):
         random_model(args).train()(tokens_of(1, 5), 3)
     with pytest.raises(
         ValueError,
-        match=r"tokens are \(1, 65\): pass \(bsz, seqlen\), seqlen at most max_seq_len, 64",
+        match=r"tokens have shape \(1, 65\): pass \(bsz, seqlen\) with seqlen at most max_seq_len, 64",
     ):
         random_model(args).train()(tokens_of(1, 65))
     with pytest.raises(ValueError, match="vocab_size is -1: set it to the tokenizer's n_words"):

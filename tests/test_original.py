@@ -273,8 +273,8 @@ def test_a_bare_model_refuses_what_it_cannot_hold(bare: Transformer) -> None:
     for tokens, start, sentence in [
         (torch.ones(5, 2, dtype=torch.long), 0, "tokens have 5 rows, and max_batch_size is 4"),
         (some[:, :5], 60, "tokens reach position 65, and max_seq_len is 64"),
-        (some[0], 0, r"tokens are \(60,\) at 0"),
-        (some, -1, r"tokens are \(1, 60\) at -1"),
+        (some[0], 0, r"tokens have shape \(60,\) and begin at position 0"),
+        (some, -1, r"tokens have shape \(1, 60\) and begin at position -1"),
     ]:
         with pytest.raises(ValueError, match=sentence):
             bare(tokens, start)

@@ -306,7 +306,7 @@ def check(text):
 try:
     llm.chat_completion([[{"role": "user", "content": "hi"}]], max_gen_len=3, output_check=check)
 except RuntimeError as error:
-    assert "a check called the model, and of 2 ranks only the first runs checks: call the model after the check" in str(error)
+    assert "a check called the model, but only the first of 2 ranks runs checks: call the model after the check" in str(error)
 else:
     raise SystemExit("the check's question was answered")
 llm.generate([[1, 30]], 5)

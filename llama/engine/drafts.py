@@ -1,7 +1,8 @@
 """Draft tokens by prompt-lookup decoding.
 
-A draft repeats what followed the last tokens where they occurred before. This is speculative
-decoding without a second model: the pass that computes the next token also verifies the draft.
+A draft repeats the tokens that followed the last n-gram where it occurred before. This is
+speculative decoding without a second model: the pass that computes the next token also verifies the
+draft.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 # there are too few.
 NGRAM = 3
 
-# Each wrong draft in a row doubles the number of passes without a draft, up to this many.
+# Each wrong draft in a row about doubles the number of passes without a draft, up to this many.
 LONGEST_REST = 32
 
 
@@ -37,7 +38,7 @@ class PromptLookup:
             return []
         drafted = ids[begin : begin + n]
         period = len(ids) - begin
-        while len(drafted) < n:  # ids end here: repeat the period
+        while len(drafted) < n:  # the end of `ids`: repeat the period
             drafted.append(drafted[len(drafted) - period])
         return drafted
 

@@ -69,7 +69,7 @@ class Output:
 
 
 class Request:
-    """A prompt and its output. It ends with a `finish_reason`, with an `error`, or cancelled."""
+    """A prompt and its output. It ends with a `finish_reason` or an `error`, or is cancelled."""
 
     def __init__(self, prompt: Prompt, tokenizer: Tokenizer):
         self.prompt = prompt
@@ -91,8 +91,8 @@ class Request:
         self.output = Output(detokenizer, prompt.token_ids)
         if self.scores_prompt:
             self.prompt_scores = (ScoredToken(prompt.token_ids[0]),)
-        # How many prompt tokens have their scores or hidden states stored; None if no more are
-        # needed. Until then, cached prefixes are not reused: these values are not in the cache.
+        # How many prompt tokens have their scores or hidden states stored; None once no more are
+        # needed. Before that, cached prefixes are not reused: the cache lacks these values.
         self.computed: int | None = 0 if needed_of(prompt) else None
         if prompt.refusal is not None:
             refuse(self, prompt.refusal)
@@ -138,7 +138,7 @@ class Request:
 
 
 def needed_of(prompt: Prompt) -> int:
-    """How many of a prompt's tokens, from the first on, need hidden states or logits stored."""
+    """How many of a prompt's tokens, from the first on, need hidden states or scores stored."""
     params = prompt.params
     if prompt.refusal is not None:
         return 0
@@ -162,7 +162,7 @@ def make_prompts(
 ) -> list[Prompt]:
     """One Prompt for each list of ids. The ids of refused prompts are ignored.
 
-    `end_ids` end the output, as EOS does. Raises PromptError or ArgumentError if one cannot be run.
+    `end_ids` end the output, as EOS does. Raises PromptError or ArgumentError for invalid ones.
     """
     prompts = []
     for index, ids in enumerate(token_ids):
@@ -193,7 +193,7 @@ def make_prompts(
 def check_ids(tokenizer: Tokenizer, name: str, index: int, ids: Any, max_seq_len: int) -> list[int]:
     """A prompt's ids as a list.
 
-    Raises PromptError, with the prompt's number, if they cannot be run.
+    Raises PromptError, with the prompt's number, if they are invalid.
     """
     if not isinstance(ids, list) and not is_list(ids):
         raise PromptTypeError(name, index, f"is {ids!r}: use a list of token ids")
@@ -299,8 +299,8 @@ def refuse(request: Request, refusal: str) -> None:
 def delta(request: Request, sent: int) -> tuple[str, bool]:
     """The part of `full_text` after `sent` characters, and whether it is the last.
 
-    An ending that may be the start of a stop string is held back. Another thread may be extending
-    the output.
+    An ending that may be the start of a stop string is held back. `output` is read once, because
+    another thread may replace it.
     """
     output = request.output
     over = output.finish_reason is not None

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 SHORTEST_WINDOW = 256
 
-# Multiplications in a matrix product from which a second thread is worth the time to wake it.
+# The smallest matrix product, in multiplications, for which waking a second thread saves time.
 PARALLEL_WORK = 2**18
 
 # Tokens (n, seqlen) and positions (n, seqlen) -> logits (n, seqlen, vocab_size).
@@ -42,13 +42,13 @@ class ModelRunner:
         self.compile = compile
         self.cuda_graph = cuda_graph
         args = model.params
-        self.work = args.dim * args.hidden_dim // model.ranks.size  # in a token's largest product
+        self.work = args.dim * args.hidden_dim // model.ranks.size  # of a token's largest product
         self.graph_pool: Any = None
         self.stream: Any = None
         self.programs: dict[tuple[int, ...], Program] = {}
 
     def reset(self) -> None:
-        """Discard what was compiled or captured, because the model has changed."""
+        """Discard all compiled and captured passes, because the model has changed."""
         self.programs = {}
 
     def decode(self, spans: Sequence[Span]) -> Tensor:
@@ -131,9 +131,9 @@ class ModelRunner:
     def _capture(self, program: Program, tokens: Tensor, positions: Tensor) -> Program:
         with torch.cuda.device(self.cache.device):
             # At first use, kernels choose algorithms and allocate memory, which a capture does not
-            # allow: two runs come first. They write what the replay will write to the same
-            # positions. All graphs share a stream, because cuBLAS keeps 32 MB for each stream that
-            # it has run on, and a memory pool, because no two graphs run at once.
+            # allow, so the program runs twice before it. These runs write the same values to the
+            # same positions as the replay. All graphs share a stream, because cuBLAS keeps 32 MB
+            # for each stream that it has run on, and a memory pool, because no two run at once.
             side = self.stream = self.stream or torch.cuda.Stream()
             self.graph_pool = self.graph_pool or torch.cuda.graph_pool_handle()
             side.wait_stream(torch.cuda.current_stream())
@@ -155,7 +155,7 @@ class ModelRunner:
 
     @contextlib.contextmanager
     def _threads(self, tokens: int) -> Iterator[None]:
-        """Use one thread for small passes: on busy cores, waiting for others takes far too long."""
+        """Use one thread for small passes: on busy cores, waiting for more takes far too long."""
         threads = torch.get_num_threads()
         if threads == 1 or self.cache.device.type != "cpu" or tokens * self.work >= PARALLEL_WORK:
             yield

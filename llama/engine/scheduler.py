@@ -15,15 +15,17 @@ from .request import Request
 
 # Prompt tokens in a pass while another request decodes. On any CPU, they take three or four times
 # as long as a decode step of one row (benchmarks/README.md); a weight format may set its own
-# number. On a GPU, multiplying them takes about as long as reading the weights.
+# number. On a GPU, computing them takes about as long as reading the weights.
 CHUNK = 24
 GPU_CHUNK = 256
 
-# Prompt tokens in a pass while no request decodes. More were not faster, and need more memory.
+# Prompt tokens in a pass while no request decodes. Longer passes were not faster and need more
+# memory.
 LONG_CHUNK = 512
 
-# Chunks grow with the number of running requests, up to this many. For 16 clients of `1b` in
-# bfloat16, chunks of 64, 128 and 192 tokens gave 42, 52 and 53 tokens/s, the last with longer gaps.
+# Chunks grow with the number of running requests, up to this many requests. For 16 clients of a 1B
+# model in bfloat16, chunks of 64, 128 and 192 tokens gave 42, 52 and 53 tokens/s, the last with
+# longer gaps.
 MOST_BUSY = 16
 
 # Prompt tokens scored in a pass: 256 × 32,000 float32 logits take 33 MB.
@@ -47,8 +49,8 @@ class Scheduler:
         self.chunk = chunk
         self.long_chunk = LONG_CHUNK
         self.waiting: deque[Request] = deque()
-        # By slot. An interrupt must not leave a request in two slots or in none: a change is one
-        # operation of the dict, or a new dict if two slots are swapped.
+        # By slot. An interrupt must not leave a request in two slots or in none, so each change is
+        # one operation of the dict, or a new dict if two slots are swapped.
         self.running: dict[int, Request] = {}
         self.used = [0] * cache.n_slots  # the step at which each slot was released
         self.steps = 0
@@ -72,7 +74,7 @@ class Scheduler:
         admitted = {request.admitted for request in self.running.values()}
         if not decoding or len(admitted) == 1:
             return [], self._prefill_spans(prefilling, self.long_chunk)
-        # With more requests, a step takes longer anyway, and more of them wait for it.
+        # With more requests, a step takes longer anyway, and more of them wait for prefill.
         busy = min(len(decoding) + len(prefilling), MOST_BUSY)
         chunk = self._prefill_spans(prefilling, self.chunk * busy // 2)
         return self._decode_spans(decoding), chunk
@@ -160,7 +162,7 @@ class Scheduler:
                 self._swap(slot, max(self.running))
 
     def _place(self, request: Request) -> int:
-        """A free slot for a request, holding the longest prefix of its ids that any slot has."""
+        """Return a free slot with the longest prefix of the request's ids that any slot holds."""
         cache = self.cache
         slots = range(cache.n_slots)
         free = [slot for slot in slots if slot not in self.running]

@@ -1,7 +1,8 @@
 """The operations of a layer: each in plain PyTorch, some also in C or Triton.
 
-Only this package decides which form runs on a device. The model calls an operation, and the
-operation checks whether its tensors suit a kernel. Tests compare the kernels with the plain forms.
+The model calls an operation, and the operation checks whether its tensors suit a kernel. (Packed
+weights choose their own kernels, see quantization/formats.py.) Tests compare the kernels with the
+plain forms.
 """
 
 from __future__ import annotations
