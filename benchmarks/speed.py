@@ -38,9 +38,9 @@ WORKS = {
 }
 # The works in the chart, with the titles of its panels.
 CHARTED = {
-    "decode_1": "1 row: ms per token\n(less is better)",
-    "decode_16": "16 rows: ms per step\n(less is better)",
     "prefill_512": "512-token prompt: tokens/s\n(more is better)",
+    "decode_16": "16 sequences: ms per step\n(less is better)",
+    "decode_1": "1 sequence: ms per token\n(less is better)",
 }
 # Pairs to compare. q8_0 and q4_0 are the same file in both programs.
 PAIRS = [
@@ -224,7 +224,7 @@ def charts(shape: str, medians: dict[str, dict[str, float]], limits: str, target
     from matplotlib import pyplot
 
     order = sorted(medians, key=lambda name: -bytes_per_weight(name))
-    labels = [re.sub("^llama ", "ours: ", name) for name in order]
+    labels = [re.sub("^llama ", "ours: ", name).replace("auto", "16 bits") for name in order]
     shown = [work for work in CHARTED if any(work in medians[name] for name in order)]
     if not shown:
         return

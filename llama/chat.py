@@ -97,7 +97,7 @@ def check_dialog(dialog: Any, name: str = "dialog", of: str = "") -> list[Messag
         messages.append(Message(role=role, content=content))
     if expected == "user":
         raise Refusal(
-            f"{of}message {len(messages)}: expected a last message of role 'user', got none"
+            f"{of}message {len(messages)}: expected role 'user' in the last message, got none"
         )
     return messages
 

@@ -395,7 +395,7 @@ class Transformer(nn.Module):
         return self.cache
 
     def attach_cache(self) -> None:
-        """Assign a layer of the cache to each Attention, and add cache layers for new Attentions."""
+        """Assign a layer of the cache to each Attention; new Attentions get new layers."""
         attentions = attentions_of(self)
         for number, attention in enumerate(attentions):
             attention.cache = self.cache

@@ -76,9 +76,9 @@ def test_a_dialog_is_laid_out_as_documented_or_refused_as_documented(dialog: lis
 @pytest.mark.parametrize(
     ("dialog", "sentence"),
     [
-        ([], "message 0: expected a last message of role 'user', got none"),
-        (say("a", "b"), "message 2: expected a last message of role 'user', got none"),
-        (say(system="s"), "message 1: expected a last message of role 'user', got none"),
+        ([], "message 0: expected role 'user' in the last message, got none"),
+        (say("a", "b"), "message 2: expected role 'user' in the last message, got none"),
+        (say(system="s"), "message 1: expected role 'user' in the last message, got none"),
         ([*say("a"), *say("b")], "message 1: expected role 'assistant', got 'user'"),
         ([{"role": "bot", "content": "a"}], "message 0: expected role 'user', got 'bot'"),
         (
@@ -162,7 +162,7 @@ def test_dialogs_come_back_as_lists() -> None:
         (
             [[HI], []],
             AssertionError,
-            "dialog 1, message 0: expected a last message of role 'user', got none",
+            "dialog 1, message 0: expected role 'user' in the last message, got none",
         ),
         (
             [[HI], [HI, HI]],

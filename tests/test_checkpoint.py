@@ -534,7 +534,7 @@ def test_too_little_memory_is_refused_before_anything_is_loaded(
         build_golden()
     assert str(error.value) == (
         "gqa-mp1 needs 0.7 MB for its weights, 0.1 MB for a cache of max_batch_size 4 × max_seq_len 64 and 2.7 MB for "
-        "a pass per rank, and cpu has 3.5 MB free for it: build with max_batch_size 3 or a smaller max_seq_len"
+        "a pass, per rank, and cpu has 3.5 MB free for it: build with max_batch_size 3 or a smaller max_seq_len"
     )
     monkeypatch.setattr("llama.checkpoints.memory.free_memory", lambda device: weights - 1)
     with pytest.raises(

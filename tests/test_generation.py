@@ -357,7 +357,7 @@ BAD_CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str
         ([[]],),
         {},
         ValueError,
-        "dialog 0, message 0: expected a last message of role 'user', got none",
+        "dialog 0, message 0: expected role 'user' in the last message, got none",
     ),
 ]
 
@@ -410,7 +410,7 @@ def test_the_callers_default_dtype_changes_nothing(llm: Llama) -> None:
     [
         ("float16", 'try dtype="bfloat16"'),
         ("bfloat16", 'try dtype="float32"'),
-        ("float32", "weights are damaged"),
+        ("float32", "check the weights with python -m llama verify"),
     ],
 )
 def test_logits_that_are_not_finite_are_reported_and_leave_a_clean_cache(

@@ -179,5 +179,5 @@ def test_a_completion_with_a_suffix_is_infilling(code_llm: Llama) -> None:
         code_llm.engine.step()
     (choice,) = call.response([request])["choices"]
     assert (choice["text"], choice["finish_reason"]) == (want["generation"], want["finish_reason"])
-    with pytest.raises(BadRequest, match="send no ids"):
+    with pytest.raises(BadRequest, match="send no token ids"):
         TextCompletion({"prompt": [1, 2], "suffix": "):"}, code_llm, "model")

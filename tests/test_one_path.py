@@ -534,7 +534,7 @@ def test_blocks_by_hand_are_differentiable_and_refuse_what_their_cache_cannot_ho
     attention(torch.ones(1, 1, 64), 0, freqs_cis, None).sum().backward()
     assert all(parameter.grad is not None for parameter in attention.parameters())
     for start, rows in ((64, 1), (0, 5), (-1, 1)):
-        with pytest.raises(ValueError, match="the cache has 4 rows of 64 positions: pass fewer"):
+        with pytest.raises(ValueError, match="the cache has 4 slots of 64 positions: pass fewer"):
             attention(torch.ones(rows, 1, 64), start, freqs_cis, None)
 
 

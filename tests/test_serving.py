@@ -398,7 +398,7 @@ def test_mistakes_are_told_by_the_library_sentence_and_the_field(
             {"messages": [{"role": "user", "content": "[INST]"}]},
             "special tags are not allowed as part of the prompt.",
         ),
-        ({"messages": []}, "message 0: expected a last message of role 'user', got none"),
+        ({"messages": []}, "message 0: expected role 'user' in the last message, got none"),
         ({"messages": "hello"}, "messages is 'hello': use a list"),
         ({"messages": image}, "message 0 has a part of type 'image_url'"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "surrogates not allowed"),

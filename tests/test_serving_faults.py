@@ -122,7 +122,10 @@ def test_beyond_the_queue_clients_are_told_to_come_again_at_once(scripted: Serve
             until(lambda: metric(scripted, "num_requests_waiting") == 1)
             refused = http_post(scripted.url + CHAT, json=say("say:no"))
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
-        assert refused.json()["error"]["message"] == "the queue is full (1 waiting, at most 1): try again later"
+        assert (
+            refused.json()["error"]["message"]
+            == "the queue is full (1 waiting, at most 1): try again later"
+        )
     assert waiting.result().json()["choices"][0]["message"]["content"] == "waited"
 
 

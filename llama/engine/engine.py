@@ -10,8 +10,8 @@ Requests may be submitted at any time. One call of `Engine.step` does the follow
    with a cached prefix of their ids if there is one. It truncates each slot to the prefix that it
    shares with its request. The ids beyond that prefix become a `Span`: a single token, which draft
    tokens may follow, is decoded; a longer span is prefilled, one chunk per step.
-2. Check the version. The model's `ModelVersion` is compared with the one recorded when the cache was
-   filled. If weights, modules or hooks have changed, the cache is cleared and step 1 is repeated.
+2. Check the version. The model's `ModelVersion` is compared with the one that the cache was filled
+   with. If weights, modules or hooks have changed, the cache is cleared and step 1 is repeated.
 3. Decode. `ModelRunner.decode` runs the decode spans as one pass through `Transformer.forward` and
    returns the logits after each of their tokens.
 4. Draw, and accept drafts. `draw` follows each span from its first token. `Engine.choose` draws
