@@ -79,6 +79,18 @@ def product(format: WeightFormat) -> tuple[float, float]:
     return error, statistics.median(times) * 1e3
 
 
+def changed_texts(llm: Llama, texts: list[str]) -> int:
+    """How many greedy continuations of the texts' beginnings differ between a batch and alone."""
+    prompts = [" ".join(text.split()[:5]) for text in texts]
+    together = llm.text_completion(prompts, temperature=0, max_gen_len=48)
+    changed = 0
+    for prompt, result in zip(prompts, together, strict=True):
+        llm.clear_cache()
+        (alone,) = llm.text_completion([prompt], temperature=0, max_gen_len=48)
+        changed += alone["generation"] != result["generation"]
+    return changed
+
+
 @torch.inference_mode()
 def main(count: int = 300) -> None:
     """Print the table. `count`: number of documents."""
@@ -87,7 +99,8 @@ def main(count: int = 300) -> None:
     sixteen = fastest_16_bits()
     if sixteen is not None:
         formats = {"auto": sixteen, **formats}
-    print("| format | error of a product | ms, 1 row | perplexity |\n| --- | --- | --- | --- |")
+    print("| format | error of a product | ms, 1 row | perplexity | texts changed by a batch |")
+    print("| --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as scratch:
         kinds: dict[str, tuple[Path, dict[str, Any]]] = {
             "float32": (TINY, {"dtype": "float32"}),
@@ -105,7 +118,8 @@ def main(count: int = 300) -> None:
             perplexity = score(llm, [Window(row, len(row) - 1) for row in ids]).perplexity
             error, time = product(formats[name]) if name in formats else (None, None)
             cells = "– | –" if error is None or time is None else f"{error:.1e} | {time:.2f}"
-            print(f"| {name} | {cells} | {perplexity:.4f} |", flush=True)
+            changed = f"{changed_texts(llm, texts)} of {len(texts)}"
+            print(f"| {name} | {cells} | {perplexity:.4f} | {changed} |", flush=True)
 
 
 if __name__ == "__main__":
